@@ -1,0 +1,25 @@
+"""Fused log-probs and preference losses for training language models."""
+
+from fused_po import losses, modules
+from fused_po.ops.backend import backends
+from fused_po.ops.linear_logps import linear_logps
+from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
+from fused_po.ops.preference import DPOOutput, dpo_from_logits, linear_dpo
+from fused_po.reduce import sequence_logps
+from fused_po.schedule import Schedule
+
+__version__ = "0.1.0"
+__all__ = [
+    "DPOOutput",
+    "Schedule",
+    "TokenStats",
+    "backends",
+    "dpo_from_logits",
+    "linear_dpo",
+    "linear_logps",
+    "logps_from_logits",
+    "losses",
+    "modules",
+    "sequence_logps",
+    "shift_labels",
+]

@@ -1,0 +1,38 @@
+"""The kernel backends by name. The only way in to the device code, which is imported on first use.
+
+The device code lies in the top-level folder `kernels/`, one folder a backend, installed as `fused_po.kernels.<backend>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+NAMES = ("triton",)
+
+
+@lru_cache
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported."""
+    try:
+        return importlib.import_module(f"fused_po.kernels.{name}")
+    except ImportError as error:
+        way_out = "pip install triton" if getattr(error, "name", "") == "triton" else "pip install -e . in the clone"
+        return f"{error}; install it with `{way_out}`"
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module; ImportError with the way out if it is not installed."""
+    module = _load(name)
+    if isinstance(module, str):
+        raise ImportError(f"backend {name!r} is not there: {module}")
+    return module
+
+
+def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot serve tensors of this device and dtype, or None if it can."""
+    module = _load(name)
+    return module if isinstance(module, str) else module.unsupported(device, dtype)

@@ -1,0 +1,233 @@
+"""`logps_from_logits`: log-probs, entropy and the other statistics of labels from logits that exist already."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po import checks
+from fused_po.ops import backend as backends
+from fused_po.reference import stats_dtype
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, each shaped like the labels, fp32 (float64 for float64 inputs); None if not asked for.
+
+    With z the processed logits and p their softmax, at positions that are not ignored (those give exactly 0):
+
+    logps: log p of the label. Carries gradients.
+    entropy: -sum p log p, in nats. Carries gradients.
+    lse: log sum exp z. Carries gradients.
+    mean_logits: mean of z over the vocabulary.
+    is_top1: bool, whether the label is the argmax (the first of equals).
+    log_sum_sq_probs: log sum p^2.
+    """
+
+    logps: Optional[Tensor] = None
+    entropy: Optional[Tensor] = None
+    lse: Optional[Tensor] = None
+    mean_logits: Optional[Tensor] = None
+    is_top1: Optional[Tensor] = None
+    log_sum_sq_probs: Optional[Tensor] = None
+
+
+def output_bits(outputs: tuple[str, ...]) -> int:
+    """The outputs' names as bits, in the order of TokenStats."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names such as ({outputs!r},)")
+    for name in outputs:
+        checks.choice("outputs", name, TokenStats._fields)
+    if not outputs:
+        raise ValueError(f"outputs: got none, allowed are {', '.join(map(repr, TokenStats._fields))}")
+    return sum(1 << TokenStats._fields.index(name) for name in set(outputs))
+
+
+def token_stats(results: tuple[Tensor, ...], bits: int, shape: torch.Size) -> TokenStats:
+    """An op's (logps, entropy, lse, aux) as TokenStats."""
+    logps, entropy, lse, aux = results
+    asked = [bool(bits >> i & 1) for i in range(6)]
+    fields = [value.view(shape) if ask else None for value, ask in zip((logps, entropy, lse), asked)]
+    fields += [aux[i].detach().view(shape) if asked[3 + i] else None for i in range(3)]
+    fields[4] = None if fields[4] is None else fields[4] > 0.5
+    return TokenStats(*fields)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """logits [..., V] as [O, I, V] with columns side by side: a view wherever two strides can describe the rows."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    leading = logits.shape[:-1]
+    if len(leading) == 2:
+        return logits
+    try:
+        return logits.view(1, -1, logits.shape[-1]) if logits.numel() else logits.reshape(1, leading.numel(), -1)
+    except RuntimeError:
+        inner = leading[-1]
+        try:
+            return logits.view(-1, inner, logits.shape[-1])
+        except RuntimeError:
+            return logits.reshape(1, -1, logits.shape[-1])
+
+
+def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of (logps, entropy, lse, aux, saved)."""
+
+    def new(*shape):
+        return values.new_empty(shape, dtype=stats_dtype(values.dtype))
+
+    logps, entropy, lse = (new(n_rows if bits & bit else 0) for bit in (1, 2, 4))
+    return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(2, n_rows)
+
+
+@torch.library.custom_op("fused_po::logps_fwd", mutates_args=())
+def _forward(
+    logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ignore_index: int, outputs: int,
+    inplace_backward: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.label_range(labels, logits.shape[-1], ignore_index)
+    run = backends.get(backend).statistics
+    return run(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs)
+
+
+@_forward.register_fake
+def _(logits, labels, outer, inner, ignore_index, outputs, inplace_backward, backend):
+    return fake_stats(logits, labels.numel(), outputs)
+
+
+def dense(g: Optional[Tensor]) -> Optional[Tensor]:
+    """An incoming gradient with its elements side by side."""
+    return None if g is None else g.contiguous()
+
+
+def on_rows(write, logits: Tensor, out: Tensor) -> None:
+    """write(rows of logits, rows of out); out may be logits, and is copied to where its rows cannot be a view."""
+    rows, target = as_rows(logits), as_rows(out)
+    write(rows, target)
+    if target.data_ptr() != out.data_ptr():
+        out.copy_(target.view(out.shape))
+
+
+def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend):
+    def write(rows, target):
+        grads = dense(g_logps), dense(g_entropy), dense(g_lse)
+        backends.get(backend).gradient(rows, labels.contiguous(), saved, entropy, *grads, outer, inner, target)
+
+    on_rows(write, logits, out)
+
+
+@torch.library.custom_op("fused_po::logps_bwd", mutates_args=())
+def _backward(
+    logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
+    g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,
+) -> Tensor:  # fmt: skip
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend)
+    return out
+
+
+@_backward.register_fake
+def _(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fused_po::logps_bwd_", mutates_args=("logits",))
+def _backward_(
+    logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
+    g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,
+) -> None:  # fmt: skip
+    _gradient(logits, logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, ctx.outer, ctx.inner, _, _, ctx.inplace, ctx.backend = inputs
+    _, entropy, _, _, saved = output
+    ctx.save_for_backward(logits, labels, saved, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
+    if g_logps is None and g_entropy is None and g_lse is None:
+        return (None,) * 8
+    logits, labels, saved, entropy = ctx.saved_tensors
+    arguments = (labels, saved, entropy, g_logps, g_entropy, g_lse, ctx.outer, ctx.inner, ctx.backend)
+    if ctx.inplace:
+        grad = logits.detach()
+        torch.ops.fused_po.logps_bwd_(grad, *arguments)
+    else:
+        grad = torch.ops.fused_po.logps_bwd(logits, *arguments)
+    return grad, *(None,) * 7
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def refuse_second_derivative(op) -> None:
+    """Make differentiating a backward op a clear error."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            "fused_po: second derivatives are not implemented (create_graph=True, or a gradient penalty, through "
+            "fused log-probs); compute these log-probs with torch.log_softmax where you need them"
+        )
+
+    op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+refuse_second_derivative(_backward)
+
+
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: Optional[float] = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    inplace_backward: bool = False,
+    backend: Optional[str] = None,
+) -> TokenStats:
+    """Log-probs of labels, and other statistics, from logits; one read forward, one read and one write backward.
+
+    The softmax is over z = softcap * tanh(logits * logit_scale / softcap) / temperature, or without the softcap
+    z = logits * logit_scale / temperature. Statistics are fp32 whatever the logits' dtype (float64 for float64).
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, any strides (columns that do not lie side by side, or
+            rows that two strides cannot describe, cost a copy). -inf marks a masked token: probability 0, gradient 0.
+        labels: [...], integers in [0, V) or ignore_index, aligned with the logits: see `shift_labels`. On a GPU they
+            are checked under FUSED_PO_DEBUG=1 only.
+        temperature, logit_scale, softcap: finite and > 0.
+        ignore_index: label of positions that are not read and give exactly 0.
+        outputs: names of TokenStats' fields.
+        inplace_backward: the backward overwrites the logits with their gradient. They must not be used afterwards.
+        backend: "triton" or "reference"; None chooses by device. See `backends`.
+
+    Returns:
+        TokenStats; gradients flow through logps, entropy and lse.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, by name.
+    """
+    checks.floating("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+    why = "the logits' shape without the vocabulary"
+    labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
+    outer, inner = checks.scaling(temperature, logit_scale, softcap)
+    bits = output_bits(outputs)
+    name = backends.resolve(backend, logits)
+    flat = labels.reshape(-1)
+    *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name)
+    return token_stats(tuple(results), bits, labels.shape)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Align labels [..., T] with logits: position t gets the label of t + 1, the last one ignore_index.
+
+    Models return at position t the logits of token t + 1; every function here wants the two aligned.
+    """
+    return torch.nn.functional.pad(checks.tensor("labels", labels)[..., 1:], (0, 1), value=ignore_index)

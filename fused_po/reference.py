@@ -1,0 +1,207 @@
+"""The row passes in plain PyTorch: the backend for CPU tensors and for float64, and what the kernels must agree with.
+
+The same entry points as a kernel backend (`unsupported`, `statistics`, `gradient`, `pair_statistics`, `dpo`,
+`dpo_gradient`), over blocks of rows small enough to stay in a core's cache. Nothing here is [N, V] in size.
+
+`saved` [2, N] holds a row's shift (its largest scaled logit) and log-norm (log of the sum of exponentials above it);
+a log-norm of +inf marks an ignored row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2 << 20
+FLOOR = -1e4  # stands for log(0) beside a probability of 0: their product must be 0, not NaN
+# Rows of tokens[4, N] and of pairs[7, B], the buffers of the DPO functions.
+SHIFT, NORM, LOGP, REF_LOGP = range(4)
+SLOPE, CHOSEN_REWARD, REJECTED_REWARD, MARGIN, ACCURACY, KL_SUM, TOKENS = range(7)
+PAIR_FIELDS = 7
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype cannot be served, or None if they can."""
+    return None if dtype.is_floating_point and dtype.itemsize > 1 else f"dtype {dtype}"
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of logits of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(row numbers, their logits [rows, V]) of logits[O, I, V], a cache's worth at a time; `wanted` rows only."""
+    outer_rows, inner_rows, n_cols = logits.shape
+    step = max(1, BLOCK_BYTES // max(1, 4 * n_cols))
+    for o in range(outer_rows):
+        for begin in range(0, inner_rows, step):
+            block = logits[o, begin : begin + step]
+            pick = wanted[o * inner_rows + begin : o * inner_rows + begin + block.shape[0]].nonzero().squeeze(1)
+            if pick.numel():
+                yield pick + (o * inner_rows + begin), block if pick.numel() == block.shape[0] else block[pick]
+
+
+def scaled(x: Tensor, outer: float, inner: float | None) -> tuple[Tensor, Tensor | None]:
+    """(the logits that go into the softmax, tanh(x * inner) if there is a softcap), in the statistics' dtype."""
+    x = x.to(stats_dtype(x.dtype))
+    if inner is None:
+        return x * outer, None
+    t = torch.tanh(x * inner)
+    return t * outer, t
+
+
+def statistics(
+    logits: Tensor, labels: Tensor, outer: float, inner: float | None, ignore_index: int, outputs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row statistics of logits[O, I, V] for labels[O * I]: (logps, entropy, lse, aux, saved).
+
+    Bits of outputs: 1 logps, 2 entropy, 4 lse, 8 mean logit, 16 is-top-1, 32 log of the sum of squared probabilities;
+    the last three are the rows of aux. What is not asked for has no elements.
+    """
+    n_rows = labels.numel()
+    new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
+    logps, entropy, lse = (torch.zeros(n_rows if outputs & bit else 0, **new) for bit in (1, 2, 4))
+    aux = torch.zeros((3, n_rows) if outputs & 56 else 0, **new)
+    saved = torch.zeros(2, n_rows, **new)
+    saved[1] = math.inf
+    for rows, x in row_blocks(logits, labels != ignore_index):
+        z, _ = scaled(x, outer, inner)
+        label = labels[rows]
+        shift = z.amax(1)
+        target = z.gather(1, label[:, None]).squeeze(1) - shift
+        if outputs & 8:
+            aux[0, rows] = z.mean(1)
+        if outputs & 16:
+            aux[1, rows] = (z.argmax(1) == label).to(z.dtype)
+        u = z.sub_(shift[:, None])
+        e = u.exp()
+        total = e.sum(1)
+        norm = total.log()
+        saved[0, rows], saved[1, rows] = shift, norm
+        if outputs & 1:
+            logps[rows] = target - norm
+        if outputs & 4:
+            lse[rows] = shift + norm
+        if outputs & 2:
+            entropy[rows] = norm - u.clamp_(min=FLOOR).mul_(e).sum(1) / total
+        if outputs & 32:
+            aux[2, rows] = e.square_().sum(1).log() - 2 * norm
+    return logps, entropy, lse, aux, saved
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Tensor | None, g_entropy: Tensor | None,
+    g_lse: Tensor | None, outer: float, inner: float | None, out: Tensor, first_col: int = 0,
+) -> None:  # fmt: skip
+    """Write into out[O, I, V] the gradient with respect to logits[O, I, V]; either may be strided, or both the same.
+
+    dz_v = g_logps (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_lse p_v, then the chain through the scaling.
+    Without incoming gradients (all None): the basis, d log p_y / d x. first_col: the vocabulary index of column 0.
+    """
+    given = [g for g in (g_logps, g_entropy, g_lse) if g is not None]
+    if not given:
+        g_logps = torch.ones_like(saved[0])
+        given = [g_logps]
+    live = torch.stack([g != 0 for g in given]).any(0) & (saved[1] != math.inf)
+    zero = torch.zeros((), dtype=saved.dtype, device=saved.device)
+    inner_rows, n_cols = logits.shape[1:]
+    if not bool(live.all()):
+        # Rows that stay zero. The live ones are read before they are written, in place too.
+        dead = (~live).nonzero().squeeze(1)
+        out[dead // max(1, inner_rows), dead % max(1, inner_rows)] = 0
+    for rows, x in row_blocks(logits, live):
+        a, h, c = (zero if g is None else g[rows][:, None] for g in (g_logps, g_entropy, g_lse))
+        z, t = scaled(x, outer, inner)
+        logp = z.sub_(saved[0, rows][:, None]).sub_(saved[1, rows][:, None])
+        label = labels[rows] - first_col
+        here = ((label >= 0) & (label < n_cols)).nonzero().squeeze(1)
+        logp_label = logp[here, label[here]][:, None]
+        dz = logp.exp()
+        p_label = logp_label.exp()
+        weight, weight_label = c - a, c.expand(len(rows), 1)[here]
+        if g_entropy is not None:
+            row_entropy = entropy[rows][:, None]
+            weight = weight - h * logp.clamp_(min=FLOOR).add_(row_entropy)
+            weight_label = weight_label - h[here] * (logp_label.clamp(min=FLOOR) + row_entropy[here])
+        dz *= weight
+        dz_label = p_label * weight_label - a.expand(len(rows), 1)[here] * torch.expm1(logp_label)
+        dz[here, label[here]] = dz_label.squeeze(1)
+        if t is not None:
+            dz *= (1 - t * t) * inner
+        dz *= outer
+        out[rows // inner_rows, rows % inner_rows] = dz.to(out.dtype)
+
+
+def pair_statistics(
+    logits: Tensor, ref_logits: Tensor | None, labels: Tensor, outer: float, inner: float | None, ignore_index: int
+) -> Tensor:
+    """tokens[4, N] for logits[O, I, V] and ref_logits[O', I', V] (or None) with O * I = O' * I' = N; labels[N]."""
+    logps, _, _, _, saved = statistics(logits, labels, outer, inner, ignore_index, 1)
+    ref_logps = torch.zeros_like(logps)
+    if ref_logits is not None:
+        ref_logps = statistics(ref_logits, labels, outer, inner, ignore_index, 1)[0].to(logps.dtype)
+    return torch.stack([saved[0], saved[1], logps, ref_logps])
+
+
+def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+    """(estimate, its derivative in the policy's log-prob) for k1 = log-ratio of policy to reference."""
+    if kl == "k1":
+        return k1, torch.ones_like(k1)
+    if kl == "k2":
+        return 0.5 * k1 * k1, k1
+    slope = -torch.expm1(-k1)
+    return torch.where(k1.abs() < 1e-3, k1 * k1 * (0.5 - k1 / 6), k1 - slope), slope
+
+
+def dpo(
+    tokens: Tensor, labels: Tensor, ref_sums: Tensor | None, beta: float, label_smoothing: float, kl: str | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) from tokens[4, 2B * T] and labels[2B, T].
+
+    ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
+    """
+    valid = labels != ignore_index
+    policy, reference = (torch.where(valid, tokens[i].view_as(labels), 0) for i in (LOGP, REF_LOGP))
+    sequences = policy.sum(1)
+    rewards = beta * (sequences - (reference.sum(1) if ref_sums is None else ref_sums))
+    chosen_reward, rejected_reward = rewards.chunk(2)
+    h = chosen_reward - rejected_reward
+    log_above, log_below = torch.nn.functional.logsigmoid(h), torch.nn.functional.logsigmoid(-h)
+    losses = -(1 - label_smoothing) * log_above - label_smoothing * log_below
+    slope = beta * (label_smoothing * torch.sigmoid(h) - (1 - label_smoothing) * torch.sigmoid(-h))
+    kl_tokens = torch.where(valid, kl_estimate(policy - reference, kl)[0], 0) if kl else policy.new_zeros(0)
+    kl_sums = kl_tokens.sum(1) if kl else torch.zeros_like(sequences)
+    per_pair = [torch.stack(v.to(h.dtype).chunk(2)).sum(0) for v in (kl_sums, valid.sum(1))]
+    pairs = torch.stack([slope, chosen_reward, rejected_reward, h, (h > 0).to(h.dtype), *per_pair])
+    return losses, sequences, pairs, kl_tokens.flatten()
+
+
+def dpo_token_gradient(
+    labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None, g_losses: Tensor | None,
+    g_sequences: Tensor | None, kl: str | None,
+) -> Tensor:  # fmt: skip
+    """The gradient [2B, T] in the policy's token log-probs. weights [2]: d loss / d one pair's loss, / d one KL."""
+    weights = torch.zeros_like(weights) if g_loss is None else weights * g_loss
+    slope = (weights[0] if g_losses is None else weights[0] + g_losses) * pairs[SLOPE]
+    g_sequence = torch.cat([slope, -slope])
+    if g_sequences is not None:
+        g_sequence = g_sequence + g_sequences
+    g = g_sequence[:, None].expand(labels.shape)
+    if kl:
+        g = g + weights[1] * kl_estimate((tokens[LOGP] - tokens[REF_LOGP]).view_as(labels), kl)[1]
+    return torch.where(tokens[NORM].view_as(labels) != math.inf, g, 0)
+
+
+def dpo_gradient(
+    logits: Tensor, labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None,
+    g_losses: Tensor | None, g_sequences: Tensor | None, kl: str | None, outer: float, inner: float | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write into out[O, I, V] the gradient with respect to the policy's logits[O, I, V]; both may be the same."""
+    g = dpo_token_gradient(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl)
+    saved = tokens[SHIFT : NORM + 1]
+    gradient(logits, labels.flatten(), saved, tokens[:0], g.flatten(), None, None, outer, inner, out)

@@ -1,0 +1,27 @@
+"""The Triton backend: what fused_po's ops ask of a backend, with the kernels that do it.
+
+unsupported    why a tensor cannot be served, or None
+statistics     a row of logits to log-prob, entropy, lse, ...
+gradient       incoming gradients (or none: the basis) to a gradient in the logits
+pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
+"""
+
+import torch
+import triton
+
+from .gradient import gradient
+from .preference import dpo, dpo_gradient, pair_statistics
+from .statistics import statistics, statistics_kernel
+
+__all__ = ["dpo", "dpo_gradient", "gradient", "pair_statistics", "statistics", "unsupported"]
+
+INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype cannot be served, or None if they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype} (the Triton kernels take float32, bfloat16 and float16)"
+    if device.type == "cuda" or (device.type == "cpu" and INTERPRETED):
+        return None
+    return f"a {device.type} tensor (the Triton kernels run on CUDA, or on CPU under TRITON_INTERPRET=1)"

@@ -1,0 +1,105 @@
+"""Gradient pass: one read of the logits, one write of the gradient of any loss on their log-probs, entropy and lse.
+
+With p the softmax of a row, y its label, H its entropy and g the incoming gradients,
+
+    dz_v = g_logps (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_lse p_v
+
+followed by the chain through temperature, softcap and logit scale. Without incoming gradients (all None) it is the
+basis: d log p_y / d x. The label's own entry comes from expm1, so it stays exact where p_y is close to 1. The output
+may be the input.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, row_start
+from .statistics import launch_shape
+
+
+@triton.jit
+def gradient_block(
+    x_row, out_row, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """This program's block of columns of one row. Blocks begin at 16-byte boundaries: the first may reach before 0."""
+    live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
+    start = tl.program_id(1) * BLOCK - before_row(out_row, GROUP)
+    columns = start + tl.arange(0, BLOCK)
+    inside = (columns >= 0) & (columns < n_cols)
+    read = (columns >= 0) & (columns < tl.where(live, n_cols, 0))
+    x_block, out_block = x_row + start, out_row + start
+    if GROUP > 1:
+        x_block, out_block = tl.multiple_of(x_block, 16), tl.multiple_of(out_block, 16)
+    scale = outer * LOG2E
+    y = load_scaled(x_block + tl.arange(0, BLOCK), read, inner)
+    log2p = y * scale - shift - norm
+    p = tl.exp2(log2p)
+    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
+    dz = p * (g_lse - g_logp - g_entropy * (logp + entropy))
+
+    here = (label >= start) & (label < start + BLOCK) & (label >= 0) & (label < n_cols) & live
+    y_label = load_scaled(x_row + tl.where(here, label, 0), here, inner)
+    log2p_label = y_label * scale - shift - norm
+    p_label = tl.exp2(log2p_label)
+    logp_label = tl.where(log2p_label < FLOOR, FLOOR, log2p_label) * LN2
+    dz_label = p_label * (g_lse - g_entropy * (logp_label + entropy)) - g_logp * expm1(logp_label)
+    dz = tl.where(columns == label, dz_label, dz)
+    if inner is not None:
+        dz = dz * (1.0 - y * y) * inner
+    value = tl.where(live, dz * outer, 0.0)
+    tl.store(out_block + tl.arange(0, BLOCK), value.to(out_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, out_ptr, label_ptr, saved_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
+    first_col, inner_rows, n_cols, x_stride_outer, x_stride_inner, out_stride_outer, out_stride_inner, outer, inner,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Rows on grid axis 0, blocks of columns on axis 1; labels count from the vocabulary's column `first_col` on."""
+    row = tl.program_id(0)
+    label = tl.load(label_ptr + row) - first_col
+    shift = tl.load(saved_ptr + row)
+    norm = tl.load(saved_ptr + tl.num_programs(0) + row)
+    zero = tl.full((), 0.0, tl.float32)
+    entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
+    if g_logps_ptr is not None:
+        g_logp = tl.load(g_logps_ptr + row)
+    if g_entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + row)
+        g_entropy = tl.load(g_entropy_ptr + row)
+    if g_lse_ptr is not None:
+        g_lse = tl.load(g_lse_ptr + row)
+    if g_logps_ptr is None and g_entropy_ptr is None and g_lse_ptr is None:
+        g_logp = zero + 1.0
+    x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
+    out_row = row_start(out_ptr, row, inner_rows, out_stride_outer, out_stride_inner)
+    gradient_block(
+        x_row, out_row, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK, GROUP
+    )
+
+
+def gradient_shape(logits: torch.Tensor, out: torch.Tensor) -> tuple[tuple[int, int], dict]:
+    """(grid, launch shape). GROUP is 1, no alignment known, unless rows of both begin equally far from a boundary."""
+    n_cols, group = logits.shape[2], 16 // out.element_size()
+    offsets = [
+        (t.data_ptr() // t.element_size() % group, t.stride(0) % group, t.stride(1) % group) for t in (logits, out)
+    ]
+    if offsets[0] != offsets[1] or out.element_size() > logits.element_size():
+        group = 1
+    shape = launch_shape(n_cols, out.element_size()) | {"GROUP": group}
+    return (logits.shape[0] * logits.shape[1], triton.cdiv(n_cols + group - 1, shape["BLOCK"])), shape
+
+
+def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, out, first_col=0):
+    """Write into out[O, I, V] the gradient with respect to logits[O, I, V]; either may be strided, or both the same.
+
+    saved and entropy: from `statistics`. g_*: [O * I] fp32 or None. first_col: the vocabulary index of column 0.
+    """
+    grid, shape = gradient_shape(logits, out)
+    if logits.numel():
+        gradient_kernel[grid](
+            logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, first_col, logits.shape[1],
+            logits.shape[2], logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), outer, inner, **shape,
+        )  # fmt: skip

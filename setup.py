@@ -1,0 +1,34 @@
+"""Metadata, and the mapping of kernels/<backend> to fused_po.kernels.<backend>.
+
+Each backend's folder is mapped on its own. Mapping the top-level folder `kernels` as a whole breaks editable installs,
+and an `__init__.py` in it would shadow Hugging Face's package of that name, which transformers imports.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "fused_po" / "__init__.py").read_text())[1]
+backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init__.py"))
+
+demo = ["transformers>=5.17", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+data = ["datasets"]
+test = ["pytest", "pytest-benchmark", "hypothesis", "ninja", "expecttest"]
+
+setup(
+    name="fused-po",
+    version=version,
+    description="Fused log-probs and preference losses (DPO and beyond) for training language models",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["fused_po*"]) + [f"fused_po.kernels.{name}" for name in backends],
+    package_dir={f"fused_po.kernels.{name}": f"kernels/{name}" for name in backends},
+    package_data={"fused_po": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={"demo": demo, "data": data, "test": test, "dev": [*demo, *data, *test, "rich", "ruff"]},
+)
