@@ -35,12 +35,16 @@ def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> T
     return weight.to(compute_dtype).to(dtype)
 
 
+def head_slices(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype, block: int) -> list[slice]:
+    """The head's rows in one piece, or, if `operand` would copy it, `block` at a time."""
+    n_cols = weight.shape[0]
+    step = n_cols if weight.dtype == compute_dtype == dtype else block
+    return [slice(begin, min(begin + step, n_cols)) for begin in range(0, n_cols, step)]
+
+
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, out: Tensor, block: int):
     """out [N, V] = hidden [N, H] @ weight [V, H]^T + bias [V]; a head to be cast is cast `block` rows at a time."""
-    n_cols = weight.shape[0]
-    step = n_cols if weight.dtype == compute_dtype == hidden.dtype else block
-    for begin in range(0, n_cols, step):
-        part = slice(begin, min(begin + step, n_cols))
-        mm(hidden, operand(weight[part], compute_dtype, hidden.dtype).t(), out[:, part])
+    for columns in head_slices(weight, compute_dtype, hidden.dtype, block):
+        mm(hidden, operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
     if bias is not None:
         out += bias

@@ -1,8 +1,10 @@
 """`linear_logps`: log-probs of labels from hidden states and the head, without the [N, V] logits.
 
-The forward walks tiles of rows: one GEMM writes a tile's logits, one pass reads them. The backward walks blocks of the
-vocabulary outside and rows inside: it projects again, turns the tile into the gradient of its raw logits, and two GEMMs
-use that up. The gradients of hidden states and of a block of the head are summed in fp32 and rounded once.
+The forward walks tiles of rows: one GEMM writes a tile's logits, one pass reads them. The backward projects again,
+turns a tile into the gradient of its raw logits, and two GEMMs use that up. It walks tiles of rows too, with the tile's
+own statistics: another GEMM shape rounds another way, and only the lse of the very logits at hand makes p sum to 1.
+For a trainable head in low precision, whose gradient must not be summed in its own dtype, it walks blocks of the
+vocabulary outside and rows inside: that needs fp32 room for one block alone, and the rounding of p hides the lse's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.gemm import gemm_dtype, head_block, mm, operand, project
+from fused_po.ops.gemm import gemm_dtype, head_block, head_slices, mm, operand, project
 from fused_po.ops.logps import TokenStats, dense, fake_stats, output_bits, refuse_second_derivative, token_stats
 from fused_po.reference import stats_dtype
 from fused_po.schedule import Schedule
@@ -82,41 +84,82 @@ class _Rows(NamedTuple):
         return _Rows(*(None if v is None else v[..., index].contiguous() for v in self))
 
 
-def _gradients(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], rows: _Rows, grads: tuple[Tensor, Tensor, Tensor],
-    needs: tuple[bool, bool, bool], compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, gradient,
-) -> Tensor:  # fmt: skip
-    """Fill the gradients of head and bias, return that of hidden [N, H] (in its GEMM dtype) as unrounded sums."""
-    (n_rows, width), n_cols, sums = hidden.shape, weight.shape[0], stats_dtype(logits_dtype)
-    need_hidden, need_weight, need_bias = needs
-    block = head_block(n_rows, n_cols, width, tile_bytes)
-    step = max(1, min(n_rows, tile_bytes // (block * logits_dtype.itemsize)))
-    tile = hidden.new_empty(step * block, dtype=logits_dtype)
-    basis = tile if hidden.dtype == logits_dtype else hidden.new_empty(step * block)
-    sum_hidden = hidden.new_zeros(n_rows if need_hidden else 0, width, dtype=sums)
-    for first in range(0, n_cols, block):
-        part = slice(first, min(first + block, n_cols))
-        columns = part.stop - first
-        head = operand(weight[part], compute_dtype, hidden.dtype)
-        sum_weight = hidden.new_zeros(columns if need_weight else 0, width, dtype=sums)
-        sum_bias = hidden.new_zeros(columns if need_bias else 0, dtype=sums)
+class _Backward(NamedTuple):
+    """One backward: its operands, where the gradients go, and how the logits come about."""
+
+    hidden: Tensor  # [N, H], the scored rows, in the GEMMs' dtype
+    weight: Tensor
+    bias: Optional[Tensor]
+    grads: tuple[Tensor, Tensor, Tensor]  # of hidden (unused), weight, bias; no elements where not needed
+    needs: list[bool]
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    tile_bytes: int
+
+    def buffers(self, elements: int) -> tuple[Tensor, Tensor]:
+        """Room for a tile of logits and for its gradient in the GEMMs' dtype, the same where the dtypes are."""
+        tile = self.hidden.new_empty(elements, dtype=self.logits_dtype)
+        return tile, tile if self.hidden.dtype == self.logits_dtype else self.hidden.new_empty(elements)
+
+    def by_rows(self, rows: _Rows, statistics, gradient) -> Tensor:
+        """Fill the gradients of head and bias, return hidden's [N, H] unrounded. The head's is its own accumulator."""
+        (n_rows, width), n_cols, sums = self.hidden.shape, self.weight.shape[0], stats_dtype(self.logits_dtype)
+        need_hidden, need_weight, need_bias = self.needs
+        step = max(1, min(n_rows, self.tile_bytes // (n_cols * self.logits_dtype.itemsize)))
+        block = head_block(n_rows, n_cols, width, self.tile_bytes)
+        tile, basis = (buffer.view(step, n_cols) for buffer in self.buffers(step * n_cols))
+        sum_hidden = self.hidden.new_empty(n_rows if need_hidden else 0, width, dtype=sums)
+        sum_bias = self.hidden.new_zeros(n_cols if need_bias else 0, dtype=sums)
+        if n_rows == 0:
+            self.grads[1].zero_()
         for begin in range(0, n_rows, step):
             some = slice(begin, min(begin + step, n_rows))
-            count = some.stop - begin
-            logits, d = (buffer[: count * columns].view(count, columns) for buffer in (tile, basis))
-            project(hidden[some], head, None if bias is None else bias[part], hidden.dtype, logits, columns)
-            gradient(logits[None], *rows.at(some), out=d[None], first_col=first)
-            if need_hidden:
-                mm(d, head, sum_hidden[some], add=True)
+            h, logits, d = self.hidden[some], tile[: some.stop - begin], basis[: some.stop - begin]
+            project(h, self.weight, self.bias, self.compute_dtype, logits, block)
+            part = rows.at(some)
+            saved, entropy = statistics(logits[None], part.labels, part.g_entropy is not None)
+            gradient(logits[None], *part._replace(saved=saved, entropy=entropy), out=d[None], first_col=0)
+            for columns in head_slices(self.weight, self.compute_dtype, h.dtype, block) if need_hidden else ():
+                head = operand(self.weight[columns], self.compute_dtype, h.dtype)
+                mm(d[:, columns], head, sum_hidden[some], add=columns.start > 0)
             if need_weight:
-                mm(d.t(), hidden[some], sum_weight, add=True)
+                mm(d.t(), h, self.grads[1], add=begin > 0)
             if need_bias:
                 sum_bias += d.sum(0, dtype=sums)
-        if need_weight:
-            grads[1][part] = sum_weight
         if need_bias:
-            grads[2][part] = sum_bias
-    return sum_hidden
+            self.grads[2].copy_(sum_bias)
+        return sum_hidden
+
+    def by_vocabulary(self, rows: _Rows, gradient) -> Tensor:
+        """The same with fp32 room for the gradient of one block of the head, rounded once."""
+        (n_rows, width), n_cols, sums = self.hidden.shape, self.weight.shape[0], stats_dtype(self.logits_dtype)
+        need_hidden, _, need_bias = self.needs
+        block = head_block(n_rows, n_cols, width, self.tile_bytes)
+        step = max(1, min(n_rows, self.tile_bytes // (block * self.logits_dtype.itemsize)))
+        tile, basis = self.buffers(step * block)
+        sum_hidden = self.hidden.new_zeros(n_rows if need_hidden else 0, width, dtype=sums)
+        for first in range(0, n_cols, block):
+            columns = slice(first, min(first + block, n_cols))
+            count = columns.stop - first
+            head = operand(self.weight[columns], self.compute_dtype, self.hidden.dtype)
+            bias = None if self.bias is None else self.bias[columns]
+            sum_weight = self.hidden.new_zeros(count, width, dtype=sums)
+            sum_bias = self.hidden.new_zeros(count if need_bias else 0, dtype=sums)
+            for begin in range(0, n_rows, step):
+                some = slice(begin, min(begin + step, n_rows))
+                h = self.hidden[some]
+                logits, d = (buffer[: len(h) * count].view(len(h), count) for buffer in (tile, basis))
+                project(h, head, bias, h.dtype, logits, count)
+                gradient(logits[None], *rows.at(some), out=d[None], first_col=first)
+                if need_hidden:
+                    mm(d, head, sum_hidden[some], add=True)
+                mm(d.t(), h, sum_weight, add=True)
+                if need_bias:
+                    sum_bias += d.sum(0, dtype=sums)
+            self.grads[1][columns] = sum_weight
+            if need_bias:
+                self.grads[2][columns] = sum_bias
+        return sum_hidden
 
 
 @torch.library.custom_op("fused_po::linear_logps_bwd", mutates_args=())
@@ -137,12 +180,22 @@ def _backward(
     h = operand(h, compute_dtype, gemm_dtype(h.device, compute_dtype, logits_dtype))
     rows = rows if index is None else rows.at(index)
 
-    def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, out, first_col):
-        run = backends.get(backend).gradient
-        run(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, out, first_col)
+    kernels = backends.get(backend)
 
+    def statistics(logits, labels, want_entropy):
+        results = kernels.statistics(logits, labels, outer, inner, ignore_index, 2 * want_entropy)
+        return results[4], results[1]
+
+    def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, out, first_col):
+        grads = (g_logps, g_entropy, g_lse)
+        kernels.gradient(logits, labels, saved, entropy, *grads, outer, inner, out, first_col)
+
+    run = _Backward(h, weight, bias, grads, needs, compute_dtype, logits_dtype, tile_bytes)
     with torch.autocast(h.device.type, enabled=False):
-        sums = _gradients(h, weight, bias, rows, grads, tuple(needs), compute_dtype, logits_dtype, tile_bytes, gradient)
+        if needs[1] and weight.dtype != stats_dtype(logits_dtype):
+            sums = run.by_vocabulary(rows, gradient)
+        else:
+            sums = run.by_rows(rows, statistics, gradient)
     if needs[0]:
         grads[0].zero_()[slice(None) if index is None else index] = sums.to(hidden.dtype)
     return grads

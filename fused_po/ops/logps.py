@@ -102,11 +102,12 @@ def dense(g: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def on_rows(write, logits: Tensor, out: Tensor) -> None:
-    """write(rows of logits, rows of out); out may be logits, and is copied to where its rows cannot be a view."""
-    rows, target = as_rows(logits), as_rows(out)
+    """write(rows of logits, rows of out), of one shape; out is logits itself, or contiguous."""
+    rows = as_rows(logits)
+    target = rows if out is logits else out.view(rows.shape)
     write(rows, target)
-    if target.data_ptr() != out.data_ptr():
-        out.copy_(target.view(out.shape))
+    if out is logits and rows.data_ptr() != logits.data_ptr():  # the rows had to be copied
+        logits.copy_(rows.view(logits.shape))
 
 
 def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend):

@@ -18,6 +18,24 @@ from .statistics import launch_shape
 
 
 @triton.jit
+def gradient_columns(
+    x_block, out_block, read, write, target, dz_target, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of one row under their masks; column `target` of them (if it is one) gets dz_target."""
+    offsets = tl.arange(0, BLOCK)
+    y = load_scaled(x_block + offsets, read, inner)
+    log2p = tl.fma(y, outer * LOG2E, -shift) - norm
+    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
+    dz = tl.exp2(log2p) * (g_lse - g_logp - g_entropy * (logp + entropy))
+    dz = tl.where(offsets == target, dz_target, dz)
+    if inner is not None:
+        dz = dz * (1.0 - y * y) * inner
+    value = tl.where(read, dz * outer, 0.0)
+    tl.store(out_block + offsets, value.to(out_block.dtype.element_ty), mask=write)
+
+
+@triton.jit
 def gradient_block(
     x_row, out_row, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -25,30 +43,32 @@ def gradient_block(
     """This program's block of columns of one row. Blocks begin at 16-byte boundaries: the first may reach before 0."""
     live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
     start = tl.program_id(1) * BLOCK - before_row(out_row, GROUP)
-    columns = start + tl.arange(0, BLOCK)
-    inside = (columns >= 0) & (columns < n_cols)
-    read = (columns >= 0) & (columns < tl.where(live, n_cols, 0))
-    x_block, out_block = x_row + start, out_row + start
-    if GROUP > 1:
-        x_block, out_block = tl.multiple_of(x_block, 16), tl.multiple_of(out_block, 16)
-    scale = outer * LOG2E
-    y = load_scaled(x_block + tl.arange(0, BLOCK), read, inner)
-    log2p = y * scale - shift - norm
-    p = tl.exp2(log2p)
-    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
-    dz = p * (g_lse - g_logp - g_entropy * (logp + entropy))
-
     here = (label >= start) & (label < start + BLOCK) & (label >= 0) & (label < n_cols) & live
-    y_label = load_scaled(x_row + tl.where(here, label, 0), here, inner)
-    log2p_label = y_label * scale - shift - norm
-    p_label = tl.exp2(log2p_label)
-    logp_label = tl.where(log2p_label < FLOOR, FLOOR, log2p_label) * LN2
-    dz_label = p_label * (g_lse - g_entropy * (logp_label + entropy)) - g_logp * expm1(logp_label)
-    dz = tl.where(columns == label, dz_label, dz)
-    if inner is not None:
-        dz = dz * (1.0 - y * y) * inner
-    value = tl.where(live, dz * outer, 0.0)
-    tl.store(out_block + tl.arange(0, BLOCK), value.to(out_row.dtype.element_ty), mask=inside)
+    y = load_scaled(x_row + tl.where(here, label, 0), here, inner)
+    log2p = tl.fma(y, outer * LOG2E, -shift) - norm
+    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
+    dz_label = tl.exp2(log2p) * (g_lse - g_entropy * (logp + entropy)) - g_logp * expm1(logp)
+
+    x_block, out_block = x_row + start, out_row + start
+    target = tl.where(here, label - start, -1)
+    end = tl.minimum(n_cols - start, BLOCK)
+    offsets = tl.arange(0, BLOCK)
+    if (start >= 0) & (end % GROUP == 0):  # whole groups: 16 bytes a load and a store
+        if GROUP > 1:
+            x_block, out_block = tl.multiple_of(x_block, 16), tl.multiple_of(out_block, 16)
+        write = offsets < tl.multiple_of(end, GROUP)
+        read = offsets < tl.multiple_of(tl.where(live, end, 0), GROUP)
+        gradient_columns(
+            x_block, out_block, read, write, target, dz_label, shift, norm, entropy, g_logp, g_entropy, g_lse, outer,
+            inner, BLOCK,
+        )  # fmt: skip
+    else:
+        write = (offsets >= -start) & (offsets < end)
+        read = (offsets >= -start) & (offsets < tl.where(live, end, 0))
+        gradient_columns(
+            x_block, out_block, read, write, target, dz_label, shift, norm, entropy, g_logp, g_entropy, g_lse, outer,
+            inner, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit

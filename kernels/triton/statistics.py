@@ -41,11 +41,11 @@ def fold(y, mask, col, state, scale, OUTPUTS: tl.constexpr):
     old, d, t, q, m, first, total = state
     top = tl.max(y, 1)
     # The running maximum is kept scaled and rounded. Scaled anew each time, the product would be fused into the
-    # subtraction below, unrounded, and an unchanged maximum would rescale the sums by its rounding at every step.
+    # subtraction, unrounded, and an unchanged maximum would rescale the sums by its rounding at every step.
     shift = tl.maximum(old, top * scale)
     step = old - shift
     rescale = tl.exp2(step)
-    u = y * scale - shift[:, None]
+    u = tl.fma(y, scale, -shift[:, None])
     e = tl.exp2(u)
     if ENTROPY & OUTPUTS:
         t = (t + step * d) * rescale + tl.sum(e * tl.maximum(u, FLOOR), 1)
@@ -56,7 +56,8 @@ def fold(y, mask, col, state, scale, OUTPUTS: tl.constexpr):
             first = tl.where(top > m, col, first)
         m = tl.maximum(m, top)
     if MEAN_LOGITS & OUTPUTS:
-        total += tl.sum(y if mask is None else tl.where(mask, y, 0.0), 1)
+        # + 0.0: Triton 3.6 and 3.7 crash on a loop that adds up reductions of what it loads, unless something is between.
+        total += tl.sum(y + 0.0 if mask is None else tl.where(mask, y, 0.0), 1)
     d = d * rescale + tl.sum(e, 1)
     return shift, d, t, q, m, first, total
 
@@ -126,7 +127,7 @@ def scan_row(row_ptr, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.con
 def label_logp(row_ptr, column, valid, state, scale, inner):
     """(log-prob, y) of one column from its row's state; never above 0."""
     y = load_scaled(row_ptr + column, valid, inner)
-    logp = ((y * scale - state[0]) - log2(state[1])) * LN2
+    logp = (tl.fma(y, scale, -state[0]) - log2(state[1])) * LN2
     return tl.where(logp > 0.0, 0.0, logp), y
 
 
@@ -164,7 +165,7 @@ def statistics_kernel(
     if ENTROPY & OUTPUTS:
         tl.store(entropy_ptr + row, tl.where(valid, (norm - t / d) * LN2, 0.0))
     if LSE & OUTPUTS:  # m * scale - shift is what shift was rounded by; the sum carries the same
-        lse = m * outer + (norm - (m * scale - shift)) * LN2
+        lse = m * outer + (norm - tl.fma(m, scale, -shift)) * LN2
         tl.store(lse_ptr + row, tl.where(valid, lse, 0.0))
     if MEAN_LOGITS & OUTPUTS:
         tl.store(aux_ptr + row, tl.where(valid, total * outer / n_cols, 0.0))

@@ -1,0 +1,46 @@
+"""Where the tests run: on the GPU if there is one, else on the CPU with Triton's kernels under its interpreter."""
+
+import os
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        """The interpreter rounds the product of an fma; hardware does not, and the kernels rely on it."""
+        exact = x.data.astype("float64") * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
+@pytest.fixture
+def seed(request):
+    """A fresh seed a run, printed when the test fails; FUSED_PO_SEED repeats it."""
+    value = int(os.environ.get("FUSED_PO_SEED", random.SystemRandom().randrange(2**31)))
+    torch.manual_seed(value)
+    request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    seeds = [value for name, value in item.user_properties if name == "seed"]
+    if report.failed and seeds:
+        report.sections.append(("seed", f"repeat with FUSED_PO_SEED={seeds[0]}"))
+
+
+@pytest.fixture
+def poison():
+    """Every uninitialised tensor is full of NaN (or of the largest integer), so that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

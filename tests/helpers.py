@@ -1,0 +1,146 @@
+"""The oracle, plain PyTorch, and how the two bound our error.
+
+The oracle is float64 and closed form. Our error against it may be twice that of plain PyTorch at the same dtype, in
+maximum and in root mean square, plus the rounding of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "triton")
+IGNORE = -100
+
+
+class Scaling(NamedTuple):
+    """How raw logits become the softmax's."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, raw: torch.Tensor) -> torch.Tensor:
+        z = raw * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
+
+    def slope(self, raw: torch.Tensor) -> torch.Tensor:
+        """d z / d raw."""
+        slope = torch.full_like(raw, self.logit_scale / self.temperature)
+        if self.softcap is not None:
+            slope = slope * (1 - torch.tanh(raw * self.logit_scale / self.softcap) ** 2)
+        return slope
+
+
+def oracle(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, grads: dict) -> tuple[dict, torch.Tensor]:
+    """(statistics, gradient in raw) in float64 for raw [N, V], labels [N], and incoming gradients by name [N]."""
+    raw = raw.double()
+    valid = labels != IGNORE
+    safe = labels.clamp(min=0)
+    z = scaling.apply(raw)
+    lse = z.logsumexp(-1)
+    logp = z - lse[:, None]
+    p = logp.exp()
+    terms = torch.where(p > 0, p * logp, 0)
+    entropy = -terms.sum(-1)
+    stats = {
+        "logps": logp.gather(1, safe[:, None]).squeeze(1),
+        "entropy": entropy,
+        "lse": lse,
+        "mean_logits": z.mean(-1),
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+    }
+    stats = {name: torch.where(valid, value, 0) for name, value in stats.items()}
+    zero = torch.zeros_like(lse)
+    g_logps, g_entropy, g_lse = (grads.get(k, zero).double()[:, None] for k in ("logps", "entropy", "lse"))
+    onehot = torch.zeros_like(raw).scatter_(1, safe[:, None], 1.0)
+    dz = g_logps * (onehot - p) - g_entropy * (terms + p * entropy[:, None]) + g_lse * p
+    return stats, torch.where(valid[:, None], dz * scaling.slope(raw), 0)
+
+
+def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling) -> dict:
+    """The same statistics as a person would write them, in fp32; autograd gives their gradients."""
+    valid, safe = labels != IGNORE, labels.clamp(min=0)
+    z = scaling.apply(raw.float())
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    stats = {
+        "logps": logp.gather(1, safe[:, None]).squeeze(1),
+        "entropy": -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
+        "lse": z.logsumexp(-1),
+        "mean_logits": z.mean(-1),
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
+    }
+    return {name: torch.where(valid, value, 0) for name, value in stats.items()}
+
+
+def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: list[tuple]) -> None:
+    """Our error at most twice theirs, in maximum and in RMS, plus the rounding of the result.
+
+    theirs: plain PyTorch's (value, exact value), for this problem and others like it: one problem's error is luck.
+    """
+
+    def error(value: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+        return (value.double() - exact)[exact.isfinite()].abs().flatten()
+
+    assert ours.dtype == theirs[0][0].dtype, f"{name}: dtype {ours.dtype}, expected {theirs[0][0].dtype}"
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    infinite = ~exact.isfinite()
+    assert torch.equal(ours[infinite].double(), exact[infinite]), f"{name}: infinities differ"
+    ours_error, theirs_error = error(ours, exact), torch.cat([error(*pair) for pair in theirs])
+    if not ours_error.numel():
+        return
+    assert not ours_error.isnan().any(), f"{name}: NaN"
+    info = torch.finfo(ours.dtype)
+    rounding = exact[~infinite].abs() * info.eps / 2 + info.smallest_normal * info.eps
+    excess = (ours_error - rounding).max().item() - 2 * theirs_error.max().item()
+    assert excess <= 0, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {theirs_error.max():.3e}"
+    if ours_error.numel() < 64:  # a mean over so few is luck too
+        return
+    rms = [value.square().mean().sqrt().item() for value in (ours_error, theirs_error, rounding)]
+    assert rms[0] <= 2 * rms[1] + rms[2], f"{name}: RMS error {rms[0]:.3e}, plain PyTorch's {rms[1]:.3e}"
+
+
+@contextlib.contextmanager
+def count_launches():
+    """A list that collects the names of the Triton kernels launched meanwhile, on a GPU or interpreted."""
+    import triton
+
+    launched: list[str] = []
+    if DEVICE == "cuda":
+        hooks = triton.knobs.runtime.launch_enter_hook
+
+        def note(metadata):
+            launched.append(metadata.get()["name"])
+
+        hooks.add(note)
+        try:
+            yield launched
+        finally:
+            hooks.remove(note)
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    original = GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return original(self, *args, **kwargs)
+
+    GridExecutor.__call__ = call
+    try:
+        yield launched
+    finally:
+        GridExecutor.__call__ = original
+
+
+def random_labels(n_rows: int, n_cols: int, ignored: str = "some") -> torch.Tensor:
+    """[n_rows] labels; `ignored`: "none", "some" (a third) or "all"."""
+    labels = torch.randint(0, n_cols, (n_rows,), device=DEVICE)
+    share = {"none": 0.0, "some": 1 / 3, "all": 1.1}[ignored]
+    return torch.where(torch.rand(n_rows, device=DEVICE) < share, IGNORE, labels)

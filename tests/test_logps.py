@@ -1,0 +1,251 @@
+"""`logps_from_logits` and `linear_logps` against float64, on the whole grid, by every backend."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE, IGNORE, Scaling, assert_close, oracle, plain, random_labels
+
+import fused_po
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SCALINGS = {
+    "plain": Scaling(),
+    "temperature": Scaling(temperature=0.7),
+    "scale": Scaling(logit_scale=1 / 16),
+    "softcap": Scaling(temperature=1.3, logit_scale=0.5, softcap=5.0),
+}
+OUTPUTS = ("logps", "entropy", "lse", "mean_logits", "log_sum_sq_probs")
+DIFFERENTIABLE = OUTPUTS[:3]
+SLOW_ELEMENTS = 40_000_000  # of logits; above this only bf16 runs in the ordinary tests
+INTERPRETED_ELEMENTS = 600_000  # Triton's interpreter takes seconds for more
+
+
+def grid():
+    """(backend, dtype, V, N) with the large cases marked slow, or left out where the interpreter would take minutes."""
+    for backend, dtype, v, n in itertools.product(BACKENDS, DTYPES, (2, 127, 4097, 50257, 151936), (0, 1, 7, 513)):
+        marks = []
+        if v * n > SLOW_ELEMENTS and dtype != torch.bfloat16:
+            marks = [pytest.mark.slow]
+        if backend == "triton" and DEVICE == "cpu":
+            if v * n > 2_200_000:
+                continue
+            if v * n > INTERPRETED_ELEMENTS and dtype != torch.bfloat16:
+                marks = [pytest.mark.slow]
+        yield pytest.param(backend, dtype, v, n, marks=marks, id=f"{backend}-{NAMES[dtype]}-{v}-{n}")
+
+
+def incoming(n_rows: int, names=DIFFERENTIABLE) -> dict:
+    """Gradients of the statistics: +1 or -1, so that all rows weigh the same, and 0 in a tenth of the rows."""
+    signs = {name: torch.randint(0, 2, (n_rows,), device=DEVICE) * 2.0 - 1 for name in names}
+    dead = torch.rand(n_rows, device=DEVICE) < 0.1
+    return {name: g.masked_fill(dead, 0) for name, g in signs.items()}
+
+
+def baseline_rows(n: int, v: int) -> int:
+    """One row's error is luck: plain PyTorch's is taken over at least so many."""
+    return max(n, 256 if v < 5000 else 64)
+
+
+def weigh(stats: dict, grads: dict) -> torch.Tensor:
+    return sum((stats[name] * g).sum() for name, g in grads.items())
+
+
+def check_logits(logits, labels, scaling, backend, outputs=OUTPUTS, n=None):
+    """Forward and gradient of the first n rows of logits [N, V] against the oracle; all N rows bound the error."""
+    n = len(logits) if n is None else n
+    names = [name for name in outputs if name in DIFFERENTIABLE]
+    grads = incoming(labels.numel(), names)
+    some = {name: g[:n] for name, g in grads.items()}
+    ours_in, plain_in = logits[:n].detach().requires_grad_(), logits.detach().clone().requires_grad_()
+    ours = fused_po.logps_from_logits(ours_in, labels[:n], **scaling._asdict(), outputs=outputs, backend=backend)
+    weigh(ours._asdict(), some).backward()
+    theirs = plain(plain_in, labels, scaling)
+    weigh(theirs, grads).backward()
+    exact, exact_grad = oracle(logits, labels, scaling, grads)
+    for name in outputs:
+        assert_close(name, getattr(ours, name).detach(), exact[name][:n], [(theirs[name].detach(), exact[name])])
+        assert (getattr(ours, name)[labels[:n] == IGNORE] == 0).all(), name
+    plain_grad = plain_in.grad.masked_fill(logits == -torch.inf, 0)
+    assert_close("gradient", ours_in.grad, exact_grad[:n], [(plain_grad, exact_grad)])
+    assert (ours_in.grad[labels[:n] == IGNORE] == 0).all()
+
+
+@pytest.mark.parametrize("backend, dtype, v, n", list(grid()))
+def test_logits_grid(backend, dtype, v, n, seed, poison):
+    rows = baseline_rows(n, v)
+    logits = (torch.randn(rows, v, device=DEVICE) * 3).to(dtype)
+    check_logits(logits, random_labels(rows, v), Scaling(), backend, n=n)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("ignored", ("none", "some", "all"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.values())
+def test_logits_scaling_and_ignored(backend, scaling, ignored, dtype, seed, poison):
+    logits = (torch.randn(256, 1003, device=DEVICE) * 4).to(dtype)
+    labels = random_labels(256, 1003, "none")
+    labels[:9] = random_labels(9, 1003, ignored)
+    check_logits(logits, labels, scaling, backend, n=9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("outputs", [(name,) for name in OUTPUTS[:3]] + [("entropy", "lse"), ("logps", "lse")])
+def test_each_output_alone(backend, outputs, seed, poison):
+    logits, labels = torch.randn(256, 300, device=DEVICE), random_labels(256, 300)
+    check_logits(logits, labels, Scaling(), backend, outputs, n=6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.values())
+@pytest.mark.parametrize("v", (33, 1003, 4500))
+def test_minus_infinity_is_a_masked_vocabulary(backend, dtype, v, seed, poison):
+    logits = torch.randn(256, v, device=DEVICE).to(dtype) * 2
+    labels = random_labels(256, v, "none")
+    masked = torch.rand(256, v, device=DEVICE) < 0.5
+    masked[0] = True  # only the label is left
+    masked[1, : v - 5] = True
+    labels[1] = v - 1
+    masked.scatter_(1, labels[:, None], False)
+    logits = logits.masked_fill(masked, -torch.inf)
+    check_logits(logits, labels, Scaling(), backend, n=12)
+    x = logits[:12].clone().requires_grad_()
+    fused_po.logps_from_logits(x, labels[:12], backend=backend).logps.sum().backward()
+    assert (x.grad[masked[:12]] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_rows_keep_their_gradient(backend, seed):
+    """p of the label up to 1 - 1e-7: 1 - p must not come from subtracting p from 1."""
+    gap = torch.linspace(1, 16, 256, device=DEVICE)
+    logits = torch.randn(256, 10, device=DEVICE)
+    logits[:, 3] = logits.max(-1).values + gap
+    labels = torch.full((256,), 3, device=DEVICE)
+    check_logits(logits, labels, Scaling(), backend)
+    stats = fused_po.logps_from_logits(logits, labels, backend=backend)
+    assert (stats.logps <= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("v", (20, 5000))
+def test_is_top1_is_argmax_with_ties(backend, v, seed):
+    logits = torch.randint(0, 4, (64, v), device=DEVICE).to(torch.bfloat16)
+    first = logits.float().argmax(-1)
+    labels = torch.where(torch.rand(64, device=DEVICE) < 0.6, first, torch.randint(0, v, (64,), device=DEVICE))
+    labels[0] = IGNORE
+    expected = (first == labels) & (labels != IGNORE)
+    got = fused_po.logps_from_logits(logits, labels, outputs=("is_top1",), backend=backend).is_top1
+    assert got.dtype == torch.bool
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("v", (16, 57, 4099))
+def test_strides(backend, dtype, v, seed, poison):
+    """Slices, transposes, unaligned starts: the same numbers as from contiguous logits, bitwise, gradients too."""
+    base = torch.randn(3, 6, v + 3, device=DEVICE).to(dtype)
+    views = {
+        "shifted": base[:, :-1, :v],
+        "unaligned": base[:, 1:, 3:],
+        "batch": base[1, :, :v],
+        "transposed rows": base[..., :v].transpose(0, 1),
+        "strided columns": torch.randn(v, 4, device=DEVICE).to(dtype).t(),
+        "four dimensions": base.view(3, 2, 3, v + 3)[:, :, 1:, :v],
+        "one row": base[0, 0, :v],
+        "expanded": base[:1, :1, :v].expand(2, 2, v),
+    }
+    for name, view in views.items():
+        labels = random_labels(view.shape[:-1].numel(), v).view(view.shape[:-1])
+        results = []
+        for x in (view.detach(), view.detach().contiguous()):
+            x = x.requires_grad_()
+            stats = fused_po.logps_from_logits(x, labels, outputs=("logps", "entropy"), backend=backend)
+            grad = torch.autograd.grad((stats.logps + 0.3 * stats.entropy).sum(), x)[0]
+            results.append((stats.logps, stats.entropy, grad))
+        for ours, expected in zip(*results):
+            # Unaligned rows are summed in another order.
+            torch.testing.assert_close(ours, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_broken_rows_stay_alone(backend, seed):
+    logits = torch.randn(5, 400, device=DEVICE)
+    logits[1, 7], logits[2, 9], logits[3] = torch.nan, torch.inf, -torch.inf
+    labels = torch.tensor([3, 4, 5, 6, 7], device=DEVICE)
+    x = logits.clone().requires_grad_()
+    stats = fused_po.logps_from_logits(x, labels, outputs=("logps", "entropy", "lse"), backend=backend)
+    stats.logps.sum().backward()
+    for value in stats[:2]:
+        assert value.isnan().tolist() == [False, True, True, True, False]
+    assert x.grad.isnan().any(-1).tolist() == [False, True, True, True, False]
+    assert x.grad.isfinite().all(-1)[[0, 4]].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_past_two_to_the_31(backend, seed):
+    """Two rows 2^31 elements apart, in memory that is never touched between them."""
+    v, apart = 300, 2**31 + 16
+    storage = torch.empty(apart + v, dtype=torch.bfloat16, device=DEVICE)
+    logits = storage.as_strided((2, v), (apart, 1))
+    logits.copy_(torch.randn(2, v, device=DEVICE))
+    labels = random_labels(2, v, "none")
+    got = fused_po.logps_from_logits(logits, labels, backend=backend).logps
+    expected = fused_po.logps_from_logits(logits.contiguous(), labels, backend=backend).logps
+    torch.testing.assert_close(got, expected)
+
+
+def check_linear(hidden, weight, bias, labels, scaling, backend, schedule=None, n=None):
+    """Forward and gradients of the first n rows of hidden [N, H] against the oracle; all N rows bound the error.
+
+    A GEMM's rounding depends on its shape, so plain PyTorch's gradients are taken for n rows at a time.
+    """
+    n = len(hidden) if n is None else n
+    grads = incoming(labels.numel())
+    head = [weight] if bias is None else [weight, bias]
+    ours_in = [t.detach().clone().requires_grad_() for t in (hidden[:n], *head)]
+    how = dict(outputs=OUTPUTS, backend=backend, schedule=schedule)
+    ours = fused_po.linear_logps(ours_in[0], ours_in[1], labels[:n], *ours_in[2:], **scaling._asdict(), **how)
+    weigh(ours._asdict(), {name: g[:n] for name, g in grads.items()}).backward()
+
+    h, w = hidden.double(), weight.double()
+    exact, exact_raw = oracle(h @ w.T + (0 if bias is None else bias.double()), labels, scaling, grads)
+    theirs = plain(torch.nn.functional.linear(hidden, *head), labels, scaling)
+    for name in OUTPUTS:
+        assert_close(name, getattr(ours, name).detach(), exact[name][:n], [(theirs[name], exact[name])])
+        assert (getattr(ours, name)[labels[:n] == IGNORE] == 0).all(), name
+
+    problems = []  # (plain PyTorch's gradients, the exact ones) of hidden, weight and bias, n rows a problem
+    for begin in range(0, min(len(hidden), 16 * n) - n + 1 if n else 1, max(n, 1)):
+        rows = slice(begin, begin + n)
+        plain_in = [t.detach().clone().requires_grad_() for t in (hidden[rows], *head)]
+        stats = plain(torch.nn.functional.linear(*plain_in), labels[rows], scaling)
+        weigh(stats, {name: g[rows] for name, g in grads.items()}).backward()
+        exact_grads = (exact_raw[rows] @ w, exact_raw[rows].T @ h[rows], exact_raw[rows].sum(0))
+        problems.append([(t.grad, e) for t, e in zip(plain_in, exact_grads)])
+    for i, t in enumerate(ours_in):
+        name = "gradient of " + ("hidden", "weight", "bias")[i]
+        assert_close(name, t.grad, problems[0][i][1], [problem[i] for problem in problems])
+
+
+@pytest.mark.parametrize("backend, dtype, v, n", list(grid()))
+def test_linear_grid(backend, dtype, v, n, seed, poison):
+    width, rows = 24, baseline_rows(n, v)
+    hidden = torch.randn(rows, width, device=DEVICE).to(dtype)
+    weight = (torch.randn(v, width, device=DEVICE) / 2).to(dtype)
+    check_linear(hidden, weight, None, random_labels(rows, v), Scaling(), backend, n=n)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("ignored", ("none", "some", "all"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.values())
+def test_linear_scaling_bias_and_tiles(backend, scaling, ignored, dtype, seed, poison):
+    hidden = torch.randn(256, 16, device=DEVICE).to(dtype)
+    weight = (torch.randn(203, 16, device=DEVICE) / 2).to(dtype)
+    bias = torch.randn(203, device=DEVICE).to(dtype)
+    labels = random_labels(256, 203, "none")
+    labels[:11] = random_labels(11, 203, ignored)
+    small = fused_po.Schedule(tile_bytes=4 * 203 * 3)  # three rows a tile, a few dozen columns a block
+    check_linear(hidden, weight, bias, labels, scaling, backend, small, n=11)
