@@ -10,21 +10,35 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 root = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (root / "fused_po" / "__init__.py").read_text())[1]
+source = (root / "fused_po" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
 backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init__.py"))
 
 demo = ["transformers>=5.17", "tokenizers", "safetensors", "tqdm", "matplotlib"]
 data = ["datasets"]
-test = ["pytest", "pytest-benchmark", "hypothesis", "ninja", "expecttest"]
+test = ["pytest", "pytest-benchmark", "hypothesis", "ninja"]
 
 setup(
     name="fused-po",
     version=version,
     description="Fused log-probs and preference losses (DPO and beyond) for training language models",
-    long_description=(root / "README.md").read_text(),
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["DPO", "RLHF", "preference optimization", "log-probs", "language models", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["fused_po*"]) + [f"fused_po.kernels.{name}" for name in backends],
     package_dir={f"fused_po.kernels.{name}": f"kernels/{name}" for name in backends},

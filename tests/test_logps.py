@@ -166,7 +166,9 @@ def test_strides(backend, dtype, v, seed, poison):
             results.append((stats.logps, stats.entropy, grad))
         for ours, expected in zip(*results):
             # Unaligned rows are summed in another order.
-            torch.testing.assert_close(ours, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                ours, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6, msg=name
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,20 +23,20 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     return kernels.unsupported(name, device, dtype)
 
 
-def resolve(backend: str | None, tensor: torch.Tensor) -> str:
-    """The name of the backend for this tensor. A backend asked for by name runs or raises; None takes the best.
+@torch.compiler.assume_constant_result
+def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend for such tensors. A backend asked for by name runs or raises; None takes the best.
 
     On CPU tensors None means the reference, even where Triton's interpreter could run: that is for tests.
     """
     if backend is None:
-        if tensor.device.type != "cpu":
-            for name in kernels.NAMES:
-                if kernels.unsupported(name, tensor.device, tensor.dtype) is None:
-                    return name
         backend = "reference"
+        if device.type != "cpu":
+            able = (name for name in kernels.NAMES if kernels.unsupported(name, device, dtype) is None)
+            backend = next(able, backend)
     if backend not in NAMES:
         raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, NAMES))}, or None to choose")
-    reason = unsupported(backend, tensor.device, tensor.dtype)
+    reason = unsupported(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {reason}; backend=None takes one that can")
     return backend
@@ -49,10 +49,9 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     {'triton': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reasons = {name: unsupported(name, device, dtype) for name in NAMES}
-    able = [name for name in NAMES if reasons[name] is None]
-    chosen = "reference" if device.type == "cpu" else (able[0] if able else None)
+    chosen = resolve(None, device, dtype)
     said = {}
-    for name, reason in reasons.items():
+    for name in NAMES:
+        reason = unsupported(name, device, dtype)
         said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else "yes, by name"
     return said

@@ -17,7 +17,15 @@ from torch import Tensor
 from fused_po import checks
 from fused_po.ops import backend as backends
 from fused_po.ops.gemm import gemm_dtype, head_block, head_slices, mm, operand, project
-from fused_po.ops.logps import TokenStats, dense, fake_stats, output_bits, refuse_second_derivative, token_stats
+from fused_po.ops.logps import (
+    TokenStats,
+    dense,
+    fake_stats,
+    output_bits,
+    refuse_second_derivative,
+    requested,
+    token_stats,
+)
 from fused_po.reference import stats_dtype
 from fused_po.schedule import Schedule
 
@@ -214,17 +222,18 @@ def _(hidden, weight, bias, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, ctx.outer, ctx.inner, ctx.ignore_index, _, *ctx.how = inputs
+    hidden, weight, bias, labels, ctx.outer, ctx.inner, ctx.ignore_index, ctx.outputs, *ctx.how = inputs
     ctx.save_for_backward(hidden, weight, bias, labels, output[4], output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
-    if g_logps is None and g_entropy is None and g_lse is None:
+    given = requested((g_logps, g_entropy, g_lse), ctx.outputs)
+    if all(g is None for g in given):
         return (None,) * 13
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     scalars = (ctx.outer, ctx.inner, ctx.ignore_index, *ctx.how, needs)
-    grads = torch.ops.fused_po.linear_logps_bwd(*ctx.saved_tensors, g_logps, g_entropy, g_lse, *scalars)
+    grads = torch.ops.fused_po.linear_logps_bwd(*ctx.saved_tensors, *given, *scalars)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * 10
 
 
@@ -301,7 +310,7 @@ def linear_logps(
     schedule = schedule or Schedule()
     dtype = compute_dtype(hidden, weight)
     logits_dtype = schedule.logits_dtype_for(dtype)
-    name = backends.resolve(backend, hidden.new_empty(0, dtype=logits_dtype))
+    name = backends.resolve(backend, hidden.device, logits_dtype)
     *results, _ = _forward(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), outer, inner, ignore_index, bits,
         dtype, logits_dtype, schedule.tile_bytes_on(hidden.device), schedule.compact, name,

@@ -141,18 +141,24 @@ def _backward_(
     _gradient(logits, logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend)
 
 
+def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[Tensor], ...]:
+    """The incoming gradients of logps, entropy and lse; None for an output without elements."""
+    return tuple(g if bits >> i & 1 else None for i, g in enumerate(grads))
+
+
 def _setup_context(ctx, inputs, output):
-    logits, labels, ctx.outer, ctx.inner, _, _, ctx.inplace, ctx.backend = inputs
+    logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend = inputs
     _, entropy, _, _, saved = output
     ctx.save_for_backward(logits, labels, saved, entropy)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
-    if g_logps is None and g_entropy is None and g_lse is None:
+    grads = requested((g_logps, g_entropy, g_lse), ctx.outputs)
+    if all(g is None for g in grads):
         return (None,) * 8
     logits, labels, saved, entropy = ctx.saved_tensors
-    arguments = (labels, saved, entropy, g_logps, g_entropy, g_lse, ctx.outer, ctx.inner, ctx.backend)
+    arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend)
     if ctx.inplace:
         grad = logits.detach()
         torch.ops.fused_po.logps_bwd_(grad, *arguments)
@@ -220,7 +226,7 @@ def logps_from_logits(
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
     bits = output_bits(outputs)
-    name = backends.resolve(backend, logits)
+    name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
     *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name)
     return token_stats(tuple(results), bits, labels.shape)

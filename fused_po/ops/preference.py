@@ -300,9 +300,9 @@ def dpo_from_logits(
         ref_logits = ref_logits.detach()
     loss_numbers = _check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, logits.device)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
-    name = backends.resolve(backend, logits)
+    name = backends.resolve(backend, logits.device, logits.dtype)
     if ref_logits is not None and ref_logits.dtype != logits.dtype:
-        backends.resolve(name, ref_logits)
+        backends.resolve(name, ref_logits.device, ref_logits.dtype)
     ref_logps = None if ref_logps is None else ref_logps.detach().to(stats_dtype(logits.dtype))
     beta, smoothing, coef = loss_numbers
     results = _logits_forward(
@@ -370,6 +370,6 @@ def linear_dpo(
         with torch.no_grad():
             ref_logps = linear_logps(ref_hidden, ref_weight, labels, ref_bias, **how).logps
     beta, smoothing, coef = numbers
-    name = backends.resolve(backend, logps)
+    name = backends.resolve(backend, logps.device, logps.dtype)
     results = _forward(logps, labels, ref_logps.detach().to(logps.dtype), beta, smoothing, kl, coef, ignore_index, name)
     return _output(results, labels, kl)

@@ -1,0 +1,66 @@
+# `make` lists the targets. Each makes .venv on its first run, and again when what it was made from changes.
+#
+#   make test ARGS="-k dpo"              arguments for the program behind a target
+#   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
+#   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
+#   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
+
+PYTHON ?= python3
+PIP_INSTALL ?=
+ARGS ?=
+
+ifdef NO_VENV
+RUN := $(PYTHON)
+READY := own-packages
+else
+RUN := .venv/bin/python
+READY := .venv/installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow bench lint gpu-check clean own-packages
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(READY) ## install fused_po, editable, with all that the other targets need
+
+demo: $(READY) ## train a small language model with DPO: examples/dpo.py
+	$(RUN) examples/dpo.py $(ARGS)
+
+test: $(READY) ## the ordinary tests
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## the slow tests alone
+	$(RUN) -m pytest -m slow $(ARGS)
+
+bench: $(READY) ## the benchmarks
+	$(RUN) -m pytest benchmarks -m "" $(ARGS)
+
+lint: $(READY) ## formatting and lints
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+NO_GPU := gpu-check: torch finds no CUDA GPU here. With one, this runs the whole test suite on it, slow tests included.
+
+gpu-check: $(READY) ## every test, slow ones too, on a CUDA GPU; fails if there is none
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("$(NO_GPU)")'
+	$(RUN) -m pytest -m "" $(ARGS)
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+OLD := $(PYTHON) is older than Python 3.10, which is needed: make PYTHON=python3.12, say.
+NO_PIP := $(PYTHON) has no venv or ensurepip. On Debian and Ubuntu: apt install python3-venv. Or make PYTHON=another.
+
+.venv/installed: setup.py pyproject.toml constraints.txt fused_po/__init__.py $(wildcard kernels/*/__init__.py)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(OLD)")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo '$(NO_PIP)' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install $(PIP_INSTALL) -c constraints.txt setuptools
+	.venv/bin/python -m pip install $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+own-packages:
+	$(PYTHON) -m pip install $(PIP_INSTALL) --no-deps --no-build-isolation -e .

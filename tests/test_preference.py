@@ -1,0 +1,252 @@
+"""The flagship against float64 in the tests' own words: loss, KL, rewards, gradients, launches."""
+
+import math
+
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE, IGNORE, Scaling, assert_close, count_launches, random_labels
+
+import fused_po
+
+KLS = (None, "k1", "k2", "k3")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dpo_in_torch(logits, labels, ref_logps, beta, smoothing, kl, kl_coef, dtype):
+    """The loss and everything reported, of logits [2B, T, V], by autograd in `dtype`; ref_logps [2B, T]."""
+    valid = labels != IGNORE
+    logp = logits.to(dtype).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    logp, ref = (torch.where(valid, t.to(dtype), 0) for t in (logp, ref_logps))
+    chosen, rejected = logp.sum(-1).chunk(2)
+    ref_chosen, ref_rejected = ref.sum(-1).chunk(2)
+    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    h = rewards[0] - rewards[1]
+    log_sigmoid = torch.nn.functional.logsigmoid
+    losses = -(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h)
+    out = dict(losses=losses, chosen_logps=chosen, rejected_logps=rejected)
+    out |= dict(chosen_rewards=rewards[0], rejected_rewards=rewards[1], margins=h)
+    out["loss"] = losses.mean()
+    if kl:
+        r = logp - ref
+        k = {"k1": r, "k2": r * r / 2, "k3": torch.exp(-r) - 1 + r}[kl]
+        out["kl_per_token"], out["kl"] = k, k.sum() / valid.sum()
+        out["loss"] = out["loss"] + kl_coef * out["kl"]
+    return out
+
+
+def batch(pairs=3, length=5, v=70, dtype=torch.float32, distance=0.3):
+    """(logits, labels, ref_logits): policy and reference a little apart, prompts and padding ignored."""
+    logits = (torch.randn(2 * pairs, length, v, device=DEVICE) * 2).to(dtype)
+    ref_logits = (logits.float() + distance * torch.randn_like(logits.float())).to(dtype)
+    labels = random_labels(2 * pairs * length, v).view(2 * pairs, length)
+    labels[:, 0] = IGNORE
+    labels[:, 1] = 0
+    return logits, labels, ref_logits
+
+
+def ref_logps_of(ref_logits, labels):
+    picked = ref_logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(labels != IGNORE, picked, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
+    coef = 0.4 if kl else 0.0
+    how = (0.3, smoothing, kl, coef)
+    problems, first = [], None
+    for _ in range(32):  # one problem's error is luck
+        logits, labels, ref_logits = batch(dtype=dtype)
+        ref32 = torch.where(
+            labels != IGNORE,
+            ref_logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1),
+            0,
+        )
+        sides = []
+        for refs, precision in ((ref32, torch.float32), (ref_logps_of(ref_logits, labels), torch.float64)):
+            x = (logits if precision == torch.float32 else logits.double()).detach().requires_grad_()
+            out = dpo_in_torch(x, labels, refs, *how, precision)
+            (out["loss"] * 2 + out["losses"].sum() - out["rejected_logps"].sum() * 0.1).backward()
+            sides.append({**{k: v.detach() for k, v in out.items()}, "gradient": x.grad})
+        problems.append(sides)
+        if first is None:
+            first = (logits, labels, ref_logits)
+    x = first[0].detach().requires_grad_()
+    settings = dict(beta=how[0], label_smoothing=smoothing, kl=kl, kl_coef=coef, backend=backend)
+    ours = fused_po.dpo_from_logits(x, first[1], first[2], **settings)
+    (ours.loss * 2 + ours.losses.sum() - ours.rejected_logps.sum() * 0.1).backward()
+    got = {**ours._asdict(), "gradient": x.grad}
+    for name, exact in problems[0][1].items():
+        assert_close(name, got[name].detach(), exact, [(sides[0][name], sides[1][name]) for sides in problems])
+    assert torch.equal(ours.accuracy, (ours.margins > 0).to(ours.accuracy.dtype))
+    assert (x.grad[first[1] == IGNORE] == 0).all()
+    if kl:
+        assert (ours.kl_per_token[first[1] == IGNORE] == 0).all()
+    else:
+        assert ours.kl is None and ours.kl_per_token is None
+    detached = (ours.chosen_rewards, ours.rejected_rewards, ours.margins, ours.accuracy, ours.kl, ours.kl_per_token)
+    assert not any(t is not None and t.requires_grad for t in detached)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("reference", ("logits", "tokens", "sums"))
+def test_gradcheck_dpo_from_logits(kl, reference, seed):
+    if kl and reference == "sums":
+        kl = None
+    logits, labels, ref_logits = batch(2, 3, 9, torch.float64)
+    ref = ref_logps_of(ref_logits, labels)
+    refs = {"logits": (ref_logits, None), "tokens": (None, ref), "sums": (None, ref.sum(-1))}[reference]
+
+    def run(x):
+        how = dict(beta=0.5, label_smoothing=0.1, kl=kl, kl_coef=0.7 if kl else 0.0, temperature=0.8, softcap=6.0)
+        return fused_po.dpo_from_logits(x, labels, *refs, **how)[:4]
+
+    assert torch.autograd.gradcheck(run, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("kl", KLS)
+def test_gradcheck_linear_dpo(kl, seed):
+    hidden, weight, bias = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((4, 3, 5), (9, 5), (9,)))
+    ref_hidden, ref_weight = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((4, 3, 6), (9, 6)))
+    labels = random_labels(12, 9).view(4, 3)
+
+    def run(h, w, b):
+        how = dict(beta=0.5, kl=kl, kl_coef=0.7 if kl else 0.0)
+        return fused_po.linear_dpo(h, w, labels, ref_hidden, ref_weight, bias=b, **how)[:4]
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (hidden, weight, bias)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kl", KLS)
+def test_equal_policy_and_reference_give_exactly_zero(backend, kl, seed, poison):
+    logits, labels, _ = batch(dtype=torch.bfloat16)
+    out = fused_po.dpo_from_logits(logits, labels, logits.clone(), kl=kl, kl_coef=0.5 if kl else 0.0, backend=backend)
+    hidden, weight = torch.randn(6, 5, 8, device=DEVICE), torch.randn(70, 8, device=DEVICE)
+    trained = hidden.clone().requires_grad_()
+    linear = fused_po.linear_dpo(trained, weight, labels, hidden, weight, kl=kl, backend=backend)
+    for o in (out, linear):
+        assert (o.chosen_rewards == 0).all() and (o.rejected_rewards == 0).all() and (o.margins == 0).all()
+        assert (o.losses == torch.tensor(math.log(2.0), dtype=torch.float32)).all()
+        assert o.loss == torch.tensor(math.log(2.0), dtype=torch.float32) or abs(o.loss.item() - math.log(2)) < 1e-7
+        assert kl is None or (o.kl == 0 and (o.kl_per_token == 0).all())
+
+
+@pytest.mark.parametrize("kl, kl_coef", [(None, 0.0), ("k3", 0.2)])
+@pytest.mark.parametrize("inplace", (False, True))
+def test_two_launches_forward_one_backward(kl, kl_coef, inplace, seed):
+    logits, labels, ref_logits = batch()
+    x = (logits * 1.0).requires_grad_() * 1.0
+    how = dict(kl=kl, kl_coef=kl_coef, inplace_backward=inplace, backend="triton")
+    with count_launches() as forward:
+        out = fused_po.dpo_from_logits(x, labels, ref_logits, **how)
+    with count_launches() as backward:
+        (out.loss + out.losses.sum() + out.chosen_logps.sum()).backward()
+    assert forward == ["pair_statistics_kernel", "dpo_kernel"]
+    assert backward == ["dpo_gradient_kernel"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forms_of_the_reference_agree(backend, seed):
+    logits, labels, ref_logits = batch()
+    ref = fused_po.logps_from_logits(ref_logits, labels, backend=backend).logps
+    noise = torch.where(labels == IGNORE, torch.nan, ref)  # what stands at ignored positions is not looked at
+    outs = []
+    for refs in ((ref_logits, None), (None, ref), (None, noise), (None, ref.sum(-1)), (ref_logits.double(), None)):
+        if backend == "triton" and refs[0] is not None and refs[0].dtype == torch.float64:
+            continue
+        x = logits.clone().requires_grad_()
+        out = fused_po.dpo_from_logits(x, labels, *refs, beta=0.3, backend=backend)
+        out.loss.backward()
+        outs.append((out.loss, out.margins, out.chosen_logps, x.grad))
+    for other in outs[1:]:
+        for a, b in zip(other, outs[0]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kl", (None, "k2"))
+def test_linear_and_logits_forms_agree(backend, kl, seed, poison):
+    hidden, weight, bias = (torch.randn(s, device=DEVICE) for s in ((6, 5, 8), (70, 8), (70,)))
+    ref_hidden, ref_weight = torch.randn(6, 5, 4, device=DEVICE), torch.randn(70, 4, device=DEVICE)
+    labels = random_labels(30, 70).view(6, 5)
+    how = dict(beta=0.2, label_smoothing=0.1, kl=kl, kl_coef=0.3 if kl else 0.0, temperature=1.5, backend=backend)
+    results = []
+    for linear in (True, False):
+        h, w, b = (t.clone().requires_grad_() for t in (hidden, weight, bias))
+        if linear:
+            out = fused_po.linear_dpo(h, w, labels, ref_hidden, ref_weight, bias=b, **how)
+        else:
+            out = fused_po.dpo_from_logits(h @ w.T + b, labels, ref_hidden @ ref_weight.T, **how)
+        (out.loss + out.chosen_logps.sum()).backward()
+        results.append([*(t for t in out if t is not None), h.grad, w.grad, b.grad])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_losses_in_plain_pytorch(backend, seed):
+    logits, labels, ref_logits = batch()
+    mask = labels != IGNORE
+    logps, ref = (fused_po.logps_from_logits(t, labels, backend=backend).logps for t in (logits, ref_logits))
+    sums = [fused_po.sequence_logps(t, mask).chunk(2) for t in (logps, ref)]
+    losses = fused_po.losses.dpo(*sums[0], *sums[1], beta=0.3, label_smoothing=0.1)
+    kl = fused_po.losses.kl_loss(logps, ref, "k3")
+    expected = losses.mean() + 0.2 * (kl * mask).sum() / mask.sum()
+    how = dict(beta=0.3, label_smoothing=0.1, kl="k3", kl_coef=0.2, backend=backend)
+    out = fused_po.dpo_from_logits(logits, labels, ref_logits, **how)
+    torch.testing.assert_close(out.losses, losses)
+    torch.testing.assert_close(out.kl_per_token, kl * mask, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dpo_gradient_is_the_papers(backend, seed):
+    """-beta s(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)): DPO, section 4."""
+    logits, labels, ref_logits = batch(1, 4, 30)
+    x = logits.clone().requires_grad_()
+    out = fused_po.dpo_from_logits(x, labels, ref_logits, beta=0.7, backend=backend)
+    out.loss.backward()
+    y = logits.double().requires_grad_()
+    logp = y.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    chosen, rejected = torch.where(labels != IGNORE, logp, 0).sum(-1)
+    (direction,) = torch.autograd.grad(chosen - rejected, y)
+    weight = torch.sigmoid(out.rejected_rewards - out.chosen_rewards).double()
+    torch.testing.assert_close(x.grad.double(), -0.7 * weight * direction, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gap", (60.0, -60.0, 1e4, -1e4))
+def test_extreme_margins(backend, gap, seed):
+    logits, labels, _ = batch(1, 3, 20)
+    x = logits.clone().requires_grad_()
+    sums = fused_po.logps_from_logits(logits, labels, backend=backend).logps.sum(-1)
+    reference = sums - torch.tensor([gap, 0.0], device=DEVICE)
+    out = fused_po.dpo_from_logits(x, labels, ref_logps=reference, beta=1.0, backend=backend)
+    out.loss.backward()
+    expected = torch.nn.functional.softplus(torch.tensor(-gap, dtype=torch.float64)).item()
+    assert out.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-30)
+    assert x.grad.isfinite().all()
+    if gap > 100:
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batches_and_empty_answers(backend, seed, poison):
+    empty = fused_po.dpo_from_logits(
+        torch.zeros(0, 4, 9, device=DEVICE, requires_grad=True),
+        torch.zeros(0, 4, dtype=torch.long, device=DEVICE),
+        torch.zeros(0, 4, 9, device=DEVICE),
+        kl="k1",
+        backend=backend,
+    )
+    empty.loss.backward()
+    assert empty.loss.item() == 0 and empty.losses.shape == (0,) and empty.kl.item() == 0
+    logits = torch.randn(4, 3, 9, device=DEVICE, requires_grad=True)
+    labels = torch.full((4, 3), IGNORE, device=DEVICE)
+    out = fused_po.dpo_from_logits(logits, labels, logits.detach() + 1, kl="k3", kl_coef=1.0, backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log(2)) and out.kl.item() == 0
+    assert (logits.grad == 0).all()
