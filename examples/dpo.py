@@ -1,6 +1,6 @@
 """Direct preference optimisation, start to end: supervised training of a small model, then DPO against it.
 
-    python examples/dpo.py                                              # a tiny Llama on the shipped data, minutes on a CPU
+    python examples/dpo.py                    # a tiny Llama on the shipped data, minutes on a CPU
     python examples/dpo.py --model Qwen/Qwen3-0.6B --dataset data.jsonl --test-dataset test.jsonl --sft-steps 0
 
 Rows have the strings prompt, chosen, rejected. The loss is `fused_po.linear_dpo` on the hidden states: no logits exist.

@@ -161,7 +161,7 @@ def dpo(
     tokens: Tensor, labels: Tensor, ref_sums: Tensor | None, beta: float, label_smoothing: float, kl: str | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) from tokens[4, 2B * T] and labels[2B, T].
+    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) of tokens[4, 2B * T], labels[2B, T].
 
     ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
     """

@@ -85,10 +85,10 @@ def test_bad_data_file(text, message, tmp_path):
 
 
 def test_unreadable_data_file(tmp_path):
-    with pytest.raises(SystemExit, match="none.jsonl: cannot be read"):
+    with pytest.raises(SystemExit, match=r"none.jsonl: cannot be read"):
         common.read_pairs(str(tmp_path / "none.jsonl"), "train")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(SystemExit, match="latin.jsonl: cannot be read"):
+    with pytest.raises(SystemExit, match=r"latin.jsonl: cannot be read"):
         common.read_pairs(str(tmp_path / "latin.jsonl"), "train")
 
 
@@ -156,11 +156,11 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(7))
     for name in ("model/model.safetensors", "model/tokenizer.json", "curves.png", "arguments.json"):
         assert (whole / name).stat().st_size > 100
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match=r"holds a run already"):
         dpo.train(arguments(small_data, whole))
-    with pytest.raises(SystemExit, match="started with other arguments .beta: 0.1 then, 0.5 now"):
+    with pytest.raises(SystemExit, match=r"started with other arguments .beta: 0.1 then, 0.5 now"):
         dpo.train(arguments(small_data, whole, "--resume", "--beta", "0.5"))
-    with pytest.raises(SystemExit, match="no checkpoint to resume from"):
+    with pytest.raises(SystemExit, match=r"no checkpoint to resume from"):
         dpo.train(arguments(small_data, tmp_path / "none", "--resume"))
     again = arguments(small_data, tmp_path / "again", "--model", str(whole / "model"), "--sft-steps", "0")
     assert set(dpo.train(again)) == {"before", "after"}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, Scaling, assert_close, count_launches, random_labels
+from helpers import BACKENDS, DEVICE, IGNORE, assert_close, count_launches, random_labels
 
 import fused_po
 

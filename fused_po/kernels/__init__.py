@@ -1,6 +1,6 @@
 """The kernel backends by name. The only way in to the device code, which is imported on first use.
 
-The device code lies in the top-level folder `kernels/`, one folder a backend, installed as `fused_po.kernels.<backend>`.
+The device code lies in the top-level folder `kernels/`, a folder a backend, installed as `fused_po.kernels.<backend>`.
 """
 
 from __future__ import annotations

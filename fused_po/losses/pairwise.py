@@ -19,8 +19,8 @@ def dpo(
 
     L = -(1 - e) log s(h) - e log s(-h),  h = beta * [(chosen - ref_chosen) - (rejected - ref_rejected)]
 
-    with s the sigmoid and e the share of preferences taken to be flipped. Rafailov et al. 2023, arXiv:2305.18290, eq. 7;
-    the smoothing is cDPO's (Mitchell 2023), as in OpenRLHF and torchtune. TRL's "sigmoid" takes none.
+    with s the sigmoid and e the share of preferences taken to be flipped. Rafailov et al. 2023, arXiv:2305.18290,
+    eq. 7; the smoothing is cDPO's (Mitchell 2023), as in OpenRLHF and torchtune. TRL's "sigmoid" takes none.
 
     Args:
         chosen, rejected: [B], the policy's log-probs of the answers, summed over tokens, in nats.

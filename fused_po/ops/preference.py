@@ -29,7 +29,7 @@ class DPOOutput(NamedTuple):
     chosen_logps, rejected_logps: [B], the policy's log-probs of the answers, summed over tokens.
     chosen_rewards, rejected_rewards: [B], the implicit rewards beta * (log pi - log pi_ref).
     margins: [B], chosen_rewards - rejected_rewards. accuracy: [B], 1 where the margin is above 0.
-    kl: scalar, mean of kl_per_token over scored tokens. kl_per_token: [2B, T]. Both None unless `kl` names an estimator.
+    kl: scalar, mean of kl_per_token [2B, T] over scored tokens. Both None unless `kl` names an estimator.
     """
 
     loss: Tensor
@@ -341,7 +341,7 @@ def linear_dpo(
     Args:
         hidden: [2B, T, H], the policy's, chosen answers first. weight: [V, H]. bias: [V].
         labels: [2B, T], aligned with hidden; ignore_index on prompts and padding, which cost nothing.
-        ref_hidden: [2B, T, H'], ref_weight: [V, H'], ref_bias: [V]: the reference's; no gradient flows to them. Or else:
+        ref_hidden: [2B, T, H'], ref_weight: [V, H'], ref_bias: [V]: the reference's, without gradients. Or else:
         ref_logps: [2B, T] the reference's log-probs of the labels, or [2B] their sums (then there is no per-token KL).
 
     Returns:

@@ -7,6 +7,7 @@ pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
 """
 
 import torch
+
 import triton
 
 from .gradient import gradient

@@ -10,6 +10,7 @@ may be the input.
 """
 
 import torch
+
 import triton
 import triton.language as tl
 

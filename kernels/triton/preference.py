@@ -8,6 +8,7 @@ Batches are stacked: sequences [0, B) are the chosen answers, [B, 2B) the reject
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -145,7 +146,7 @@ def dpo_kernel(
 
 
 def dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index):
-    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) from tokens[4, 2B * T] and labels[2B, T].
+    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) of tokens[4, 2B * T], labels[2B, T].
 
     ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
     """
@@ -157,8 +158,8 @@ def dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index):
     if n_sequences:
         dpo_kernel[(n_sequences // 2,)](
             labels, tokens, tokens[REF_LOGP.value] if ref_sums is None else ref_sums, losses, sequences, pairs,
-            kl_tokens, labels.numel(), length, beta, label_smoothing, ignore_index, KL=kl, REF_SUMS=ref_sums is not None,
-            BLOCK=min(1024, max(32, triton.next_power_of_2(length))), num_warps=4,
+            kl_tokens, labels.numel(), length, beta, label_smoothing, ignore_index, KL=kl,
+            REF_SUMS=ref_sums is not None, BLOCK=min(1024, max(32, triton.next_power_of_2(length))), num_warps=4,
         )  # fmt: skip
     return losses, sequences, pairs, kl_tokens
 

@@ -7,6 +7,7 @@ program, in a fixed order. Full blocks run without a mask; the last partial bloc
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -56,7 +57,7 @@ def fold(y, mask, col, state, scale, OUTPUTS: tl.constexpr):
             first = tl.where(top > m, col, first)
         m = tl.maximum(m, top)
     if MEAN_LOGITS & OUTPUTS:
-        # + 0.0: Triton 3.6 and 3.7 crash on a loop that adds up reductions of what it loads, unless something is between.
+        # + 0.0: Triton 3.6 and 3.7 crash on a loop that adds up reductions of just what it loads.
         total += tl.sum(y + 0.0 if mask is None else tl.where(mask, y, 0.0), 1)
     d = d * rescale + tl.sum(e, 1)
     return shift, d, t, q, m, first, total
@@ -154,7 +155,7 @@ def statistics_kernel(
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     scale = outer * LOG2E
     state = scan_row(row_ptr, tl.where(valid, n_cols, 0), scale, inner, OUTPUTS, BLOCK, GROUP)
-    shift, d, t, q, m, first, total = state
+    shift, d, t, q, m, _, total = state
     norm = log2(d)
     tl.store(saved_ptr + row, shift)
     tl.store(saved_ptr + n_rows + row, tl.where(valid, norm, float("inf")))  # inf marks an ignored row
