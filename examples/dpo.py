@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="folder for the run; default: runs/dpo, or the next free runs/dpo-N")
     add("--resume", action="store_true", help="continue the run in --output (default runs/dpo), bit for bit")
     add("--sft-steps", type=int, default=100, help="supervised steps that make the reference; 0: the model as it is")
-    add("--steps", type=int, default=1000, help="DPO steps")
+    add("--steps", type=int, default=800, help="DPO steps")
     add("--batch-size", type=int, default=32, help="pairs a step")
     add("--sft-lr", type=float, default=1e-3)
     add("--lr", type=float, default=1e-3)

@@ -31,7 +31,7 @@ def grid():
         if backend == "triton" and DEVICE == "cpu":
             if v * n > 2_200_000:
                 continue
-            if v * n > INTERPRETED_ELEMENTS and dtype != torch.bfloat16:
+            if (v * n > INTERPRETED_ELEMENTS or n > 100) and dtype != torch.bfloat16:
                 marks = [pytest.mark.slow]
         yield pytest.param(backend, dtype, v, n, marks=marks, id=f"{backend}-{NAMES[dtype]}-{v}-{n}")
 
