@@ -20,8 +20,8 @@ def _load(name: str) -> ModuleType | str:
     try:
         return importlib.import_module(f"fused_po.kernels.{name}")
     except ImportError as error:
-        way_out = "pip install triton" if getattr(error, "name", "") == "triton" else "pip install -e . in the clone"
-        return f"{error}; install it with `{way_out}`"
+        installed = getattr(error, "name", "") != "triton"
+        return f"{error}; " + ("run `pip install -e .` in the clone" if installed else "run `pip install triton`")
 
 
 def load(name: str) -> ModuleType:

@@ -23,7 +23,6 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     return kernels.unsupported(name, device, dtype)
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend for such tensors. A backend asked for by name runs or raises; None takes the best.
 
@@ -40,6 +39,11 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {reason}; backend=None takes one that can")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile takes the name as a constant and does not trace the
+# import of a backend. The decorator itself would import the compiler, a second, with every `import fused_po`.
+resolve._dynamo_marked_constant = True
 
 
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
