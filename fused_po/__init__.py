@@ -2,6 +2,7 @@
 
 from fused_po import losses, modules
 from fused_po.ops.backend import backends
+from fused_po.ops.chunked import chunked_loss
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
 from fused_po.ops.preference import DPOOutput, dpo_from_logits, linear_dpo
@@ -14,6 +15,7 @@ __all__ = [
     "Schedule",
     "TokenStats",
     "backends",
+    "chunked_loss",
     "dpo_from_logits",
     "linear_dpo",
     "linear_logps",

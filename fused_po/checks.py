@@ -72,9 +72,14 @@ def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tu
     return softcap / temperature, logit_scale / softcap
 
 
+def debug() -> bool:
+    """Whether FUSED_PO_DEBUG=1 asks for the checks that cost a sync."""
+    return os.environ.get("FUSED_PO_DEBUG") == "1"
+
+
 def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     """Refuse labels outside [0, n_cols). On a GPU the check costs a sync, so there FUSED_PO_DEBUG=1 switches it on."""
-    if labels.device.type != "cpu" and os.environ.get("FUSED_PO_DEBUG") != "1":
+    if labels.device.type != "cpu" and not debug():
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= n_cols))
     if bool(bad.any()):

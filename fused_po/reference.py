@@ -1,7 +1,8 @@
 """The row passes in plain PyTorch: the backend for CPU tensors and for float64, and what the kernels must agree with.
 
-The same entry points as a kernel backend (`unsupported`, `statistics`, `gradient`, `pair_statistics`, `dpo`,
-`dpo_gradient`), over blocks of rows small enough to stay in a core's cache. Nothing here is [N, V] in size.
+The same entry points as a kernel backend (`unsupported`, `statistics`, `score`, `gradient`, `from_basis`,
+`pair_statistics`, `dpo`, `dpo_gradient`), over blocks of rows small enough to stay in a core's cache. Nothing here is
+[N, V] in size.
 
 `saved` [2, N] holds a row's shift (its largest scaled logit) and log-norm (log of the sum of exponentials above it);
 a log-norm of +inf marks an ignored row.
@@ -33,23 +34,32 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row numbers, their logits [rows, V]) of logits[O, I, V], a cache's worth at a time; `wanted` rows only."""
+def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[slice | Tensor, tuple, Tensor]]:
+    """(rows, where they are in [O, I], their logits [rows, V]) of logits[O, I, V], a cache's worth of `wanted` rows."""
     outer_rows, inner_rows, n_cols = logits.shape
     step = max(1, BLOCK_BYTES // max(1, 4 * n_cols))
     for o in range(outer_rows):
         for begin in range(0, inner_rows, step):
-            block = logits[o, begin : begin + step]
-            pick = wanted[o * inner_rows + begin : o * inner_rows + begin + block.shape[0]].nonzero().squeeze(1)
-            if pick.numel():
-                yield pick + (o * inner_rows + begin), block if pick.numel() == block.shape[0] else block[pick]
+            some = slice(begin, min(begin + step, inner_rows))
+            rows = slice(o * inner_rows + some.start, o * inner_rows + some.stop)
+            pick = wanted[rows].nonzero().squeeze(1)
+            if pick.numel() == some.stop - some.start:
+                yield rows, (o, some), logits[o, some]
+            elif pick.numel():
+                yield pick + rows.start, (o, pick + begin), logits[o, pick + begin]
+
+
+def clear_rows(out: Tensor, rows: Tensor) -> None:
+    """Zero the marked rows [O * I] of out[O, I, V]."""
+    if bool(rows.any()):
+        out[rows.view(out.shape[:2])] = 0
 
 
 def scaled(x: Tensor, outer: float, inner: float | None) -> tuple[Tensor, Tensor | None]:
     """(the logits that go into the softmax, tanh(x * inner) if there is a softcap), in the statistics' dtype."""
     x = x.to(stats_dtype(x.dtype))
     if inner is None:
-        return x * outer, None
+        return x if outer == 1.0 else x * outer, None
     t = torch.tanh(x * inner)
     return t * outer, t
 
@@ -62,34 +72,49 @@ def statistics(
     Bits of outputs: 1 logps, 2 entropy, 4 lse, 8 mean logit, 16 is-top-1, 32 log of the sum of squared probabilities;
     the last three are the rows of aux. What is not asked for has no elements.
     """
+    return score(logits, labels, outer, inner, ignore_index, outputs, None)
+
+
+def score(
+    logits: Tensor, labels: Tensor, outer: float, inner: float | None, ignore_index: int, outputs: int,
+    basis: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`statistics`, and into basis[O, I, V] (the logits themselves, another tensor, or None) d log p_y / d x."""
     n_rows = labels.numel()
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
     logps, entropy, lse = (torch.zeros(n_rows if outputs & bit else 0, **new) for bit in (1, 2, 4))
     aux = torch.zeros((3, n_rows) if outputs & 56 else 0, **new)
     saved = torch.zeros(2, n_rows, **new)
     saved[1] = math.inf
-    for rows, x in row_blocks(logits, labels != ignore_index):
-        z, _ = scaled(x, outer, inner)
-        label = labels[rows]
-        shift = z.amax(1)
-        target = z.gather(1, label[:, None]).squeeze(1) - shift
+    scored = labels != ignore_index
+    if basis is not None:
+        clear_rows(basis, ~scored)
+    for rows, where, x in row_blocks(logits, scored):
+        z, t = scaled(x, outer, inner)
+        label = labels[rows][:, None]
+        shift = z.amax(1, keepdim=True)
+        target = z.gather(1, label) - shift
         if outputs & 8:
             aux[0, rows] = z.mean(1)
         if outputs & 16:
-            aux[1, rows] = (z.argmax(1) == label).to(z.dtype)
-        u = z.sub_(shift[:, None])
-        e = u.exp()
-        total = e.sum(1)
+            aux[1, rows] = (z.argmax(1, keepdim=True) == label).squeeze(1).to(z.dtype)
+        u = z - shift
+        e = u.exp() if outputs & 2 else u.exp_()
+        total = e.sum(1, keepdim=True)
         norm = total.log()
-        saved[0, rows], saved[1, rows] = shift, norm
+        logp = target - norm
+        saved[0, rows], saved[1, rows] = shift.squeeze(1), norm.squeeze(1)
         if outputs & 1:
-            logps[rows] = target - norm
+            logps[rows] = logp.squeeze(1)
         if outputs & 4:
-            lse[rows] = shift + norm
+            lse[rows] = (shift + norm).squeeze(1)
         if outputs & 2:
-            entropy[rows] = norm - u.clamp_(min=FLOOR).mul_(e).sum(1) / total
+            entropy[rows] = (norm - u.clamp_(min=FLOOR).mul_(e).sum(1, keepdim=True) / total).squeeze(1)
         if outputs & 32:
-            aux[2, rows] = e.square_().sum(1).log() - 2 * norm
+            aux[2, rows] = (torch.linalg.vector_norm(e, dim=1) / total.squeeze(1)).log() * 2
+        if basis is not None:
+            e.mul_(-outer / total).scatter_(1, label, -outer * torch.expm1(logp))
+            basis[where] = (e if t is None else e.mul_((1 - t * t) * inner)).to(basis.dtype)
     return logps, entropy, lse, aux, saved
 
 
@@ -102,38 +127,65 @@ def gradient(
     dz_v = g_logps (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_lse p_v, then the chain through the scaling.
     Without incoming gradients (all None): the basis, d log p_y / d x. first_col: the vocabulary index of column 0.
     """
-    given = [g for g in (g_logps, g_entropy, g_lse) if g is not None]
-    if not given:
+    live = saved[1] != math.inf
+    if g_logps is None and g_entropy is None and g_lse is None:
         g_logps = torch.ones_like(saved[0])
-        given = [g_logps]
-    live = torch.stack([g != 0 for g in given]).any(0) & (saved[1] != math.inf)
-    zero = torch.zeros((), dtype=saved.dtype, device=saved.device)
-    inner_rows, n_cols = logits.shape[1:]
-    if not bool(live.all()):
-        # Rows that stay zero. The live ones are read before they are written, in place too.
-        dead = (~live).nonzero().squeeze(1)
-        out[dead // max(1, inner_rows), dead % max(1, inner_rows)] = 0
-    for rows, x in row_blocks(logits, live):
-        a, h, c = (zero if g is None else g[rows][:, None] for g in (g_logps, g_entropy, g_lse))
+    else:
+        live &= torch.stack([g != 0 for g in (g_logps, g_entropy, g_lse) if g is not None]).any(0)
+    clear_rows(out, ~live)  # the live rows are read before they are written, in place too
+    for rows, where, x in row_blocks(logits, live):
         z, t = scaled(x, outer, inner)
-        logp = z.sub_(saved[0, rows][:, None]).sub_(saved[1, rows][:, None])
+        logp = (z - saved[0, rows][:, None]).sub_(saved[1, rows][:, None])
         label = labels[rows] - first_col
-        here = ((label >= 0) & (label < n_cols)).nonzero().squeeze(1)
-        logp_label = logp[here, label[here]][:, None]
-        dz = logp.exp()
-        p_label = logp_label.exp()
-        weight, weight_label = c - a, c.expand(len(rows), 1)[here]
-        if g_entropy is not None:
-            row_entropy = entropy[rows][:, None]
-            weight = weight - h * logp.clamp_(min=FLOOR).add_(row_entropy)
-            weight_label = weight_label - h[here] * (logp_label.clamp(min=FLOOR) + row_entropy[here])
-        dz *= weight
-        dz_label = p_label * weight_label - a.expand(len(rows), 1)[here] * torch.expm1(logp_label)
-        dz[here, label[here]] = dz_label.squeeze(1)
-        if t is not None:
-            dz *= (1 - t * t) * inner
-        dz *= outer
-        out[rows // inner_rows, rows % inner_rows] = dz.to(out.dtype)
+        here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
+        logp_label = logp[here, label[here]]
+        dz = dz_of_logp(logp, logp_label, here, label, _at(rows, entropy, g_logps, g_entropy, g_lse)).mul_(outer)
+        out[where] = (dz if t is None else dz.mul_((1 - t * t) * inner)).to(out.dtype)
+
+
+def _at(rows: slice | Tensor, entropy: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
+    """Entropy and incoming gradients of some rows."""
+    return [None if g is None else g[rows] for g in (None if grads[1] is None else entropy, *grads)]
+
+
+def dz_of_logp(logp: Tensor, logp_label: Tensor, here: Tensor, label: Tensor, incoming: list) -> Tensor:
+    """The gradient [rows, V] in the scaled logits from all log-probs, overwritten, and those of the labels at hand."""
+    entropy, a, h, c = (None if value is None else value[:, None] for value in incoming)
+    dz, weight = logp.exp(), 0.0
+    weight = weight if a is None else weight - a
+    weight = weight if c is None else weight + c
+    if h is not None:
+        weight = weight - h * logp.clamp_(min=FLOOR).add_(entropy)
+    dz *= weight
+    label_weight = torch.zeros_like(logp_label)
+    if c is not None:
+        label_weight += c[here, 0]
+    if h is not None:
+        label_weight -= h[here, 0] * (logp_label.clamp(min=FLOOR) + entropy[here, 0])
+    dz_label = logp_label.exp() * label_weight
+    if a is not None:
+        dz_label -= a[here, 0] * torch.expm1(logp_label)
+    dz[here, label[here]] = dz_label
+    return dz
+
+
+def from_basis(
+    basis: Tensor, labels: Tensor, logps: Tensor, entropy: Tensor, g_logps: Tensor | None, g_entropy: Tensor | None,
+    g_lse: Tensor | None, outer: float, out: Tensor, first_col: int = 0,
+) -> None:  # fmt: skip
+    """`gradient`, but from the basis [N, V] of logits without a softcap and the labels' logps [N].
+
+    Apart from the label's, an entry of the basis is -outer * p: the probabilities come back from it.
+    """
+    live = torch.stack([g != 0 for g in (g_logps, g_entropy, g_lse) if g is not None]).any(0)
+    clear_rows(out[None], ~live)
+    for rows, (_, where), d in row_blocks(basis[None], live):
+        label = labels[rows] - first_col
+        here = ((label >= 0) & (label < basis.shape[1])).nonzero().squeeze(1)
+        logp = (d.to(logps.dtype) / -outer).clamp_(min=0).log_()
+        logp_label = logps[rows][here]
+        incoming = _at(rows, entropy, g_logps, g_entropy, g_lse)
+        out[where] = dz_of_logp(logp, logp_label, here, label, incoming).mul_(outer).to(out.dtype)
 
 
 def pair_statistics(

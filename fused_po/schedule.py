@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,31 +11,86 @@ from fused_po import checks
 
 CPU_TILE_BYTES = 64 << 20
 GPU_TILE_BYTES = 512 << 20
+CPU_BUDGET = 1 << 30
+BUDGET_VARIABLE = "FUSED_PO_LOGITS_BUDGET"
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
+
+
+def logits_budget(budget: int | None, device: torch.device) -> int:
+    """Bytes for the kept basis on this device: the one asked for, or the variable's, or the default."""
+    if device.type == "meta":
+        return CPU_BUDGET if budget is None else budget
+    memory = device_memory(device)
+    name = "logits_budget"
+    if budget is None and BUDGET_VARIABLE in os.environ:
+        name, text = BUDGET_VARIABLE, os.environ[BUDGET_VARIABLE]
+        if not text.isdecimal():
+            raise ValueError(f"{name}: got {text!r}, allowed are whole numbers >= 0, in bytes")
+        budget = int(text)
+    if budget is None:
+        return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
+    if budget > memory:
+        raise ValueError(
+            f"{name}: got {budget} bytes, allowed on {device} are 0 to {memory}, all its memory; what is not needed "
+            "is not allocated"
+        )
+    return budget
+
+
+# torch.compile takes the number as a constant of the graph. Why not the decorator: see ops/backend.py.
+logits_budget._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How `linear_logps` computes; the results differ by rounding alone.
 
-    tile_bytes: the most bytes a tile of logits may take, above one row; None: 64 MiB on CPU, 512 MiB elsewhere.
-        It decides which rows share a GEMM, so policy and reference must use the same.
+    logits_budget: bytes for what a trainable head (or an entropy with gradients) keeps of each token from forward to
+        backward: a row of V numbers, which spares the backward one GEMM. Tokens beyond the budget project again: with
+        a fraction f kept, (4 - f) GEMMs in all. None: the environment's FUSED_PO_LOGITS_BUDGET, else 1/32 of the
+        device's memory, 1 GiB on CPU. 0 keeps nothing. More than the device has is an error.
     logits_dtype: the tile's dtype: torch.float32 (None means it, or float64 for float64 inputs), or the inputs' own
         low precision, which puts about 1e-2 nats of noise on a bf16 log-prob near p = 0.3.
+    tile_bytes: the most bytes a tile of logits and its gradient may take, above one row; None: 64 MiB on CPU, 512 MiB
+        elsewhere. It decides which rows share a GEMM, so policy and reference must use the same.
     entropy_grad: False makes the entropy a constant, which saves its part of the backward under torch.compile.
-    compact: drop ignored rows before the first GEMM, at the price of one host sync on a GPU. False computes them all.
+    skip_zero_rows: on a GPU, drop tokens whose incoming gradient is exactly 0 from the backward's GEMMs, at the price
+        of one host sync. On CPU they are always dropped.
+    compact: drop ignored tokens before the first GEMM, at the price of one host sync on a GPU. False computes them all.
+    num_scored: the number of tokens that are not ignored, or a bound on it, if known: then dropping them takes no
+        sync, and the op can be captured in a CUDA graph. Where more are scored, every result is NaN (on CPU and under
+        FUSED_PO_DEBUG=1 an error).
     """
 
-    tile_bytes: int | None = None
+    logits_budget: int | None = None
     logits_dtype: torch.dtype | None = None
+    tile_bytes: int | None = None
     entropy_grad: bool = True
+    skip_zero_rows: bool = False
     compact: bool = True
+    num_scored: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tile_bytes is not None:
-            if isinstance(self.tile_bytes, bool) or not isinstance(self.tile_bytes, int):
-                raise TypeError(f"tile_bytes: got {type(self.tile_bytes).__name__}, expected an int, in bytes")
-            if self.tile_bytes <= 0:
-                raise ValueError(f"tile_bytes: got {self.tile_bytes}, allowed are ints > 0, in bytes")
+        least = {"logits_budget": 0, "tile_bytes": 1, "num_scored": 0}
+        for name, low in least.items():
+            value, unit = getattr(self, name), "tokens" if name == "num_scored" else "bytes"
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in {unit}, or None")
+            if value < low:
+                raise ValueError(f"{name}: got {value}, allowed are ints >= {low}, in {unit}, or None")
+        for name in ("entropy_grad", "skip_zero_rows", "compact"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if self.num_scored is not None and not self.compact:
+            raise ValueError("num_scored: got it with compact=False, which computes every token; leave out one of them")
         if self.logits_dtype is not None:
             checks.choice("logits_dtype", self.logits_dtype, checks.FLOATS)
 

@@ -71,7 +71,7 @@ BAD = [
     (lambda: linear(HIDDEN, WEIGHT, LABELS, torch.zeros(9).int()), TypeError, "bias: got dtype torch.int32"),
     (lambda: linear(schedule=Schedule(logits_dtype=torch.float16)), ValueError, "logits_dtype: got torch.float16"),
     (lambda: Schedule(logits_dtype=torch.int8), ValueError, "logits_dtype: got torch.int8, allowed are"),
-    (lambda: Schedule(tile_bytes=0), ValueError, "tile_bytes: got 0, allowed are ints > 0"),
+    (lambda: Schedule(tile_bytes=0), ValueError, "tile_bytes: got 0, allowed are ints >= 1"),
     (lambda: Schedule(tile_bytes=1e6), TypeError, "tile_bytes: got float, expected an int"),
     (lambda: dpo(LOGITS[:3], LABELS[:3]), ValueError, r"logits: got shape \(3, 3, 9\), expected \[2B, T, V\]"),
     (lambda: dpo(LOGITS[0], LABELS[0]), ValueError, r"logits: got shape \(3, 9\), expected \[2B, T, V\]"),

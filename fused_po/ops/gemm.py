@@ -25,9 +25,31 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, **mixed, out=out)
 
 
+ROW_BYTES = (
+    64  # rows of logits begin at multiples of it: whole vectors for kernels, aligned leading dimensions for GEMMs
+)
+
+
+def padded(n_cols: int, dtype: torch.dtype) -> int:
+    """Columns a row of logits takes with its padding."""
+    unit = ROW_BYTES // dtype.itemsize
+    return (n_cols + unit - 1) // unit * unit
+
+
+def room(like: Tensor, n_rows: int, n_cols: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [n_rows, n_cols] with padded rows, on `like`'s device."""
+    return like.new_empty(n_rows, padded(n_cols, dtype), dtype=dtype)[:, :n_cols]
+
+
 def head_block(n_rows: int, n_cols: int, width: int, tile_bytes: int) -> int:
     """Rows of the head taken at once where it is cast, or its gradient summed: fp32, they stay within tile_bytes."""
-    return max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, 2048)))))
+    block = max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, 2048)))))
+    return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
+
+
+def spans(begin: int, end: int, step: int) -> list[slice]:
+    """[begin, end) in pieces of `step`."""
+    return [slice(at, min(at + step, end)) for at in range(begin, end, max(1, step))]
 
 
 def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
@@ -37,9 +59,7 @@ def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> T
 
 def head_slices(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype, block: int) -> list[slice]:
     """The head's rows in one piece, or, if `operand` would copy it, `block` at a time."""
-    n_cols = weight.shape[0]
-    step = n_cols if weight.dtype == compute_dtype == dtype else block
-    return [slice(begin, min(begin + step, n_cols)) for begin in range(0, n_cols, step)]
+    return spans(0, weight.shape[0], weight.shape[0] if weight.dtype == compute_dtype == dtype else block)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, out: Tensor, block: int):
@@ -48,3 +68,10 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: 
         mm(hidden, operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
     if bias is not None:
         out += bias
+
+
+def back_project(d: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int, *, add: bool = False):
+    """out [N, H] = d [N, V] @ weight [V, H], or += with `add`; a head to be cast is cast `block` rows at a time."""
+    factor = d.dtype if d.device.type == "cuda" else out.dtype  # see `mm`: a CPU would cast the whole head
+    for columns in head_slices(weight, compute_dtype, factor, block):
+        mm(d[:, columns], operand(weight[columns], compute_dtype, factor), out, add=add or columns.start > 0)

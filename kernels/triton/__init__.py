@@ -2,7 +2,9 @@
 
 unsupported    why a tensor cannot be served, or None
 statistics     a row of logits to log-prob, entropy, lse, ...
+score          the same, and the basis: the gradient of the label's log-prob in the logits
 gradient       incoming gradients (or none: the basis) to a gradient in the logits
+from_basis     the same from a kept basis, without the logits
 pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
 """
 
@@ -10,11 +12,13 @@ import torch
 
 import triton
 
-from .gradient import gradient
+from .gradient import from_basis, gradient, score
 from .preference import dpo, dpo_gradient, pair_statistics
 from .statistics import statistics, statistics_kernel
 
-__all__ = ["dpo", "dpo_gradient", "gradient", "pair_statistics", "statistics", "unsupported"]
+__all__ = [
+    "dpo", "dpo_gradient", "from_basis", "gradient", "pair_statistics", "score", "statistics", "unsupported",
+]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)
 

@@ -6,7 +6,8 @@ With p the softmax of a row, y its label, H its entropy and g the incoming gradi
 
 followed by the chain through temperature, softcap and logit scale. Without incoming gradients (all None) it is the
 basis: d log p_y / d x. The label's own entry comes from expm1, so it stays exact where p_y is close to 1. The output
-may be the input.
+may be the input. A kept basis gives the same gradient without the logits: apart from the label's, its entries are
+-outer * p (without a softcap).
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, row_start
-from .statistics import launch_shape
+from .statistics import launch_shape, statistics
 
 
 @triton.jit
@@ -123,4 +124,73 @@ def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, i
         gradient_kernel[grid](
             logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, first_col, logits.shape[1],
             logits.shape[2], logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), outer, inner, **shape,
+        )  # fmt: skip
+
+
+def score(logits, labels, outer, inner, ignore_index, outputs, basis):
+    """`statistics`, and into basis[O, I, V] (the logits themselves, another tensor, or None) d log p_y / d x."""
+    results = statistics(logits, labels, outer, inner, ignore_index, outputs)
+    if basis is not None:
+        gradient(logits, labels, results[4], results[1], None, None, None, outer, inner, basis)
+    return results
+
+
+@triton.jit
+def from_basis_kernel(
+    basis_ptr, out_ptr, label_ptr, logps_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
+    first_col, n_cols, basis_stride, out_stride, outer, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows on grid axis 0, blocks of columns on axis 1. Rows begin at 16-byte boundaries; a full block has no mask."""
+    row = tl.program_id(0)
+    start = tl.program_id(1) * BLOCK
+    zero = tl.full((), 0.0, tl.float32)
+    entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
+    if g_logps_ptr is not None:
+        g_logp = tl.load(g_logps_ptr + row)
+    if g_entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + row)
+        g_entropy = tl.load(g_entropy_ptr + row)
+    if g_lse_ptr is not None:
+        g_lse = tl.load(g_lse_ptr + row)
+    live = (g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0)
+    logp_label = tl.load(logps_ptr + row)
+    floored = tl.where(logp_label < FLOOR * LN2, FLOOR * LN2, logp_label)
+    p_label = tl.exp2(logp_label * LOG2E)
+    dz_label = p_label * (g_lse - g_entropy * (floored + entropy)) - g_logp * expm1(logp_label)
+
+    in_block = basis_ptr + row.to(tl.int64) * basis_stride + start
+    out_block = out_ptr + row.to(tl.int64) * out_stride + start
+    offsets = tl.arange(0, BLOCK)
+    target = tl.load(label_ptr + row) - first_col - start
+    end = tl.where(live, n_cols, 0) - start
+    if end >= BLOCK:
+        d = tl.load(in_block + offsets).to(tl.float32)
+        dz = basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse)
+        value = tl.where(offsets == target, dz_label, dz) * outer
+        tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty))
+    else:
+        mask = offsets < n_cols - start
+        d = tl.load(in_block + offsets, mask=offsets < end, other=0.0).to(tl.float32)
+        dz = basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse)
+        value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz) * outer, 0.0)
+        tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse):
+    """The gradient in z of entries that are not the label's: p = -d / outer."""
+    p = -d / outer
+    logp = tl.where(p > 0.0, tl.log2(p), FLOOR) * LN2
+    return p * (g_lse - g_logp - g_entropy * (logp + entropy))
+
+
+def from_basis(basis, labels, logps, entropy, g_logps, g_entropy, g_lse, outer, out, first_col=0):
+    """`gradient`, but from the basis [N, V] of logits without a softcap and the labels' logps [N]."""
+    n_rows, n_cols = basis.shape
+    shape = launch_shape(n_cols, out.element_size())
+    grid = n_rows, triton.cdiv(n_cols, shape["BLOCK"])
+    if basis.numel():
+        from_basis_kernel[grid](
+            basis, out, labels, logps, entropy, g_logps, g_entropy, g_lse, first_col, n_cols, basis.stride(0),
+            out.stride(0), outer, BLOCK=shape["BLOCK"], num_warps=shape["num_warps"],
         )  # fmt: skip

@@ -1,0 +1,68 @@
+"""What a call costs in figures that do not wobble: FLOPs of its matrix products, bytes at its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# Where the two factors stand among the arguments, whatever the overload: out=, out_dtype=, in place.
+FACTORS = {
+    aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten._addmm_activation: (1, 2),
+    aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten.baddbmm_: (1, 2), aten._scaled_mm: (0, 1),
+}  # fmt: skip
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products, those inside custom operators too.
+
+    >>> with FlopCounter() as count:
+    ...     loss(...).backward()
+    >>> count.flops
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        at = FACTORS.get(func.overloadpacket)
+        if at is not None:
+            a, b = (args[i] for i in at)
+            self.flops += 2 * a.numel() * b.shape[-1]
+        inside = OPDEFS.get(func._schema.name)
+        if inside is None:
+            return func(*args, **kwargs)
+        with self:  # the function behind a torch.library.custom_op, whose products are not dispatched otherwise
+            return inside._init_fn(*args, **kwargs)
+
+
+def flops(call: Callable[[], object]) -> int:
+    """FLOPs of the matrix products of one call."""
+    with FlopCounter() as count:
+        call()
+    return count.flops
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that tensors allocated by one call held at once, its results included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

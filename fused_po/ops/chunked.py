@@ -1,0 +1,194 @@
+"""`chunked_loss`: any loss that separates over groups of tokens, with its gradient, in 3 GEMMs at any number of tokens.
+
+A whole batch keeps its basis only as far as the budget goes. A loss that is a sum over pairs, sequences or tokens does
+not need it all at once: a chunk of groups is scored, its share of the loss and its gradient taken, its basis let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po import checks
+from fused_po.ops import head as schedules
+from fused_po.ops.gemm import head_block, spans
+from fused_po.ops.head import Head, Saved, scored_rows
+from fused_po.ops.linear_logps import check_operands, make_head
+from fused_po.ops.logps import TokenStats, output_bits, token_stats
+from fused_po.reference import stats_dtype
+from fused_po.schedule import Schedule
+
+LossFunction = Callable[[TokenStats, Tensor], Tensor]
+
+
+class _Task(NamedTuple):
+    """What is computed, apart from the tensors that may get a gradient."""
+
+    loss_fn: LossFunction
+    head: Head
+    bits: int  # the outputs asked for
+    labels: Tensor  # [N]
+    chunks: list[Tensor]  # numbers of rows
+    schedule: Schedule
+
+
+def chunks_of(groups: Tensor, weights: Tensor, limit: Optional[int]) -> list[Tensor]:
+    """Rows [N] in chunks of whole groups, none of more weight than `limit` unless it is one group; None: one chunk."""
+    order = torch.argsort(groups, stable=True)
+    if limit is None or not order.numel():
+        return [order]
+    ends = torch.cat([groups[order].diff() != 0, groups.new_ones(1, dtype=torch.bool)]).nonzero().squeeze(1)
+    total = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)[ends]])
+    ends, total = torch.stack([torch.cat([ends.new_zeros(1), ends + 1]), total]).tolist()  # a sync on a GPU
+    cuts = [0]
+    for i in range(1, len(ends) - 1):
+        if total[i + 1] - total[cuts[-1]] > limit:
+            cuts.append(i)
+    return [order[ends[a] : ends[b]] for a, b in zip(cuts, [*cuts[1:], len(ends) - 1])]
+
+
+def foreign_leaf(loss: Tensor, own: tuple[Tensor, ...]) -> Optional[Tensor]:
+    """A tensor that requires grad and that the loss depends on, other than `own`."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is v for v in own):
+            return leaf
+        nodes += [parent for parent, _ in node.next_functions]
+    return None
+
+
+def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, tuple]:
+    """(a chunk's share of the loss, its gradients in logps, entropy and lse) from the op's results for these rows."""
+    stats = token_stats(results[:4], task.bits, rows.shape)
+    wanted = ("logps", "entropy", "lse") if task.schedule.entropy_grad else ("logps", "lse")
+    leaves = {n: getattr(stats, n).detach() for n in wanted if getattr(stats, n) is not None}
+    with torch.enable_grad():
+        leaves = {name: value.requires_grad_(task.head.keep != "nothing") for name, value in leaves.items()}
+        share = task.loss_fn(stats._replace(**leaves), rows)
+    if not isinstance(share, Tensor) or share.ndim != 0 or not share.is_floating_point():
+        got = f"shape {tuple(share.shape)}, {share.dtype}" if isinstance(share, Tensor) else type(share).__name__
+        raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the chunk's share of the loss")
+    if not share.requires_grad:
+        return share, (None, None, None)
+    foreign = foreign_leaf(share, tuple(leaves.values()))
+    if foreign is not None:
+        raise ValueError(
+            f"loss_fn: its loss depends on a tensor of shape {tuple(foreign.shape)} that requires grad; only hidden, "
+            "weight and bias get gradients through chunked_loss. Detach it, or use linear_logps"
+        )
+    grads = dict(zip(leaves, torch.autograd.grad(share, tuple(leaves.values()), allow_unused=True)))
+    return share.detach(), tuple(grads.get(name) for name in ("logps", "entropy", "lse"))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradients are formed with the loss; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task) -> Tensor:
+        head, wide = task.head, stats_dtype(task.head.logits_dtype)
+        needs = [need and task.head.keep != "nothing" for need in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+        sums = tuple(
+            torch.zeros(v.shape if need else 0, dtype=wide, device=hidden.device)
+            for v, need in zip((weight, bias), needs[1:])
+        )
+        loss = hidden.new_zeros((), dtype=wide)
+        for rows in task.chunks:
+            h, labels = hidden[rows], task.labels[rows]
+            scored = scored_rows(labels, head.ignore_index)
+            results = schedules.forward(
+                head, h, weight, bias, labels, scored, rows.numel() if scored is None else scored.numel()
+            )
+            share, grads = share_and_gradient(task, results, rows)
+            loss += share
+            if any(g is not None for g in grads):
+                logps, entropy, _, _, stats, kept = results
+                tensors = Saved(h, weight, bias, labels, scored, stats, logps, entropy, kept)
+                grad = schedules.backward(head, tensors, *grads, needs, task.schedule.skip_zero_rows, sums)[0]
+                if needs[0]:
+                    grad_hidden[rows] = grad
+            del results
+        ctx.save_for_backward(grad_hidden, *(s if need else None for s, need in zip(sums, needs[1:])))
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.block = head_block(hidden.shape[0], *weight.shape, head.tile_bytes)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):
+        grad_hidden, *sums = ctx.saved_tensors
+        grads = [None if grad_hidden is None else (grad_hidden * g).to(grad_hidden.dtype)]
+        for total, dtype in zip(sums, ctx.dtypes):
+            grad = None if total is None else torch.empty_like(total, dtype=dtype)
+            for some in () if total is None else spans(0, len(total), ctx.block):
+                grad[some] = total[some] * g
+            grads.append(grad)
+        return *grads, None
+
+
+def chunked_loss(
+    loss_fn: LossFunction,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: Optional[float] = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    backend: Optional[str] = None,
+    schedule: Optional[Schedule] = None,
+) -> Tensor:
+    """A loss that separates over groups of tokens, in chunks of whole groups: 3 GEMMs for a trainable head at any N.
+
+    loss = sum over chunks of loss_fn(stats of the chunk's tokens, their numbers). The gradient is formed chunk by chunk
+    with the loss, and scaled in the backward. `Schedule.logits_budget` bounds the chunk: how many scored tokens keep
+    their basis. One group beyond it recomputes what does not fit. A trainable head takes one fp32 [V, H] sum.
+
+        def loss_fn(stats, rows):  # DPO over B pairs, rows of pair i are group i
+            chosen, rejected, i = ...  # sums of stats.logps over the rows of each pair, and which pairs these are
+            return losses.dpo(chosen, rejected, ref_chosen[i], ref_rejected[i]).sum() / B
+
+    Args:
+        loss_fn: takes TokenStats of n tokens, each field [n], and rows [n], their numbers in labels.flatten(). Whole
+            groups, in ascending order of group id. Returns their share, a scalar, of the final, already normalised
+            loss: divide by the whole batch's count, not the chunk's. What it closes over gets no gradient.
+        hidden: [..., H], weight: [V, H], labels: [...], bias: [V] and the rest: see `linear_logps`.
+        groups: [...], integers: which group each token belongs to, ignored tokens too. Costs one host sync.
+
+    Returns:
+        The loss, a scalar, fp32 (float64 for float64). Gradients flow to hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name; a loss_fn that
+            does not return a scalar, or that depends on another tensor that requires grad.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
+    labels = check_operands(hidden, weight, labels, bias)
+    checks.label_range(labels, weight.shape[0], ignore_index)
+    groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
+    schedule, bits = schedule or Schedule(), output_bits(outputs)
+    if schedule.num_scored is not None or not schedule.compact:
+        raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
+    scaling = checks.scaling(temperature, logit_scale, softcap)
+    head = make_head((hidden, weight, bias), bits, ignore_index, scaling, backend, schedule)
+    limit = None
+    if head.keep == "basis":
+        n_cols, device = weight.shape[0], hidden.device
+        limit = head.rows_within_budget(n_cols, device) or head.tile_rows(n_cols, device)
+    flat = labels.flatten()
+    chunks = chunks_of(groups.flatten(), (flat != ignore_index).long(), limit)
+    task = _Task(loss_fn, head, bits, flat, chunks, schedule)
+    return _ChunkedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, task)
