@@ -1,10 +1,12 @@
 """Compile every Triton kernel for GPUs that need not be here, and read what the assembler made of it.
 
-    python benchmarks/aot.py                 # a table for sm_80, sm_90 and sm_100
+    python benchmarks/aot.py                 # a table for sm_80, sm_90 and sm_100; whether gfx942 compiles
     python benchmarks/aot.py --arch 90 --json
 
-Per kernel: registers, spills (local loads and stores), 128-bit loads and stores, and for kernels with a main loop its
-instructions per element of logits. Needs triton alone.
+Per kernel: registers, spills (local loads and stores), 128-bit loads and stores, and instructions per element of
+logits: those of the main loop, or, for kernels that take one block of columns, those of the longest straight run of
+code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Needs torch and triton. All of it takes
+about one and a half minutes on two cores, most of it in the disassembler.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +32,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = ("80", "90", "100", "gfx942")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOGITS_POINTERS = {"out_ptr", "ref_ptr", "x_ptr"}  # pointers to logits; the others point to statistics
+LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "x_ptr"}  # pointers to logits; the others point to statistics
 
 
 def load(name: str) -> types.ModuleType:
-    """A module of kernels/triton without the package around it, so that torch and fused_po need not be installed."""
+    """A module of kernels/triton without the package around it, so that fused_po need not be installed."""
     package = "aot_triton_kernels"
     if package not in sys.modules:
         parent = types.ModuleType(package)
@@ -44,7 +48,7 @@ def load(name: str) -> types.ModuleType:
 
 
 class Case(NamedTuple):
-    """A kernel with its compile-time arguments."""
+    """A kernel with its compile-time arguments; aligned: the vocabulary and the strides are multiples of 16."""
 
     name: str
     module: str
@@ -53,25 +57,54 @@ class Case(NamedTuple):
     constants: dict
     block: int = 4096
     warps: int = 8
+    aligned: bool = True
+
+
+NO_GRADIENTS = {"g_logps_ptr": None, "g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
+LOGPS_ONLY = {"g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
+
+
+def statistics_cases(dtype: str) -> list[Case]:
+    out = []
+    for label, outputs in {"logps": 1, "logps+entropy": 3, "all outputs": 63}.items():
+        flags = {"OUTPUTS": outputs}
+        out.append(Case(f"statistics, {label}", "statistics", "statistics_kernel", dtype, flags))
+        if dtype == "bf16" or outputs == 63:
+            out.append(Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags))
+            lanes = {"LANES": 64, **flags}
+            out.append(Case(f"merge of parts, {label}", "statistics", "merge_parts_kernel", dtype, lanes, warps=1))
+        if dtype == "bf16" and outputs != 63:
+            name = f"statistics, {label}, V=50257"
+            out.append(Case(name, "statistics", "statistics_kernel", dtype, flags, aligned=False))
+    return out
+
+
+def gradient_cases(dtype: str) -> list[Case]:
+    out = []
+    for label, constants in {"basis": NO_GRADIENTS, "logps": LOGPS_ONLY, "all": {}}.items():
+        out.append(Case(f"gradient, {label}", "gradient", "gradient_kernel", dtype, constants))
+        if dtype == "bf16":
+            name = f"gradient, {label}, V=50257"
+            out.append(Case(name, "gradient", "gradient_kernel", dtype, constants, aligned=False))
+        if label != "basis":
+            out.append(Case(f"gradient from the basis, {label}", "gradient", "from_basis_kernel", dtype, constants))
+    return out
+
+
+def preference_cases(dtype: str) -> list[Case]:
+    out = []
+    dpo = {"g_losses_ptr": None, "g_sequences_ptr": None}
+    for kl in (None, "k3"):
+        out.append(Case(f"dpo gradient, kl={kl}", "preference", "dpo_gradient_kernel", dtype, {"KL": kl, **dpo}))
+    reference = {"REF_GROUP": 16 // ITEMSIZE[dtype]}
+    return [*out, Case("pair statistics", "preference", "pair_statistics_kernel", dtype, reference)]
 
 
 def cases() -> list[Case]:
     """Every kernel in every form that changes its code."""
-    flags = {"logps": 1, "logps+entropy": 3, "all outputs": 63}
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
-        for label, outputs in flags.items():
-            out.append(Case(f"statistics, {label}", "statistics", "statistics_kernel", dtype, {"OUTPUTS": outputs}))
-        grads = {"g_logps_ptr": None, "g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
-        out.append(Case("gradient, basis", "gradient", "gradient_kernel", dtype, grads))
-        one = {"g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
-        out.append(Case("gradient, logps", "gradient", "gradient_kernel", dtype, one))
-        out.append(Case("gradient, all", "gradient", "gradient_kernel", dtype, {}))
-        dpo = {"g_losses_ptr": None, "g_sequences_ptr": None}
-        for kl in (None, "k3"):
-            out.append(Case(f"dpo gradient, kl={kl}", "preference", "dpo_gradient_kernel", dtype, {"KL": kl, **dpo}))
-        reference = {"REF_GROUP": 16 // ITEMSIZE[dtype]}
-        out.append(Case("pair statistics", "preference", "pair_statistics_kernel", dtype, reference))
+        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
     softcap = {"OUTPUTS": 3, "inner": 0.0}
     out.append(Case("statistics, logps+entropy, softcap", "statistics", "statistics_kernel", "bf16", softcap))
     out.append(Case("gradient, all, softcap", "gradient", "gradient_kernel", "bf16", {"inner": 0.0}))
@@ -107,75 +140,139 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
     return {name: kind(name) for name in names}, constants
 
 
-def compile_case(case: Case, arch: int):
-    """The compiled kernel; pointers, strides and the vocabulary are multiples of 16, as with an aligned vocabulary."""
+def target_of(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
+
+
+def compile_case(case: Case, arch: str):
+    """The compiled kernel. Pointers are multiples of 16; strides and the vocabulary where the case says so.
+
+    An argument that the kernel does not specialise on is a multiple of nothing, as at run time.
+    """
     kernel = getattr(load(case.module), case.kernel)
     names = list(kernel.arg_names)
     types_, constants = signature(case, names)
-    aligned = [n for n in names if types_[n].startswith("*") or "stride" in n or n in ("n_cols", "n_rows")]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if types_[n] != "constexpr"}
+
+    def multiple_of_16(i: int, name: str) -> bool:
+        parameter = kernel.params[i]
+        if types_[name] == "constexpr" or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+            return False
+        return types_[name].startswith("*") or (case.aligned and ("stride" in name or name in ("n_cols", "n_rows")))
+
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if multiple_of_16(i, name)}
     source = ASTSource(fn=kernel, signature=types_, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.warps})
+    return triton.compile(source, target=target_of(arch), options={"num_warps": case.warps})
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, assembly) by the cuobjdump that triton ships."""
+def disassemble(cubin: bytes) -> str:
+    """Resource usage and assembly by the cuobjdump that triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = [
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-res-usage", "-sass")
-        ]
-    return run[0].stdout, run[1].stdout
+        command = [tool, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def main_loop(assembly: str) -> int:
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(\S.*?);", re.M)
+VECTOR_STORE = re.compile(r"\bSTG\.E\S*\.128")
+JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+
+
+def instructions(assembly: str) -> list[tuple[int, str]]:
+    """(address, text) of each."""
+    return [(int(m[1], 16), m[2]) for m in INSTRUCTION.finditer(assembly)]
+
+
+def main_loop(code: list[tuple[int, str]]) -> int:
     """Instructions in the longest loop, 0 without one: a loop is what a backward branch encloses."""
-    at = [int(m[1], 16) for m in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+\S.*;", assembly, re.M)]
     lengths = [0]
-    for m in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/.*\bBRA\b.*?0x([0-9a-f]+)", assembly, re.M):
-        begin, end = int(m[2], 16), int(m[1], 16)
-        if begin < end:
-            lengths.append(sum(begin <= address <= end for address in at))
+    for end, text in code:
+        jump = JUMP.search(text)
+        if jump and int(jump[1], 16) < end:
+            lengths.append(sum(int(jump[1], 16) <= address <= end for address, _ in code))
     return max(lengths)
 
 
-def figures(case: Case, arch: int) -> dict:
-    """One row of the table."""
-    compiled = compile_case(case, arch)
-    usage, assembly = disassemble(compiled.asm["cubin"])
-    loop = main_loop(assembly)
-    scans = case.kernel in ("statistics_kernel", "pair_statistics_kernel")
-    return {
-        "kernel": case.name,
-        "dtype": case.dtype,
-        "arch": f"sm_{arch}",
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+def vector_path(code: list[tuple[int, str]]) -> int:
+    """Instructions in the longest straight run of code that stores 128 bits: without what leads to it."""
+    targets = {int(jump[1], 16) for jump in (JUMP.search(text) for _, text in code) if jump}
+    runs: list[list[str]] = [[]]
+    for address, text in code:
+        if address in targets:
+            runs.append([])
+        runs[-1].append(text)
+        if re.match(r"BRA|EXIT|@!?U?P\d+ BRA", text):  # a predicated EXIT ends some threads, not the run
+            runs.append([])
+    return max(len(run) for run in [[], *runs] if not run or any(VECTOR_STORE.search(text) for text in run))
+
+
+def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
+    """Instructions a thread issues for each of its elements of logits."""
+    if case.kernel in ("dpo_kernel", "merge_parts_kernel"):
+        return None
+    scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel")
+    count = main_loop(code) if scans else vector_path(code)
+    return round(count * case.warps * 32 / case.block, 2)
+
+
+def figures(case: Case, arch: str) -> dict:
+    """One row of the table; what does not compile says why."""
+    row = {"kernel": case.name, "dtype": case.dtype, "arch": arch if arch.startswith("gfx") else f"sm_{arch}"}
+    try:
+        compiled = compile_case(case, arch)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return row | {"compiles": f"{type(error).__name__}: {lines[0]}"}
+    row["compiles"] = True
+    if "cubin" not in compiled.asm:
+        return row
+    assembly = disassemble(compiled.asm["cubin"])
+    return row | {
+        "registers": int(re.search(r"REG:(\d+)", assembly)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         "loads_128bit": len(re.findall(r"\bLDG\.E\S*\.128", assembly)),
-        "stores_128bit": len(re.findall(r"\bSTG\.E\S*\.128", assembly)),
-        "loop_instructions_per_element": round(loop * case.warps * 32 / case.block, 2) if scans else None,
+        "stores_128bit": len(VECTOR_STORE.findall(assembly)),
+        "instructions_per_element": per_element(case, instructions(assembly)),
     }
+
+
+def report(rows: list[dict]) -> str:
+    """A Markdown table of the rows with figures; of each target without, how many of the kernels compile."""
+    lines = []
+    counted = [row for row in rows if "registers" in row]
+    if counted:
+        names = [name for name in counted[0] if name != "compiles"]
+        lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        lines += [
+            "| " + " | ".join("" if row[name] is None else str(row[name]) for name in names) + " |" for row in counted
+        ]
+        lines.append("")
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        mine = [row for row in rows if row["arch"] == arch]
+        good = sum(row["compiles"] is True for row in mine)
+        lines.append(f"{arch}: {good} of {len(mine)} compiled and linked" + (", none run." if good else "."))
+        lines += [
+            f"- {row['kernel']}, {row['dtype']}: {row['compiles']}" for row in mine if row["compiles"] is not True
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90")
+    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
     parser.add_argument("--json", action="store_true", help="print JSON, not a Markdown table")
     args = parser.parse_args()
-    rows = []
-    for arch in args.arch:
-        for case in cases():
-            print(f"sm_{arch} {case.name} {case.dtype}", file=sys.stderr)
-            rows.append(figures(case, arch))
+    began = time.monotonic()
+    work = [(case, arch) for arch in args.arch for case in cases()]
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(figures, *zip(*work)))
+    print(f"{len(rows)} kernels in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    functions = sorted({case.kernel for case in cases()})
     if args.json:
-        print(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
-        return
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")
+        print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
+    else:
+        print(report(rows))
 
 
 if __name__ == "__main__":

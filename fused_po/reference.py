@@ -111,7 +111,7 @@ def score(
         if outputs & 2:
             entropy[rows] = (norm - u.clamp_(min=FLOOR).mul_(e).sum(1, keepdim=True) / total).squeeze(1)
         if outputs & 32:
-            aux[2, rows] = (torch.linalg.vector_norm(e, dim=1) / total.squeeze(1)).log() * 2
+            aux[2, rows] = e.square().sum(1).log() - 2 * norm.squeeze(1)
         if basis is not None:
             e.mul_(-outer / total).scatter_(1, label, -outer * torch.expm1(logp))
             basis[where] = (e if t is None else e.mul_((1 - t * t) * inner)).to(basis.dtype)

@@ -136,6 +136,15 @@ def score(logits, labels, outer, inner, ignore_index, outputs, basis):
 
 
 @triton.jit
+def basis_to_dz(d, outer, entropy, weight, g_entropy, HAS_ENTROPY: tl.constexpr):
+    """The gradient in the raw logit of entries that are not the label's: d = -outer * p, weight = g_logps - g_lse."""
+    if HAS_ENTROPY:
+        log2p = tl.log2(tl.abs(d)) - tl.log2(outer)
+        weight += g_entropy * (tl.maximum(log2p, FLOOR) * LN2 + entropy)
+    return d * weight
+
+
+@triton.jit
 def from_basis_kernel(
     basis_ptr, out_ptr, label_ptr, logps_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
     first_col, n_cols, basis_stride, out_stride, outer, BLOCK: tl.constexpr,
@@ -156,7 +165,8 @@ def from_basis_kernel(
     logp_label = tl.load(logps_ptr + row)
     floored = tl.where(logp_label < FLOOR * LN2, FLOOR * LN2, logp_label)
     p_label = tl.exp2(logp_label * LOG2E)
-    dz_label = p_label * (g_lse - g_entropy * (floored + entropy)) - g_logp * expm1(logp_label)
+    dz_label = outer * (p_label * (g_lse - g_entropy * (floored + entropy)) - g_logp * expm1(logp_label))
+    weight = g_logp - g_lse
 
     in_block = basis_ptr + row.to(tl.int64) * basis_stride + start
     out_block = out_ptr + row.to(tl.int64) * out_stride + start
@@ -165,23 +175,15 @@ def from_basis_kernel(
     end = tl.where(live, n_cols, 0) - start
     if end >= BLOCK:
         d = tl.load(in_block + offsets).to(tl.float32)
-        dz = basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse)
-        value = tl.where(offsets == target, dz_label, dz) * outer
+        dz = basis_to_dz(d, outer, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        value = tl.where(offsets == target, dz_label, dz)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty))
     else:
         mask = offsets < n_cols - start
         d = tl.load(in_block + offsets, mask=offsets < end, other=0.0).to(tl.float32)
-        dz = basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse)
-        value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz) * outer, 0.0)
+        dz = basis_to_dz(d, outer, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz), 0.0)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def basis_to_dz(d, outer, entropy, g_logp, g_entropy, g_lse):
-    """The gradient in z of entries that are not the label's: p = -d / outer."""
-    p = -d / outer
-    logp = tl.where(p > 0.0, tl.log2(p), FLOOR) * LN2
-    return p * (g_lse - g_logp - g_entropy * (logp + entropy))
 
 
 def from_basis(basis, labels, logps, entropy, g_logps, g_entropy, g_lse, outer, out, first_col=0):

@@ -4,7 +4,12 @@ An online softmax in groups: a thread takes GROUP neighbouring columns (16 bytes
 running sums once, and adds. Maxima and sums stay in the thread until the row ends; only then are they merged across the
 program, in a fixed order. Full blocks run without a mask; the last partial block, and the few columns outside the row's
 16-byte boundaries, are taken apart from them.
+
+One program takes one row, in one launch. Where the rows are too few to fill the device, a row is split: each program
+writes the state of one part of its columns, and a second launch merges a row's states, always in the same order.
 """
+
+import functools
 
 import torch
 
@@ -22,6 +27,8 @@ IS_TOP1 = tl.constexpr(16)
 LOG_SUM_SQ = tl.constexpr(32)
 
 NOWHERE = tl.constexpr(2147483647)
+STATE_FIELDS = 7
+MAX_PARTS = 64
 
 
 @triton.jit
@@ -94,34 +101,48 @@ def combine(a, b):
 
 
 @triton.jit
-def scan_row(row_ptr, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The state of one whole row; n_cols = 0 reads nothing."""
+def scan_part(
+    row_ptr, n_cols, begin, part_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The state of part_cols columns of a row, from `begin` on; n_cols = 0 reads nothing.
+
+    `begin` and the end (but for the last part's) are multiples of BLOCK and count from the row's first 16-byte
+    boundary. The columns outside the boundaries belong to the part at 0.
+    """
     R: tl.constexpr = BLOCK // GROUP
     groups = tl.arange(0, R) * GROUP
     offsets = groups[:, None] + tl.arange(0, GROUP)[None, :]
     lead = tl.minimum((GROUP - before_row(row_ptr, GROUP)) % GROUP, n_cols)
     body_ptr = tl.multiple_of(row_ptr + lead, 16)
-    body = tl.multiple_of((n_cols - lead) // GROUP * GROUP, GROUP)
-    full = (n_cols - lead) // BLOCK * BLOCK
+    body = (n_cols - lead) // GROUP * GROUP
+    end = tl.multiple_of(tl.minimum(body, begin + part_cols), GROUP)
+    full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
 
     state = start_state(R)
-    for start in tl.range(0, full, BLOCK):
+    for start in tl.range(begin, full, BLOCK):
         y = load_scaled(body_ptr + start + offsets, None, inner)
         state = fold(y, None, lead + start + groups, state, scale, OUTPUTS)
-    if full < body:
-        mask = full + offsets < body
+    if full < end:
+        mask = full + offsets < end
         y = load_scaled(body_ptr + full + offsets, mask, inner)
         state = fold(y, mask, lead + full + groups, state, scale, OUTPUTS)
-    row = merge(state)
+    part = merge(state)
 
-    if (lead > 0) | (lead + body < n_cols):  # columns [0, lead) and [lead + body, n_cols): at most one group each
-        begin = tl.arange(0, 2) * (lead + body)
-        end = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
-        columns = begin[:, None] + tl.arange(0, GROUP)[None, :]
-        mask = columns < end[:, None]
-        edges = fold(load_scaled(row_ptr + columns, mask, inner), mask, begin, start_state(2), scale, OUTPUTS)
-        row = combine(row, merge(edges))
-    return row
+    if (begin == 0) & ((lead > 0) | (lead + body < n_cols)):
+        # Columns [0, lead) and [lead + body, n_cols): at most one group each.
+        left = tl.arange(0, 2) * (lead + body)
+        right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
+        columns = left[:, None] + tl.arange(0, GROUP)[None, :]
+        mask = columns < right[:, None]
+        edges = fold(load_scaled(row_ptr + columns, mask, inner), mask, left, start_state(2), scale, OUTPUTS)
+        part = combine(part, merge(edges))
+    return part
+
+
+@triton.jit
+def scan_row(row_ptr, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """The state of one whole row; n_cols = 0 reads nothing."""
+    return scan_part(row_ptr, n_cols, 0, n_cols, scale, inner, OUTPUTS, BLOCK, GROUP)
 
 
 @triton.jit
@@ -135,26 +156,20 @@ def label_logp(row_ptr, column, valid, state, scale, inner):
 @triton.jit
 def label_is_top1(row_ptr, column, valid, y, state, inner, GROUP: tl.constexpr):
     """Whether the label is the row's first maximum, as argmax would have it."""
-    columns = state[5] + tl.arange(0, GROUP)
-    rivals = load_scaled(row_ptr + columns, (columns < column) & valid, inner)
-    return (y == state[4]) & (column - state[5] < GROUP) & (tl.max(rivals, 0) < y)
+    first = state[5]
+    near = valid & (y == state[4]) & (column >= first) & (column - first < GROUP)  # of NOWHERE no column is near
+    rivals = load_scaled(row_ptr + first + tl.arange(0, GROUP), near & (tl.arange(0, GROUP) < column - first), inner)
+    return near & (tl.max(rivals, 0) < y)
 
 
 @triton.jit
-def statistics_kernel(
-    x_ptr, label_ptr, logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr,
-    inner_rows, n_cols, stride_outer, stride_inner, outer, inner, ignore_index,
-    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+def write_row(
+    row, n_rows, row_ptr, label, valid, n_cols, state, outer, inner,
+    logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. aux [3, rows]: mean logit, is_top1, log sum p^2. saved [2, rows]: shift, log2 of the sum."""
-    row = tl.program_id(0)
-    n_rows = tl.num_programs(0)
-    label = tl.load(label_ptr + row)
-    valid = label != ignore_index
+    """The results of one row from its state; aux and saved as in `statistics_kernel`."""
     column = tl.where(valid, label, 0)
-    row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     scale = outer * LOG2E
-    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), scale, inner, OUTPUTS, BLOCK, GROUP)
     shift, d, t, q, m, _, total = state
     norm = log2(d)
     tl.store(saved_ptr + row, shift)
@@ -172,9 +187,91 @@ def statistics_kernel(
         tl.store(aux_ptr + row, tl.where(valid, total * outer / n_cols, 0.0))
     if IS_TOP1 & OUTPUTS:
         top1 = label_is_top1(row_ptr, column, valid, y, state, inner, GROUP)
-        tl.store(aux_ptr + n_rows + row, tl.where(valid & top1, 1.0, 0.0))
+        tl.store(aux_ptr + n_rows + row, tl.where(top1, 1.0, 0.0))
     if LOG_SUM_SQ & OUTPUTS:
         tl.store(aux_ptr + 2 * n_rows + row, tl.where(valid, (log2(q) - 2.0 * norm) * LN2, 0.0))
+
+
+# Arguments that change from call to call: compiled code must not depend on them, nor on where labels and logits begin.
+@triton.jit(
+    do_not_specialize=["inner_rows", "stride_outer", "stride_inner"],
+    do_not_specialize_on_alignment=["x_ptr", "label_ptr"],
+)
+def statistics_kernel(
+    x_ptr, label_ptr, logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr,
+    inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, inner, ignore_index,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One program a row. aux [3, rows]: mean logit, is_top1, log sum p^2. saved [2, rows]: shift, log2 of the sum."""
+    row = tl.program_id(0)
+    label = tl.load(label_ptr + row)
+    valid = label != ignore_index
+    row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
+    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP)
+    write_row(
+        row, tl.num_programs(0), row_ptr, label, valid, n_cols, state, outer, inner,
+        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["inner_rows", "stride_outer", "stride_inner", "part_cols"],
+    do_not_specialize_on_alignment=["x_ptr", "label_ptr"],
+)
+def scan_parts_kernel(
+    x_ptr, label_ptr, parts_ptr,
+    inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, inner, ignore_index, part_cols,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Rows on grid axis 0, their parts on axis 1; parts [STATE_FIELDS, rows, parts] gets the states."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    valid = tl.load(label_ptr + row) != ignore_index
+    row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
+    begin = tl.multiple_of(part * part_cols, BLOCK)
+    shift, d, t, q, m, first, total = scan_part(
+        row_ptr, tl.where(valid, n_cols, 0), begin, part_cols, outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP
+    )
+    field = tl.num_programs(0) * tl.num_programs(1)
+    out = parts_ptr + row * tl.num_programs(1) + part
+    tl.store(out, shift)
+    tl.store(out + field, d)
+    tl.store(out + 2 * field, t)
+    tl.store(out + 3 * field, q)
+    tl.store(out + 4 * field, m)
+    tl.store(out + 5 * field, first.to(tl.float32, bitcast=True))  # a column's bits: past 2^24 fp32 skips numbers
+    tl.store(out + 6 * field, total)
+
+
+@triton.jit(
+    do_not_specialize=["inner_rows", "stride_outer", "stride_inner", "n_parts"],
+    do_not_specialize_on_alignment=["x_ptr", "label_ptr"],
+)
+def merge_parts_kernel(
+    x_ptr, label_ptr, parts_ptr, logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr,
+    inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, inner, ignore_index, n_parts,
+    OUTPUTS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the states of its n_parts <= LANES parts into its results, as `statistics_kernel` has them."""
+    row = tl.program_id(0)
+    n_rows = tl.num_programs(0)
+    label = tl.load(label_ptr + row)
+    valid = label != ignore_index
+    lanes = tl.arange(0, LANES)
+    mask = lanes < n_parts
+    field = n_rows * n_parts
+    source = parts_ptr + row * n_parts + lanes
+    first = tl.load(source + 5 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    state = merge((
+        tl.load(source, mask=mask, other=LOWEST), tl.load(source + field, mask=mask, other=0.0),
+        tl.load(source + 2 * field, mask=mask, other=0.0), tl.load(source + 3 * field, mask=mask, other=0.0),
+        tl.load(source + 4 * field, mask=mask, other=LOWEST), tl.where(mask, first, NOWHERE),
+        tl.load(source + 6 * field, mask=mask, other=0.0),
+    ))  # fmt: skip
+    row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
+    write_row(
+        row, n_rows, row_ptr, label, valid, n_cols, state, outer, inner,
+        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS, GROUP,
+    )  # fmt: skip
 
 
 def launch_shape(n_cols: int, itemsize: int) -> dict:
@@ -183,12 +280,31 @@ def launch_shape(n_cols: int, itemsize: int) -> dict:
     return {"BLOCK": block, "GROUP": 16 // itemsize, "num_warps": max(1, block // 512)}
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 for interpreted kernels, whose rows are never split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def row_parts(n_rows: int, n_cols: int, block: int, processors: int) -> tuple[int, int]:
+    """(parts of a row, columns a part): as many parts as give every multiprocessor two programs, none of them empty.
+
+    Below four blocks of columns a second launch should cost more than the split saves (not measured).
+    """
+    blocks = triton.cdiv(n_cols, block)
+    wanted = min(triton.cdiv(2 * processors, n_rows), MAX_PARTS)
+    if wanted <= 1 or blocks < 4:
+        return 1, blocks * block
+    part_blocks = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, part_blocks), part_blocks * block
+
+
 def statistics(logits, labels, outer, inner, ignore_index, outputs):
     """Row statistics of logits[O, I, V] (columns side by side) for labels[O * I].
 
     Returns (logps, entropy, lse, aux, saved), fp32; what `outputs` (bits as above) does not name has no elements.
     """
-    n_rows = logits.shape[0] * logits.shape[1]
+    n_rows, n_cols = logits.shape[0] * logits.shape[1], logits.shape[2]
 
     def buffer(bits, *shape):
         return torch.empty(shape if outputs & bits else 0, dtype=torch.float32, device=logits.device)
@@ -196,10 +312,19 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
     logps, entropy, lse = buffer(LOGPS.value, n_rows), buffer(ENTROPY.value, n_rows), buffer(LSE.value, n_rows)
     aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ.value, 3, n_rows)
     saved = torch.empty(2, n_rows, dtype=torch.float32, device=logits.device)
-    if n_rows:
-        statistics_kernel[(n_rows,)](
-            logits, labels, logps, entropy, lse, aux, saved, logits.shape[1], logits.shape[2], logits.stride(0),
-            logits.stride(1), outer, inner, ignore_index,
-            OUTPUTS=outputs, **launch_shape(logits.shape[2], logits.element_size()),
-        )  # fmt: skip
-    return logps, entropy, lse, aux, saved
+    results = logps, entropy, lse, aux, saved
+    if not n_rows:
+        return results
+    shape = launch_shape(n_cols, logits.element_size())
+    n_parts, part_cols = row_parts(n_rows, n_cols, shape["BLOCK"], multiprocessors(logits.device))
+    rows = logits.shape[1], n_cols, logits.stride(0), logits.stride(1), outer, inner, ignore_index
+    if n_parts == 1:
+        statistics_kernel[(n_rows,)](logits, labels, *results, *rows, OUTPUTS=outputs, **shape)
+        return results
+    parts = torch.empty(STATE_FIELDS, n_rows, n_parts, dtype=torch.float32, device=logits.device)
+    scan_parts_kernel[(n_rows, n_parts)](logits, labels, parts, *rows, part_cols, OUTPUTS=outputs, **shape)
+    merge_parts_kernel[(n_rows,)](
+        logits, labels, parts, *results, *rows, n_parts,
+        OUTPUTS=outputs, GROUP=shape["GROUP"], LANES=triton.next_power_of_2(n_parts), num_warps=1,
+    )  # fmt: skip
+    return results
