@@ -1,0 +1,52 @@
+"""`--suite`, and which device it runs on."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--suite", choices=("cpu", "gpu", "tiny"), help="cases to measure; default: by the device")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        from cases import suite
+
+        cases = suite(metafunc.config.getoption("--suite") or ("gpu" if DEVICE == "cuda" else "cpu"))
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture(scope="session")
+def device():
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def circumstances():
+    """What a figure cannot be read without: versions, machine, commit, command."""
+    from measure import copy_bandwidth
+    from providers import versions
+
+    if DEVICE == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("/", "--benchmark-json"))]
+    return {
+        "machine": machine,
+        "versions": versions(),
+        "commit": git.stdout.strip(),
+        "command": " ".join(["pytest", *arguments]),
+        "copy GB/s": copy_bandwidth(DEVICE) / 1e9,
+    }
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)  # a machine's name says nothing about a figure

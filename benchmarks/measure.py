@@ -1,0 +1,189 @@
+"""One case, every provider: is it right, what does it compute and hold, how long does it take.
+
+A provider is checked first: its log-probs may be 4 times as wrong as plain PyTorch's on the same rows at the same
+dtype, its gradients as well (relative, in norm). Beyond that it is reported wrong, with its error, and not timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import counting
+import torch
+from cases import Case, Exact, Problem, exact, problem
+from providers import PROVIDERS, Provider, eager
+from torch import Tensor
+
+FACTOR = 4
+MODES = ("forward", "forward+backward")
+
+
+class Errors(NamedTuple):
+    """Against float64: log-probs in nats (largest, RMS; None where a provider has none), gradients relative in norm."""
+
+    logps_max: float | None
+    logps_rms: float | None
+    d_hidden: float
+    d_weight: float | None
+
+
+def run(provider: Provider, p: Problem, mode: str) -> None:
+    """One forward, or one forward and backward, to its end."""
+    for tensor in p.trained:
+        tensor.grad = None
+    if mode == "forward":
+        with torch.no_grad():
+            provider.loss(p)
+    else:
+        provider.loss(p).backward()
+    if p.hidden.is_cuda:
+        torch.cuda.synchronize()
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def errors_of(provider: Provider, p: Problem, truth: Exact) -> Errors:
+    """What the provider's answers are off by. Leaves its gradients in place."""
+    off = [None, None]
+    if provider.logps is not None:
+        with torch.no_grad():
+            difference = provider.logps(p)[truth.rows].double() - truth.logps
+        off = [difference.abs().max().item(), difference.square().mean().sqrt().item()]
+    run(provider, p, "forward+backward")
+    d_hidden = relative(p.hidden.grad.flatten(0, -2)[truth.rows], truth.d_hidden)
+    return Errors(
+        *off, d_hidden, relative(p.weight.grad[truth.columns], truth.d_weight) if p.weight.requires_grad else None
+    )
+
+
+def plain_errors(p: Problem, truth: Exact) -> Errors:
+    """Plain PyTorch's on the same rows, with all other rows left out; its gradient error stands for the head's too."""
+    hidden = p.hidden.detach().flatten(0, -2)[truth.rows].requires_grad_()
+    labels = p.labels.flatten()[truth.rows]
+    logps = eager(hidden, p.weight.detach(), labels)
+    (grad,) = torch.autograd.grad(logps.sum(), hidden)
+    h, w = hidden.detach().double(), p.weight.detach().double()
+    exact_grad = w[labels] - (h @ w.T).softmax(-1) @ w
+    difference = logps.double() - truth.logps
+    off = relative(grad, exact_grad)
+    return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item(), off, off)
+
+
+def wrong(errors: Errors, plain: Errors, eps: float) -> str | None:
+    """Which of the errors is beyond its bound, or None. eps: one rounding of a result."""
+    for name, error, theirs in zip(Errors._fields, errors, plain):
+        bound = FACTOR * theirs + (eps if name.startswith("d_") else 1e-6)
+        if error is not None and not error <= bound:
+            return f"{name} {error:.1e}, allowed {bound:.1e}"
+    return None
+
+
+class Ceilings:
+    """The bare GEMMs of a case, one for each product over all scored rows, into buffers that are there already."""
+
+    def __init__(self, p: Problem) -> None:
+        self.hidden = p.hidden.detach().flatten(0, -2)[: p.scored].contiguous()
+        self.weight = p.weight.detach()
+        n, (v, h) = p.scored, self.weight.shape
+        self.logits, self.d_hidden, self.d_weight = (self.hidden.new_empty(s) for s in ((n, v), (n, h), (v, h)))
+
+    def __call__(self, count: int) -> None:
+        """The first `count` of: scores, the gradient of hidden, that of the head."""
+        torch.mm(self.hidden, self.weight.T, out=self.logits)
+        if count > 1:
+            torch.mm(self.logits, self.weight, out=self.d_hidden)
+        if count > 2:
+            torch.mm(self.logits.T, self.hidden, out=self.d_weight)
+        if self.hidden.is_cuda:
+            torch.cuda.synchronize()
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a large copy of random numbers."""
+    source = torch.rand((1 << 30 if device == "cuda" else 1 << 26), device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * source.numel() * source.element_size() / statistics.median(times)
+
+
+def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device: str) -> dict:
+    """What is known of a provider without a clock: why it is not run, or its errors, GEMMs, peak, and whether wrong."""
+    reason = provider.absent() or provider.refuses(p.case, device)
+    if reason is not None:
+        return {"not run": reason}
+    unit = 2 * p.scored * p.case.width * p.case.vocabulary
+    try:
+        errors = errors_of(provider, p, truth)
+        gemms = {mode: counting.flops(lambda: run(provider, p, mode)) / unit for mode in MODES}  # noqa: B023
+        for tensor in p.trained:
+            tensor.grad = None
+        peak = counting.peak_bytes(lambda: run(provider, p, "forward+backward"), device)
+    except torch.OutOfMemoryError:
+        return {"not run": "out of memory"}
+    report = {"errors": errors._asdict(), "GEMMs": gemms, "peak bytes": peak}
+    fault = wrong(errors, plain, torch.finfo(p.hidden.dtype).eps)
+    return report | ({} if fault is None else {"wrong": fault})
+
+
+def prepare(
+    case: Case, device: str, providers: list[Provider] = PROVIDERS
+) -> tuple[Problem, dict[str, dict], list[Provider]]:
+    """(the problem, a report on each provider without times, those to be timed)."""
+    p = problem(case, device)
+    truth = exact(p)
+    plain = plain_errors(p, truth)
+    reports = {provider.name: examine(provider, p, truth, plain, device) for provider in providers}
+    able = [q for q in providers if not {"not run", "wrong"} & reports[q.name].keys()]
+    return p, reports | {"eager on the sampled rows": {"errors": plain._asdict()}}, able
+
+
+class Turns:
+    """Everything that is timed on one case. Each call is one turn: everybody once, so that drift hits all alike."""
+
+    def __init__(self, p: Problem, able: list[Provider]) -> None:
+        count = 3 if p.weight.requires_grad else 2
+        ceilings = Ceilings(p)
+        self.calls: dict[tuple[str, str], Callable[[], None]] = {
+            ("bare GEMMs", "forward"): lambda: ceilings(1),
+            ("bare GEMMs", "forward+backward"): lambda: ceilings(count),
+        }
+        for provider in able:
+            for mode in MODES:
+                self.calls[provider.name, mode] = lambda q=provider, m=mode: run(q, p, m)
+        self.times: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
+
+    def __call__(self) -> None:
+        for key, call in self.calls.items():
+            begin = time.perf_counter()
+            call()
+            self.times[key].append(time.perf_counter() - begin)
+
+    def medians(self, warm_up: int = 1) -> dict[str, dict[str, float]]:
+        """Seconds by provider and mode, without the first turns."""
+        found: dict[str, dict[str, float]] = {}
+        for (name, mode), values in self.times.items():
+            found.setdefault(name, {})[mode] = statistics.median(values[warm_up:])
+        return found
+
+
+def finish(reports: dict[str, dict], seconds: dict[str, dict[str, float]]) -> dict[str, dict]:
+    """The reports with times, and ratios to the bare GEMMs and of each to ours."""
+    floor = seconds["bare GEMMs"]
+    for name, times in seconds.items():
+        report = reports.setdefault(name, {})
+        report["seconds"] = times
+        report["times the bare GEMMs"] = {mode: times[mode] / floor[mode] for mode in MODES}
+        report["times as long as fused_po"] = {
+            mode: times[mode] / seconds["fused_po"][mode] for mode in MODES if "fused_po" in seconds
+        }
+    return reports

@@ -1,0 +1,158 @@
+"""Tables and plots from the JSON of `pytest benchmarks --benchmark-json=FILE`.
+
+    python benchmarks/report.py FILE -o DIRECTORY
+
+writes report.md, and time.png and memory.png where the cases make a curve: against vocabulary, tokens, prompt share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+MODE = "forward+backward"
+COLUMNS = (
+    "provider",
+    "forward",
+    MODE,
+    "x bare GEMMs",
+    "x fused_po",
+    "GEMMs",
+    "peak MB",
+    "log-prob error",
+    "gradient error",
+)
+AXES = {"vocabulary": "vocabulary", "tokens": "tokens", "prompt": "share of the batch that is prompt"}
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#F0E442", "#D55E00", "#CC79A7", "#000000", "#7F3C8D")
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def row(name: str, report: dict) -> list[str]:
+    """One provider's line of a case's table."""
+    if "not run" in report:
+        return [name, *[""] * (len(COLUMNS) - 2), "not run: " + report["not run"]]
+    seconds, errors = report.get("seconds", {}), report.get("errors", {})
+    gradients = [v for k, v in errors.items() if k.startswith("d_") and v is not None]
+    peak = report.get("peak bytes")
+    cells = [number(seconds.get("forward"), ".4f"), number(seconds.get(MODE), ".4f")]
+    cells += [
+        number(report.get(key, {}).get(MODE)) for key in ("times the bare GEMMs", "times as long as fused_po", "GEMMs")
+    ]
+    cells += [number(None if peak is None else peak / 1e6, ".0f"), number(errors.get("logps_max"), ".1e")]
+    last = f"**wrong: {report['wrong']}**" if "wrong" in report else number(max(gradients, default=None), ".1e")
+    return [name, *cells, last]
+
+
+def case_table(reports: dict[str, dict]) -> str:
+    """A Markdown table of one case; times in seconds, medians of turns in which everybody ran once."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(name, report) for name, report in reports.items())]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def load(path: Path) -> list[dict]:
+    """The benchmarks' extra_info; ends the program with one line if there are none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = [b["extra_info"] for b in data["benchmarks"] if "providers" in b["extra_info"]]
+    except OSError as error:
+        sys.exit(f"report.py: {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"report.py: {path}: expected the JSON of pytest benchmarks --benchmark-json=FILE")
+    if not found:
+        sys.exit(f"report.py: {path}: holds no benchmark of a head; run pytest benchmarks --benchmark-json={path}")
+    return found
+
+
+def curves(found: list[dict], axis: str) -> list[dict]:
+    """The cases of the longest series in which `axis` alone differs."""
+    series: dict[tuple, list[dict]] = {}
+    for info in found:
+        rest = tuple(sorted((k, v) for k, v in info["case"].items() if k != axis))
+        series.setdefault(rest, []).append(info)
+    longest = max(series.values(), key=lambda infos: len({i["case"][axis] for i in infos}))
+    return sorted(longest, key=lambda info: info["case"][axis]) if len(longest) > 1 else []
+
+
+def draw(found: list[dict], what: str, path: Path) -> bool:
+    """One panel an axis with a curve for every provider; False if no axis has two points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(axis, infos) for axis in AXES if (infos := curves(found, axis))]
+    if not panels:
+        return False
+    names = list(dict.fromkeys(name for info in found for name in info["providers"]))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for plot, (axis, infos) in zip(axes[0], panels):
+        for i, name in enumerate(names):
+            points = [(info["case"][axis], value(info["providers"].get(name, {}), what)) for info in infos]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                style = dict(linewidth=3, zorder=3) if name == "fused_po" else dict(linewidth=1.3)
+                style["linestyle"] = "--" if name == "bare GEMMs" else "-"
+                plot.plot(*zip(*points), marker="o", color=COLOURS[i % len(COLOURS)], label=name, **style)
+        fixed = {
+            k: v for k, v in infos[0]["case"].items() if k != axis and k in ("tokens", "vocabulary", "width", "dtype")
+        }
+        plot.set(xlabel=AXES[axis], ylabel="seconds, forward + backward" if what == "time" else "peak memory, MB")
+        plot.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=9)
+        plot.set_ylim(bottom=0)
+        plot.grid(alpha=0.3)
+    handles = {label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def value(report: dict, what: str) -> float | None:
+    """A provider's figure for a plot."""
+    if what == "time":
+        return report.get("seconds", {}).get(MODE)
+    return report["peak bytes"] / 1e6 if "peak bytes" in report and "wrong" not in report else None
+
+
+def markdown(found: list[dict]) -> str:
+    """All cases, and the circumstances once."""
+    about = found[0]["circumstances"]
+    versions = ", ".join(f"{k} {v or '(absent)'}" for k, v in about["versions"].items())
+    head = [
+        "# Benchmark of the head", "",
+        f"{about['machine']}; copy {about['copy GB/s']:.0f} GB/s; commit {about['commit']}; `{about['command']}`.",
+        f"{versions}.", "",
+        "Times in seconds: medians of turns in which everybody ran once. `x bare GEMMs`: over the products that a head",
+        "cannot do without (3 trainable, 2 frozen), of the scored tokens. `GEMMs`: counted, in units of one. Peak:",
+        "beyond the inputs. Errors against float64: log-probs in nats (largest), gradients relative, in norm.",
+    ]  # fmt: skip
+    for info in found:
+        case = info["case"]
+        title = ", ".join(
+            f"{k} {v}" for k, v in case.items() if (k, v) not in (("task", "logps"), ("reference", "cached"))
+        )
+        head += ["", f"## {title}", "", case_table(info["providers"])]
+    return "\n".join(head) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("-o", "--output", type=Path, default=Path(), help="a directory; made if need be")
+    args = parser.parse_args()
+    found = load(args.file)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "report.md").write_text(markdown(found), encoding="utf-8")
+    drawn = [name for name in ("time", "memory") if draw(found, name, args.output / f"{name}.png")]
+    plots = ", ".join(f"{name}.png" for name in drawn) or "no plots: no two cases make a curve"
+    print(f"{args.output / 'report.md'}: {len(found)} cases; {plots}")
+
+
+if __name__ == "__main__":
+    main()
