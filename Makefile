@@ -18,7 +18,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench lint gpu-check clean own-packages
+.PHONY: help install demo test test-slow bench peers lint gpu-check clean own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,8 +34,13 @@ test: $(READY) ## the ordinary tests
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
 
-bench: $(READY) ## the benchmarks
-	$(RUN) -m pytest benchmarks -m "" $(ARGS)
+bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench
+	mkdir -p runs/bench
+	$(RUN) -m pytest benchmarks -m "" --benchmark-json=runs/bench/head.json $(ARGS)
+	$(RUN) benchmarks/report.py runs/bench/head.json -o runs/bench
+
+peers: $(READY) ## install TRL and Liger too, for `make bench` to measure
+	$(RUN) -m pip install $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[bench]'
 
 lint: $(READY) ## formatting and lints
 	$(RUN) -m ruff format --check .

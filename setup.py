@@ -16,6 +16,7 @@ backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init
 
 demo = ["transformers>=5.17", "tokenizers", "safetensors", "tqdm", "matplotlib"]
 data = ["datasets"]
+bench = ["pytest-benchmark", "matplotlib", "trl", "liger-kernel"]
 test = ["pytest", "pytest-benchmark", "hypothesis", "ninja"]
 
 setup(
@@ -44,5 +45,11 @@ setup(
     package_dir={f"fused_po.kernels.{name}": f"kernels/{name}" for name in backends},
     package_data={"fused_po": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"demo": demo, "data": data, "test": test, "dev": [*demo, *data, *test, "rich", "ruff"]},
+    extras_require={
+        "demo": demo,
+        "data": data,
+        "bench": bench,
+        "test": test,
+        "dev": [*demo, *data, *test, "rich", "ruff"],
+    },
 )

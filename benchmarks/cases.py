@@ -129,8 +129,8 @@ def suite(name: str) -> list[Case]:
         return [*heads, Case(96, 500, 32, task="dpo"), Case(96, 500, 32, task="dpo", reference="live")]
     if name == "cpu":
         main = Case(2048, 32000, 896)
-        cases = [main, main._replace(head="frozen"), main._replace(prompt=0.5)]
-        cases += [Case(512, v, 896) for v in (8192, 32000, 128256)] + [Case(1024, 32000, 896)]
+        cases = [main, main._replace(head="frozen"), main._replace(tokens=1024), main._replace(tokens=1024, prompt=0.5)]
+        cases += [Case(512, v, 896) for v in (8192, 32000, 128256)]
         cases += [Case(256, 32000, 896, "bf16"), Case(1024, 32000, 896, prompt=0.5, task="dpo", reference="live")]
         return cases
     shapes = [

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fused_po
 from fused_po import Schedule
+from fused_po.schedule import logits_budget
 
 
 def always(case: Case, device: str) -> str | None:
@@ -74,9 +75,13 @@ def ours(name: str, **knobs) -> Provider:
         how = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight, ref_logps=p.ref_logps)
         return fused_po.linear_dpo(p.hidden, p.weight, p.labels, **how, beta=BETA, schedule=schedule(p)).loss
 
-    refuses = (
-        always if not knobs else lambda case, device: "the same for a frozen head" if case.head == "frozen" else None
-    )
+    def refuses(case: Case, device: str) -> str | None:
+        if knobs and case.head == "frozen":
+            return "the same as fused_po: the head is frozen"
+        default = logits_budget(None, torch.device(device))
+        same = knobs.get("logits_budget") == "all" and 4 * case.tokens * (case.vocabulary + 16) <= default
+        return "the same as fused_po: the default budget keeps all" if same else None
+
     return Provider(name, loss, logps, refuses=refuses)
 
 

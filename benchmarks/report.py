@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 MODE = "forward+backward"
 COLUMNS = (
@@ -57,15 +58,20 @@ def case_table(reports: dict[str, dict]) -> str:
 
 def load(path: Path) -> list[dict]:
     """The benchmarks' extra_info; ends the program with one line if there are none."""
+
+    def fail(message: str) -> NoReturn:
+        print(f"report.py: {path}: {message}", file=sys.stderr)
+        sys.exit(2)
+
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = [b["extra_info"] for b in data["benchmarks"] if "providers" in b["extra_info"]]
     except OSError as error:
-        sys.exit(f"report.py: {path}: {error.strerror}")
+        fail(error.strerror)
     except (ValueError, KeyError, TypeError):
-        sys.exit(f"report.py: {path}: expected the JSON of pytest benchmarks --benchmark-json=FILE")
+        fail("expected the JSON of pytest benchmarks --benchmark-json=FILE")
     if not found:
-        sys.exit(f"report.py: {path}: holds no benchmark of a head; run pytest benchmarks --benchmark-json={path}")
+        fail(f"holds no benchmark of a head; run pytest benchmarks --benchmark-json={path}")
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fused_po import checks
 
-CPU_TILE_BYTES = 64 << 20
+CPU_TILE_BYTES = 128 << 20
 GPU_TILE_BYTES = 512 << 20
 CPU_BUDGET = 1 << 30
 BUDGET_VARIABLE = "FUSED_PO_LOGITS_BUDGET"
@@ -57,7 +57,7 @@ class Schedule:
         device's memory, 1 GiB on CPU. 0 keeps nothing. More than the device has is an error.
     logits_dtype: the tile's dtype: torch.float32 (None means it, or float64 for float64 inputs), or the inputs' own
         low precision, which puts about 1e-2 nats of noise on a bf16 log-prob near p = 0.3.
-    tile_bytes: the most bytes a tile of logits and its gradient may take, above one row; None: 64 MiB on CPU, 512 MiB
+    tile_bytes: the most bytes a tile of logits and its gradient may take, above one row; None: 128 MiB on CPU, 512 MiB
         elsewhere. It decides which rows share a GEMM, so policy and reference must use the same.
     entropy_grad: False makes the entropy a constant, which saves its part of the backward under torch.compile.
     skip_zero_rows: on a GPU, drop tokens whose incoming gradient is exactly 0 from the backward's GEMMs, at the price

@@ -1,8 +1,6 @@
 """`chunked_loss`: the same loss and gradients as over the whole batch, at 3 GEMMs, within the budget."""
 
-import sys
-from pathlib import Path
-
+import counting
 import pytest
 import torch
 from helpers import BACKENDS, DEVICE, IGNORE, random_labels
@@ -10,9 +8,6 @@ from helpers import BACKENDS, DEVICE, IGNORE, random_labels
 import fused_po
 from fused_po import Schedule, losses
 from fused_po.ops.chunked import chunks_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import counting
 
 PAIRS, T, H, V = 6, 5, 16, 300
 ROW = 4 * 304

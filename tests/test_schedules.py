@@ -1,8 +1,6 @@
 """What each schedule of `linear_logps` costs, counted, and that it changes nothing but the cost."""
 
-import sys
-from pathlib import Path
-
+import counting
 import pytest
 import torch
 from helpers import BACKENDS, DEVICE, IGNORE, Scaling, random_labels
@@ -10,9 +8,6 @@ from test_logps import check_linear
 
 import fused_po
 from fused_po import Schedule
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import counting
 
 STATS = ("logps", "entropy", "lse")
 N, H, V = 60, 32, 1003
