@@ -6,6 +6,7 @@ dtype, its gradients as well (relative, in norm). Beyond that it is reported wro
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,18 +48,18 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def errors_of(provider: Provider, p: Problem, truth: Exact) -> Errors:
-    """What the provider's answers are off by. Leaves its gradients in place."""
+def errors_of(provider: Provider, p: Problem, truth: Exact) -> tuple[Errors, int]:
+    """(what the provider's answers are off by, FLOPs of its forward and backward). Leaves its gradients in place."""
     off = [None, None]
     if provider.logps is not None:
         with torch.no_grad():
             difference = provider.logps(p)[truth.rows].double() - truth.logps
         off = [difference.abs().max().item(), difference.square().mean().sqrt().item()]
-    run(provider, p, "forward+backward")
+    with counting.FlopCounter() as count:
+        run(provider, p, "forward+backward")
     d_hidden = relative(p.hidden.grad.flatten(0, -2)[truth.rows], truth.d_hidden)
-    return Errors(
-        *off, d_hidden, relative(p.weight.grad[truth.columns], truth.d_weight) if p.weight.requires_grad else None
-    )
+    d_weight = relative(p.weight.grad[truth.columns], truth.d_weight) if p.weight.requires_grad else None
+    return Errors(*off, d_hidden, d_weight), count.flops
 
 
 def plain_errors(p: Problem, truth: Exact) -> Errors:
@@ -123,8 +124,8 @@ def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device:
         return {"not run": reason}
     unit = 2 * p.scored * p.case.width * p.case.vocabulary
     try:
-        errors = errors_of(provider, p, truth)
-        gemms = {mode: counting.flops(lambda: run(provider, p, mode)) / unit for mode in MODES}  # noqa: B023
+        errors, both = errors_of(provider, p, truth)
+        gemms = {"forward": counting.flops(lambda: run(provider, p, "forward")) / unit, "forward+backward": both / unit}
         for tensor in p.trained:
             tensor.grad = None
         peak = counting.peak_bytes(lambda: run(provider, p, "forward+backward"), device)
@@ -148,7 +149,10 @@ def prepare(
 
 
 class Turns:
-    """Everything that is timed on one case. Each call is one turn: everybody once, so that drift hits all alike."""
+    """Everything that is timed on one case. Each call is one turn: everybody once, so that drift hits all alike.
+
+    In a new order each time: who runs after somebody that has just given back gigabytes pays for the page faults.
+    """
 
     def __init__(self, p: Problem, able: list[Provider]) -> None:
         count = 3 if p.weight.requires_grad else 2
@@ -161,11 +165,14 @@ class Turns:
             for mode in MODES:
                 self.calls[provider.name, mode] = lambda q=provider, m=mode: run(q, p, m)
         self.times: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
+        self.shuffle = random.Random(0).shuffle
 
     def __call__(self) -> None:
-        for key, call in self.calls.items():
+        order = list(self.calls)
+        self.shuffle(order)
+        for key in order:
             begin = time.perf_counter()
-            call()
+            self.calls[key]()
             self.times[key].append(time.perf_counter() - begin)
 
     def medians(self, warm_up: int = 1) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ One benchmark a case; its rounds are turns in which everybody runs once. What ca
 import measure
 from report import case_table
 
-ROUNDS = {"cpu": 3, "cuda": 11}
+ROUNDS = {"cpu": 4, "cuda": 9}
 
 
 def test_head(case, device, circumstances, benchmark, capsys):
