@@ -68,6 +68,17 @@ def test_who_is_wrong_is_reported_and_not_timed(kind, field):
     assert "**wrong: " in line and line.startswith("| broken |  |  |")
 
 
+def test_who_fails_does_not_take_the_others_along():
+    def fail(p):
+        raise RuntimeError("no such kernel")
+
+    _, reports, able = measure.prepare(
+        cases.suite("tiny")[0], DEVICE, [NAMED["fused_po"], providers.Provider("failing", fail)]
+    )
+    assert [q.name for q in able] == ["fused_po"]
+    assert "RuntimeError" in reports["failing"]["not run"] and "no such kernel" in reports["failing"]["not run"]
+
+
 def test_the_truth_is_float64s(seed):
     """The closed forms of `exact` against autograd through float64 logits."""
     for case in (cases.Case(40, 90, 8, prompt=0.25), cases.Case(40, 90, 8, task="dpo", reference="live")):
