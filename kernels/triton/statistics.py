@@ -149,7 +149,14 @@ def scan_row(row_ptr, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.con
 def label_logp(row_ptr, column, valid, state, scale, inner):
     """(log-prob, y) of one column from its row's state; never above 0."""
     y = load_scaled(row_ptr + column, valid, inner)
-    logp = (tl.fma(y, scale, -state[0]) - log2(state[1])) * LN2
+    # y * scale - shift in two parts, t + rest: rounded in base 2, where it is 1.44 times as large, it would lose a bit.
+    shift = state[0]
+    t = tl.fma(y, scale, -shift)
+    back = t + shift
+    part = back - t
+    rest = tl.fma(y, scale, -back) - ((t - (back - part)) + (shift - part))
+    rest = tl.where(tl.abs(t) < 1e30, rest, 0.0)  # an infinite t has none
+    logp = tl.fma(t, LN2, (rest - log2(state[1])) * LN2)
     return tl.where(logp > 0.0, 0.0, logp), y
 
 
