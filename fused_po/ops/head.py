@@ -116,7 +116,7 @@ def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
     return value if rows is None else value[rows]
 
 
-class _Buffers:
+class Buffers:
     """Room for one tile of logits and one of its basis, made when first asked for; the same where the dtypes are."""
 
     def __init__(self, head: Head, like: Tensor, n_rows: int, n_cols: int) -> None:
@@ -157,7 +157,7 @@ def forward(
     labels = take_rows(labels, rows)
     n_rows, step = len(hidden), head.tile_rows(n_cols, hidden.device)
     block = head_block(n_rows, *weight.shape, head.tile_bytes)
-    buffers = _Buffers(head, hidden, min(step, n_rows), n_cols)
+    buffers = Buffers(head, hidden, min(step, n_rows), n_cols)
     for some in spans(0, n_rows, step):
         count = some.stop - some.start
         d = buffers.basis(count, n_cols) if head.keep == "product" else kept[some, :n_cols]
@@ -215,7 +215,7 @@ class Incoming(NamedTuple):
         return Incoming(labels, saved, self.logps, self.entropy, *grads), live
 
 
-class _Backward:
+class HeadBackward:
     """One backward over rows of which the first n_kept have their basis kept; the rest project again."""
 
     def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], rows: Incoming, kept: Tensor,
@@ -225,8 +225,18 @@ class _Backward:
         self.rows, self.kept, self.index, self.n_kept = rows, kept[:, : weight.shape[0]], index, n_kept
         self.kept_as_is = index is None or n_kept == len(kept)  # no kept row was dropped
         self.run = backends.get(head.backend)
+        # A row's gradient is this many times its basis, if there is such a number.
+        self.multiples, self.factors = rows.only_logps, rows.g_logps
 
-    def tile(self, some: slice, columns: slice, weight: Tensor, buffers: _Buffers) -> Tensor:
+    def tile_rows(self, n_cols: int) -> int:
+        """Rows of a tile of n_cols columns."""
+        return self.head.tile_rows(n_cols, self.weight.device)
+
+    def buffers(self, n_rows: int, n_cols: int) -> Buffers:
+        """Room for a tile."""
+        return Buffers(self.head, self.hidden, n_rows, n_cols)
+
+    def tile(self, some: slice, columns: slice, weight: Tensor, buffers: Buffers) -> Tensor:
         """The gradient [rows, columns] in the raw logits; the basis, where each row's gradient is a multiple of it."""
         shape = some.stop - some.start, columns.stop - columns.start
         if some.stop > self.n_kept:
@@ -235,7 +245,7 @@ class _Backward:
             d = self.kept[some, columns]
         else:
             d = torch.index_select(self.kept[:, columns], 0, self.index[some], out=buffers.basis(*shape))
-        if self.rows.only_logps:
+        if self.multiples:
             return d
         part, out = self.rows.at(some), buffers.basis(*shape)
         self.run.from_basis(d, part.labels, part.logps, part.entropy, *part.grads, self.head.outer, out, columns.start)
@@ -250,14 +260,14 @@ class _Backward:
         project(self.hidden[some], weight, bias, compute, logits, block)
         saved, entropy, scaling = rows.saved, rows.entropy, (head.outer, head.inner)
         if len(weight) == len(self.weight):  # whole rows: score them anew
-            outputs, basis = 2 * (entropy is not None), out[None] if rows.only_logps else None
+            outputs, basis = 2 * (entropy is not None), out[None] if self.multiples else None
             _, new_entropy, _, _, saved = self.run.score(
                 logits[None], rows.labels, *scaling, head.ignore_index, outputs, basis
             )
-            if rows.only_logps:
+            if self.multiples:
                 return out
             entropy = None if entropy is None else new_entropy
-        grads = (None, None, None) if rows.only_logps else rows.grads
+        grads = (None, None, None) if self.multiples else rows.grads
         self.run.gradient(logits[None], rows.labels, saved, entropy, *grads, *scaling, out[None], columns.start)
         return out
 
@@ -267,17 +277,17 @@ class _Backward:
         need_hidden, need_weight, need_bias = needs
         sums, gemm = stats_dtype(head.logits_dtype), self.hidden.dtype
         # A gradient is its own sum if it is as wide, or if one GEMM makes it.
-        in_one = self.rows.only_logps and self.kept_as_is and self.n_kept == n_rows and weight.dtype == gemm
+        in_one = self.multiples and self.kept_as_is and self.n_kept == n_rows and weight.dtype == gemm
         own_sums = not need_weight or grads[1].dtype == sums or (in_one and not add)
         block = head_block(n_rows, n_cols, width, head.tile_bytes)
         columns_at_once = n_cols if own_sums else block
-        step = max(1, min(head.tile_rows(columns_at_once, weight.device), n_rows))
-        buffers = _Buffers(head, self.hidden, step, columns_at_once)
-        kept_step = self.n_kept if self.rows.only_logps and self.kept_as_is else step
+        step = max(1, min(self.tile_rows(columns_at_once), n_rows))
+        buffers = self.buffers(step, columns_at_once)
+        kept_step = self.n_kept if self.multiples and self.kept_as_is else step
         pieces = spans(0, self.n_kept, kept_step) + spans(self.n_kept, n_rows, step)
 
-        g = self.rows.g_logps[:, None] if self.rows.only_logps else torch.ones_like(self.rows.logps)[:, None]
-        scaled = (self.hidden * g).to(gemm) if need_weight and self.rows.only_logps else self.hidden
+        g = self.factors[:, None] if self.multiples else torch.ones_like(self.rows.logps)[:, None]
+        scaled = (self.hidden * g).to(gemm) if need_weight and self.multiples else self.hidden
         sum_bias = self.hidden.new_zeros(n_cols if need_bias else 0, 1, dtype=sums)
         if not pieces and need_weight and not add:
             grads[1].zero_()
@@ -295,7 +305,7 @@ class _Backward:
                     mm(d.t(), g[some].to(gemm), sum_bias[columns], add=True)
             if need_weight and not own_sums:
                 grads[1][columns] = total
-        if need_hidden and self.rows.only_logps:
+        if need_hidden and self.multiples:
             grads[0].mul_(g)
         if need_bias:
             grads[2].copy_(sum_bias[:, 0] + grads[2] if add else sum_bias[:, 0])
@@ -326,7 +336,8 @@ def backward(
     wide = stats_dtype(head.logits_dtype)
     sum_hidden = hidden.new_empty((len(h), hidden.shape[1]) if needs[0] else 0, dtype=wide)
     grads = empty_gradients((None, weight, bias), needs)[1:] if sums is None else sums
-    _Backward(head, h, weight, bias, incoming, kept, index, n_kept).fill((sum_hidden, *grads), needs, sums is not None)
+    run = HeadBackward(head, h, weight, bias, incoming, kept, index, n_kept)
+    run.fill((sum_hidden, *grads), needs, sums is not None)
     if needs[0] and rows is not None:
         sum_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(
             0, rows, sum_hidden.to(hidden.dtype)
