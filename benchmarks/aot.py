@@ -113,6 +113,8 @@ def cases() -> list[Case]:
             name = f"dpo, kl={kl}" + (", reference sums" if sums else "")
             constants = {"KL": kl, "REF_SUMS": sums}
             out.append(Case(name, "preference", "dpo_kernel", "fp32", constants, block=1024, warps=4))
+    for name, constants in {"gae": {"mask_ptr": None, "last_ptr": None}, "gae, masked, last values": {}}.items():
+        out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024))
     return out
 
 
@@ -129,11 +131,11 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name.endswith("label_ptr"):
-            return "*i64"
+        if name in ("label_ptr", "mask_ptr"):
+            return {"label_ptr": "*i64", "mask_ptr": "*u8"}[name]
         if name.endswith("_ptr"):
             return "*" + (case.dtype if name in LOGITS_POINTERS and case.kernel != "dpo_kernel" else "fp32")
-        if name in ("outer", "inner", "beta", "label_smoothing"):
+        if name in ("outer", "inner", "beta", "label_smoothing", "gamma", "decay"):
             return "fp32"
         return "i64" if "stride" in name or name == "ignore_index" else "i32"
 
@@ -209,7 +211,7 @@ def vector_path(code: list[tuple[int, str]]) -> int:
 
 def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     """Instructions a thread issues for each of its elements of logits."""
-    if case.kernel in ("dpo_kernel", "merge_parts_kernel"):
+    if case.kernel in ("dpo_kernel", "gae_kernel", "merge_parts_kernel"):
         return None
     scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel")
     count = main_loop(code) if scans else vector_path(code)

@@ -3,10 +3,11 @@
 from fused_po import losses, modules
 from fused_po.ops.backend import backends
 from fused_po.ops.chunked import chunked_loss
+from fused_po.ops.gae import gae
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
 from fused_po.ops.preference import DPOOutput, dpo_from_logits, linear_dpo
-from fused_po.reduce import sequence_logps
+from fused_po.reduce import aggregate, sequence_logps
 from fused_po.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -14,9 +15,11 @@ __all__ = [
     "DPOOutput",
     "Schedule",
     "TokenStats",
+    "aggregate",
     "backends",
     "chunked_loss",
     "dpo_from_logits",
+    "gae",
     "linear_dpo",
     "linear_logps",
     "logps_from_logits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Iterable
@@ -58,9 +59,65 @@ def positive(name: str, value: object) -> float:
 
 
 def choice(name: str, value: object, allowed: Iterable) -> None:
-    """Refuse a value that is not among the allowed ones."""
-    if value not in tuple(allowed):
-        raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
+    """Refuse a value that is not among the allowed ones; an unknown name is told the nearest known one."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [a for a in allowed if isinstance(a, str)], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}{hint}")
+
+
+def alike(**values: object) -> None:
+    """Refuse floating tensors, by name, that differ in shape or device from the first; None is passed over."""
+    first, shape, device = "", torch.Size(), torch.device("cpu")
+    for name, value in values.items():
+        if value is None:
+            continue
+        value = floating(name, value)
+        if not first:
+            first, shape, device = name, value.shape, value.device
+        if value.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}, that of {first}")
+        same_device(name, value, device)
+
+
+def mask_like(name: str, mask: object, like: Tensor, of: str) -> Tensor:
+    """`mask` as bool if it is a tensor of like's shape; non-zero means that a position counts."""
+    if tensor(name, mask).shape != like.shape:
+        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(like.shape)}, that of {of}")
+    same_device(name, mask, like.device)
+    return mask.bool()
+
+
+def looked_at(value: Tensor) -> bool:
+    """Whether a tensor's values are checked: on CPU; elsewhere, for a sync, under FUSED_PO_DEBUG=1; never traced."""
+    return not torch.compiler.is_compiling() and (value.device.type == "cpu" or debug())
+
+
+def positive_like(name: str, value: object, like: Tensor, of: str) -> float | Tensor:
+    """`value` if it is a number > 0, or a tensor of such in the shape of `like`."""
+    if not isinstance(value, Tensor):
+        return positive(name, value)
+    alike(**{of: like, name: value})
+    if looked_at(value) and not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError(f"{name}: holds {float(value.min())}, allowed are finite numbers > 0")
+    return value.detach()
+
+
+def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
+    """Refuse NaN and infinities (where it counts), as far as values are looked at."""
+    if looked_at(value):
+        bad = ~value.isfinite() if where is None else ~value.isfinite() & where
+        if bool(bad.any()):
+            at = int(bad.flatten().nonzero()[0])
+            got = float(value.flatten()[at])
+            raise ValueError(f"{name}: got {got} at flat position {at}, allowed are finite numbers")
+
+
+def only_with(name: str, value: object, default: object, used: bool, where: str) -> None:
+    """Refuse an argument that was set although nothing would read it."""
+    if not used and value != default:
+        raise ValueError(f"{name}: got {value}, which only {where} reads; leave it at {default}")
 
 
 def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:

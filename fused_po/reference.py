@@ -1,8 +1,8 @@
 """The row passes in plain PyTorch: the backend for CPU tensors and for float64, and what the kernels must agree with.
 
 The same entry points as a kernel backend (`unsupported`, `statistics`, `score`, `gradient`, `from_basis`,
-`pair_statistics`, `dpo`, `dpo_gradient`), over blocks of rows small enough to stay in a core's cache. Nothing here is
-[N, V] in size.
+`pair_statistics`, `dpo`, `dpo_gradient`, `gae`), over blocks of rows small enough to stay in a core's cache. Nothing
+here is [N, V] in size.
 
 `saved` [2, N] holds a row's shift (its largest scaled logit) and log-norm (log of the sum of exponentials above it);
 a log-norm of +inf marks an ignored row.
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2 << 20
+ONE_THREAD = 1 << 15  # elements up to which PyTorch wakes no other thread on CPU, which can cost more than all of gae
+SCAN_WIDTH = 32
 FLOOR = -1e4  # stands for log(0) beside a probability of 0: their product must be 0, not NaN
 # Rows of tokens[4, N] and of pairs[7, B], the buffers of the DPO functions.
 SHIFT, NORM, LOGP, REF_LOGP = range(4)
 SLOPE, CHOSEN_REWARD, REJECTED_REWARD, MARGIN, ACCURACY, KL_SUM, TOKENS = range(7)
 PAIR_FIELDS = 7
+SATURATION = 20.0  # k3 goes on along its tangent where the reference is more nats above the policy
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -29,9 +32,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point and dtype.itemsize > 1 else f"dtype {dtype}"
 
 
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics of logits of this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def stats_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of tensors of these dtypes."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[slice | Tensor, tuple, Tensor]]:
@@ -205,8 +208,10 @@ def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
         return k1, torch.ones_like(k1)
     if kl == "k2":
         return 0.5 * k1 * k1, k1
-    slope = -torch.expm1(-k1)
-    return torch.where(k1.abs() < 1e-3, k1 * k1 * (0.5 - k1 / 6), k1 - slope), slope
+    inside = (-k1).clamp(max=SATURATION)
+    slope = -torch.expm1(inside)
+    k3 = k1 - slope + (1 - slope) * (-k1 - inside)
+    return torch.where(k1.abs() < 1e-3, k1 * k1 * (0.5 - k1 / 6), k3), slope
 
 
 def dpo(
@@ -257,3 +262,83 @@ def dpo_gradient(
     g = dpo_token_gradient(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl)
     saved = tokens[SHIFT : NORM + 1]
     gradient(logits, labels.flatten(), saved, tokens[:0], g.flatten(), None, None, outer, inner, out)
+
+
+def discounted_sums_(x: Tensor, factor: float, step: int) -> None:
+    """y_t = x_t + factor * y_(t + 1) along the rows of x[B, T], in place; T a multiple of SCAN_WIDTH, or less.
+
+    SCAN_WIDTH steps, each for the i-th tokens of all blocks of that many; then the same over the blocks' first tokens.
+    """
+    n_rows, length = x.shape
+    width = max(1, min(length, SCAN_WIDTH))
+    n_blocks = length // width
+    x = x.view(n_rows, n_blocks, width)
+    tokens = x.unbind(2)
+    for here, after in zip(tokens[-2::-1], tokens[:0:-1]):
+        here.add_(after, alpha=factor)
+    if n_blocks > 1:
+        whole = n_blocks if n_blocks <= SCAN_WIDTH else -(-n_blocks // SCAN_WIDTH) * SCAN_WIDTH
+        first = torch.nn.functional.pad(tokens[0], (0, whole - n_blocks))
+        discounted_sums_(first, factor**width, step)
+        powers = torch.tensor([factor ** (width - i) for i in range(width)], dtype=x.dtype, device=x.device)
+        for some, later in zip(x.split(step), first[:, 1:n_blocks, None].split(step)):
+            some[:, :-1].addcmul_(later, powers)
+
+
+def packed(values: Tensor, column: Tensor | None, width: int) -> Tensor:
+    """[B, width] of values[B, T] in these columns, or at the right end."""
+    if column is None:
+        return torch.nn.functional.pad(values, (width - values.shape[1], 0))
+    return torch.zeros(len(values), width, dtype=values.dtype, device=values.device).scatter_(1, column, values)
+
+
+def gae_rows(
+    rewards: Tensor, values: Tensor, mask: Tensor | None, last: Tensor | None, gamma: float, decay: float, step: int,
+    advantages: Tensor, returns: Tensor,
+) -> None:  # fmt: skip
+    """Write the results into advantages and returns [B, T]; only the scan is over more than `step` rows at once.
+
+    With a mask, what counts moves to the right end of a wider row, in order, and the rest to its column 0, which
+    nothing that counts reads.
+    """
+    n_rows, length = rewards.shape
+    width = (length // SCAN_WIDTH + 1) * SCAN_WIDTH
+    deltas = torch.empty(n_rows, width, dtype=returns.dtype, device=returns.device)
+    parts = [slice(begin, begin + step) for begin in range(0, n_rows, step)]
+    columns: list[Tensor | None] = []
+    for rows in parts:
+        column = None
+        if mask is not None:
+            column = mask[rows].cumsum(1)
+            column = column.add_(width - 1 - column[:, -1:]).mul_(mask[rows])
+        columns.append(column)
+        r, v, delta = packed(rewards[rows], column, width), packed(values[rows], column, width), deltas[rows]
+        torch.sub(r, v, out=delta)
+        delta[:, :-1].add_(v[:, 1:], alpha=gamma)
+        if last is not None:
+            delta[:, -1].add_(last[rows], alpha=gamma)
+    discounted_sums_(deltas, decay, step)
+    deltas[:, 0] = 0
+    for rows, column in zip(parts, columns):
+        if column is None:
+            advantages[rows] = deltas[rows, width - length :]
+            torch.add(advantages[rows], values[rows], out=returns[rows])
+        else:
+            torch.gather(deltas[rows], 1, column, out=advantages[rows])
+            returns[rows] = torch.where(mask[rows], advantages[rows] + values[rows], 0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor | None, last: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) [B, T] of rewards, values [B, T], a bool mask [B, T] or None, last values [B] or None."""
+    dtype = stats_dtype(*(x.dtype for x in (rewards, values, last) if x is not None))
+    rewards, values, last = (None if x is None else x.to(dtype) for x in (rewards, values, last))
+    n_rows, length = rewards.shape
+    advantages, returns = (torch.empty(n_rows, length, dtype=dtype, device=rewards.device) for _ in range(2))
+    step = max(1, ONE_THREAD // (length + SCAN_WIDTH)) if rewards.device.type == "cpu" else max(1, n_rows)
+    for begin in range(0, n_rows if length else 0, SCAN_WIDTH * step):
+        rows = slice(begin, begin + SCAN_WIDTH * step)
+        some = (x if x is None else x[rows] for x in (rewards, values, mask, last))
+        gae_rows(*some, gamma, gamma * lam, step, advantages[rows], returns[rows])
+    return advantages, returns

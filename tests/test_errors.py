@@ -96,7 +96,6 @@ BAD = [
         ValueError,
         "ref_weight: got shape .* the policy's vocabulary",
     ),
-    (lambda: fused_po.losses.kl_loss(REF, REF, "k4"), ValueError, "estimator: got 'k4', allowed are 'k1', 'k2', 'k3'"),
     (lambda: sequences(REF, REF[:2]), ValueError, "mask: got shape"),
     (lambda: sequences(REF[0]), ValueError, r"logps: got shape \(3,\), expected \[B, T\] without cu_seqlens"),
     (lambda: sequences(REF[0], cu_seqlens=LABELS), ValueError, "cu_seqlens: got shape"),

@@ -262,3 +262,22 @@ def test_linear_scaling_bias_and_tiles(backend, scaling, ignored, dtype, seed, p
     labels[:11] = random_labels(11, 203, ignored)
     small = fused_po.Schedule(tile_bytes=4 * 203 * 3)  # three rows a tile, a few dozen columns a block
     check_linear(hidden, weight, bias, labels, scaling, backend, small, n=11)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 2.0))
+def test_entropy_never_ignores_the_temperature(temperature, seed):
+    """A bug of the peers: log-probs at the temperature, entropy and its bonus at 1."""
+    hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
+    labels, mask = torch.randint(0, 30, (1, 5)), torch.ones(1, 5)
+    hidden.requires_grad_()
+    stats = fused_po.linear_logps(hidden[None], weight, labels, temperature=temperature, outputs=("logps", "entropy"))
+    logp = (hidden @ weight.T / temperature).log_softmax(-1)
+    expected = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(stats.entropy[0], expected)
+    from_logits = fused_po.logps_from_logits(
+        hidden @ weight.T, labels[0], temperature=temperature, outputs=("entropy",)
+    )
+    torch.testing.assert_close(from_logits.entropy, expected)
+    bonus = fused_po.losses.entropy_bonus(stats.entropy, mask, coef=0.3).sum()
+    grads = [torch.autograd.grad(v, hidden, retain_graph=True)[0] for v in (bonus, -0.3 * expected.sum())]
+    torch.testing.assert_close(*grads)

@@ -62,7 +62,7 @@ def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
     coef = 0.4 if kl else 0.0
     how = (0.3, smoothing, kl, coef)
     problems, ours_too = [], []  # (plain PyTorch's, exact) of many problems and ours of the first: one's error is luck
-    for i in range(32):
+    for i in range(256):
         logits, labels, ref_logits = batch(dtype=dtype)
         picked = ref_logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
         ref32 = torch.where(labels != IGNORE, picked, 0)
@@ -257,3 +257,27 @@ def test_empty_batches_and_empty_answers(backend, seed, poison):
     out.loss.backward()
     assert out.loss.item() == pytest.approx(math.log(2)) and out.kl.item() == 0
     assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:fused_po. k1 as a loss")
+@pytest.mark.parametrize("distance", (30.0, 1e4, -1e4))
+@pytest.mark.parametrize("kl", KLS[1:])
+def test_policies_far_apart_give_the_finite_losses_of_the_zoo(backend, distance, kl, seed, poison):
+    """k3's exponential would overflow; fused or not, it goes on along its tangent, in value and gradient."""
+    logits, labels, _ = batch(2, 3, 9)
+    ref_logps = torch.where(labels != IGNORE, distance, 0.0)
+    x = logits.requires_grad_()
+    out = fused_po.dpo_from_logits(x, labels, ref_logps=ref_logps, kl=kl, kl_coef=1e-3, backend=backend)
+    out.loss.backward()
+    logps = fused_po.logps_from_logits(logits.detach(), labels, backend=backend).logps.requires_grad_()
+    expected = fused_po.losses.kl_loss(logps, ref_logps, kl)
+    torch.testing.assert_close(out.kl_per_token, expected.detach())
+    assert out.loss.isfinite() and x.grad.isfinite().all()
+    loss = fused_po.losses.dpo(*logps.sum(-1).chunk(2), *ref_logps.sum(-1).chunk(2)).mean()
+    loss = loss + 1e-3 * expected.sum() / (labels != IGNORE).sum()
+    torch.testing.assert_close(out.loss.detach(), loss.detach())
+    slopes = torch.autograd.grad(loss, logps)[0]
+    y = logits.detach().requires_grad_()
+    fused_po.logps_from_logits(y, labels, backend=backend).logps.backward(slopes)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)

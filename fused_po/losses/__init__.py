@@ -1,6 +1,134 @@
 """The zoo: pure functions of log-probs, unreduced, in plain PyTorch."""
 
-from fused_po.losses.divergence import kl_loss
-from fused_po.losses.pairwise import dpo
+from fused_po.losses.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    whiten,
+)
+from fused_po.losses.anchored import aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from fused_po.losses.divergence import (
+    AdaptiveKLController,
+    FixedKLController,
+    categorical_kl,
+    diffusion_dpo,
+    gaussian_kl,
+    kl_estimate,
+    kl_in_reward,
+    kl_loss,
+)
+from fused_po.losses.entropy import clip_cov, entropy_bonus, kl_cov, top_entropy_mask
+from fused_po.losses.group_relative import GRPO_MODES, grpo
+from fused_po.losses.metrics import (
+    masked_mean,
+    odds_ratio_metrics,
+    policy_metrics,
+    preference_metrics,
+    reward_metrics,
+    token_metrics,
+    unpaired_metrics,
+)
+from fused_po.losses.named import preference_loss
+from fused_po.losses.off_policy import importance_weights, off_policy_sequence_mask
+from fused_po.losses.paired_comparisons import BradleyTerryFit, bradley_terry_mle
+from fused_po.losses.pairwise import (
+    discopop,
+    dpo,
+    dpop,
+    exo_pair,
+    f_divergence_score,
+    hinge,
+    ipo,
+    plackett_luce_dpo,
+    robust_dpo,
+    rpo,
+    sigmoid_norm,
+    tdpo,
+    wpo_weights,
+)
+from fused_po.losses.policy import cispo, ppo_clip, reinforce, sapo, value_loss
+from fused_po.losses.reference_free import alphapo, alphapo_reward, cpo, log_odds_ratio, orpo, sft, simpo, tpo
+from fused_po.losses.reward import bradley_terry, plackett_luce
+from fused_po.losses.sequence_policy import gmpo, gspo, luspo, rloo, vespo
+from fused_po.losses.unpaired import RunningMean, apo_zero_unpaired, bco, kto, kto_kl, udm_weights
 
-__all__ = ["dpo", "kl_loss"]
+__all__ = [
+    "GRPO_MODES",
+    "AdaptiveKLController",
+    "BradleyTerryFit",
+    "FixedKLController",
+    "RunningMean",
+    "alphapo",
+    "alphapo_reward",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bco_pair",
+    "bradley_terry",
+    "bradley_terry_mle",
+    "categorical_kl",
+    "cispo",
+    "clip_cov",
+    "cpo",
+    "diffusion_dpo",
+    "discopop",
+    "dpo",
+    "dpop",
+    "entropy_bonus",
+    "exo_pair",
+    "f_divergence_score",
+    "gaussian_kl",
+    "gmpo",
+    "group_advantages",
+    "grpo",
+    "gspo",
+    "hinge",
+    "importance_weights",
+    "ipo",
+    "kl_cov",
+    "kl_estimate",
+    "kl_in_reward",
+    "kl_loss",
+    "kto",
+    "kto_kl",
+    "leave_one_out_advantages",
+    "log_odds_ratio",
+    "luspo",
+    "masked_mean",
+    "nca_pair",
+    "odds_ratio_metrics",
+    "off_policy_sequence_mask",
+    "orpo",
+    "plackett_luce",
+    "plackett_luce_dpo",
+    "policy_metrics",
+    "ppo_clip",
+    "preference_loss",
+    "preference_metrics",
+    "reinforce",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+    "reward_metrics",
+    "rloo",
+    "robust_dpo",
+    "rpo",
+    "sapo",
+    "sft",
+    "sigmoid_norm",
+    "simpo",
+    "sppo_hard",
+    "tdpo",
+    "token_metrics",
+    "top_entropy_mask",
+    "tpo",
+    "udm_weights",
+    "unpaired_metrics",
+    "value_loss",
+    "vespo",
+    "whiten",
+    "wpo_weights",
+]

@@ -1,33 +1,242 @@
-"""Estimates of the KL divergence between policy and reference from log-probs of sampled tokens."""
+"""KL divergence: estimates from log-probs of sampled tokens, exact forms, and where each of them belongs.
+
+With r = log pi - log pi_ref of tokens that pi sampled (Schulman 2020, "Approximating KL divergence"):
+
+    k1 = r        k2 = r^2 / 2        k3 = e^-r - 1 + r        abs = |r|
+
+- k1 belongs into the reward, r - beta k1. As a loss its gradient averages to nothing over the policy's own samples.
+- k2 belongs into the loss: there its gradient is, on-policy, that of the reverse KL(pi || pi_ref), as with k1 in
+  the reward. k2, k3 and abs are >= 0, and as a reward can only push the probabilities of what was sampled down.
+- k3's value is an unbiased estimate with less variance. As a loss its gradient is k2's to first order in r, and biased
+  once the policies part.
+- Samples of an older policy: k times pi / pi_old estimates the KL of pi, in value and gradient.
+
+(tests/test_divergence.py shows each by enumeration.)
+"""
 
 from __future__ import annotations
+
+import warnings
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.losses.numerics import saturating_expm1
+from fused_po.losses.pairwise import dpo
+
+# All the field's names. verl: kl, mse, low_var_kl, abs; verl and OpenRLHF: k1, k2, k3.
+ESTIMATORS = {"k1": "k1", "kl": "k1", "k2": "k2", "mse": "k2", "k3": "k3", "low_var_kl": "k3", "abs": "abs"}
+_warned: set[str] = set()
 
 
-def kl_loss(logps: Tensor, ref_logps: Tensor, estimator: str = "k3") -> Tensor:
-    """The KL estimate of each token, with r = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"):
+def _warn_once(key: str, message: str) -> None:
+    if key not in _warned and not torch.compiler.is_compiling():
+        _warned.add(key)
+        warnings.warn(message, UserWarning, stacklevel=3)
 
-        k1 = r        k2 = r^2 / 2        k3 = e^-r - 1 + r
 
-    k1 belongs into a reward: as a loss, its gradient averages to nothing over the policy's own samples. k2 belongs into
-    a loss, where its gradient is on-policy that of the reverse KL(pi || pi_ref). k3's gradient is k2's to first order.
-    No clamp: k3 overflows in fp32 where the reference is more than 88 nats above the policy.
+def _estimator(name: object) -> str:
+    """k1, k2, k3 or abs for any of the field's names."""
+    if name == "full":
+        raise ValueError(
+            "estimator: got 'full', the exact KL, which log-probs of sampled tokens cannot give: losses.categorical_kl "
+            f"takes whole distributions; estimates are {', '.join(map(repr, ESTIMATORS))}"
+        )
+    checks.choice("estimator", name, ESTIMATORS)
+    return ESTIMATORS[str(name)]
 
-    Args:
-        logps: [...], the policy's log-probs. ref_logps: [...], the reference's, taken as constants.
-        estimator: "k1", "k2" or "k3".
 
-    Returns:
-        [...], unreduced.
-    """
-    checks.choice("estimator", estimator, ("k1", "k2", "k3"))
-    r = logps - ref_logps.detach()
+def _estimate(r: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
         return r
     if estimator == "k2":
         return 0.5 * r * r
-    return torch.expm1(-r) + r
+    if estimator == "abs":
+        return r.abs()
+    return saturating_expm1(-r) + r
+
+
+def _log_ratio(logps: Tensor, ref_logps: Tensor, clamp: Optional[float]) -> Tensor:
+    checks.alike(logps=logps, ref_logps=ref_logps)
+    r = logps - ref_logps.detach()
+    return r if clamp is None else r.clamp(-checks.positive("clamp", clamp), clamp)
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k3", *, clamp: Optional[float] = None) -> Tensor:
+    """The KL estimate of each token, a number to look at: no gradient, no opinion on its use.
+
+    Args and formulas: as `kl_loss`.
+    """
+    return _estimate(_log_ratio(logps.detach(), ref_logps, clamp), _estimator(estimator))
+
+
+def kl_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    estimator: str = "k3",
+    *,
+    old_logps: Optional[Tensor] = None,
+    straight_through: bool = False,
+    clamp: Optional[float] = None,
+) -> Tensor:
+    """The KL estimate of each token as a term of the loss; see the module for what the estimators are.
+
+    k2 is the one whose on-policy gradient is the KL's. k1 warns, once: its expected gradient is zero. k3 is
+    e^-r - 1 + r down to r = -20 and goes on along its tangent, so that it stays finite; verl clamps r to [-20, 20] (and
+    the result to [-10, 10]), which stops the gradient there: `clamp`.
+
+    Args:
+        logps: [...], the policy's log-probs. ref_logps: like it, the reference's, taken as constants.
+        estimator: "k1" ("kl"), "k2" ("mse"), "k3" ("low_var_kl") or "abs".
+        old_logps: like logps: those of the policy that sampled. Multiplies with pi / pi_old, through which gradients
+            flow: DeepSeek-V3.2's unbiased estimate, TRL's use_bias_correction_kl.
+        straight_through: the estimator's value with k2's gradient (verl's "k1+", "k3+"); the factor pi / pi_old is
+            then a constant.
+        clamp: None, or the largest |r|.
+
+    Returns:
+        [...], unreduced.
+    """
+    kind = _estimator(estimator)
+    if kind == "k1" and not straight_through and old_logps is None:
+        _warn_once(
+            "k1 as a loss",
+            "fused_po: k1 as a loss has an expected gradient of zero over the policy's own samples; take 'k2' for the "
+            "gradient of the reverse KL, or put k1 into the reward (losses.kl_in_reward)",
+        )
+    r = _log_ratio(logps, ref_logps, clamp)
+    kl = _estimate(r, kind)
+    if straight_through:
+        kl = kl.detach() + (_estimate(r, "k2") - _estimate(r, "k2").detach())
+    if old_logps is None:
+        return kl
+    checks.alike(logps=logps, old_logps=old_logps)
+    ratio = saturating_expm1(logps - old_logps.detach()) + 1
+    return kl * (ratio.detach() if straight_through else ratio)
+
+
+def kl_in_reward(
+    rewards: Tensor,
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    estimator: str = "k1",
+    clamp: Optional[float] = None,
+) -> Tensor:
+    """Per-token rewards with the KL penalty in them: reward_t - beta k_t, constants.
+
+    Ziegler et al. 2019, arXiv:1909.08593, eq. 2. k1 is right here: the policy gradient of -k1 is that of the reverse
+    KL. Estimators that are never negative warn, once. OpenRLHF clamps its estimates to +-10: `clamp` does it with r.
+
+    Args:
+        rewards: [B], put on each answer's last counted token, or [B, T]. logps, ref_logps: [B, T].
+        mask: [B, T], True where a token counts; the others give 0, and so does an answer without any.
+        beta: >= 0. estimator, clamp: as in `kl_loss`.
+
+    Returns:
+        [B, T], without gradient.
+    """
+    kind = _estimator(estimator)
+    if kind != "k1":
+        _warn_once(
+            f"{kind} as a reward",
+            f"fused_po: {kind} is never negative; in the reward it can only push the sampled tokens' probabilities "
+            "down, also where the policy is below its reference; k1 is the one for rewards",
+        )
+    beta = checks.number("beta", beta, "finite numbers >= 0", lambda v: v >= 0)
+    checks.floating("rewards", rewards)
+    r = _log_ratio(logps, ref_logps, clamp).detach()
+    mask = checks.mask_like("mask", mask, logps, "logps")
+    penalty = torch.where(mask, beta * _estimate(r, kind), 0)
+    if rewards.shape == logps.shape:
+        return torch.where(mask, rewards.detach(), 0) - penalty
+    if rewards.shape != logps.shape[:1]:
+        expected = f"{tuple(logps.shape[:1])} or {tuple(logps.shape)}"
+        raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected {expected}")
+    last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    return torch.where(last, rewards.detach()[:, None], 0) - penalty
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum p (log p - log q) of whole distributions [..., V] -> [...], in nats, with gradients to both.
+
+    -inf in log_p counts 0; -inf in log_q where p > 0 gives inf. Both are normalised already. Not for whole
+    vocabularies of long batches: three tensors of that size stay for the backward.
+    """
+    checks.alike(log_p=log_p, log_q=log_q)
+    counted = log_p > -torch.inf
+    difference = torch.where(counted, log_p, 0) - torch.where(counted, log_q, 0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std_p: float | Tensor, std_q: float | Tensor) -> Tensor:
+    """KL(p || q) of isotropic Gaussians in k dimensions:
+
+        k (ln(std_q / std_p) + std_p^2 / (2 std_q^2) - 1/2) + |mean_p - mean_q|^2 / (2 std_q^2)
+
+    Args:
+        mean_p, mean_q: [..., k]. std_p, std_q: > 0, numbers or [...].
+
+    Returns:
+        [...], in nats, with gradients to all.
+    """
+    checks.alike(mean_p=mean_p, mean_q=mean_q)
+    squares = (mean_p - mean_q).square().sum(-1)
+    for name, std in (("std_p", std_p), ("std_q", std_q)):
+        checks.positive_like(name, std, squares, "the means without their last dimension")
+    std_p, std_q = (torch.as_tensor(std, dtype=squares.dtype, device=squares.device) for std in (std_p, std_q))
+    of_std = torch.log(std_q / std_p) + 0.5 * (std_p / std_q).square() - 0.5
+    return mean_p.shape[-1] * of_std + squares / (2 * std_q.square())
+
+
+def diffusion_dpo(
+    chosen_kl: Tensor, rejected_kl: Tensor, ref_chosen_kl: Tensor, ref_rejected_kl: Tensor, *, beta: float = 5000.0
+) -> Tensor:
+    """Diffusion-DPO: L = -log s(-beta [(chosen_kl - ref_chosen_kl) - (rejected_kl - ref_rejected_kl)]).
+
+    Each is KL(q || p) of one denoising step, of the posterior q(x_{t-1} | x_t, x_0) from the model's p(x_{t-1} | x_t):
+    `gaussian_kl` of their means. With equal variances that is a weight times |noise - predicted noise|^2, the form of
+    Wallace et al. 2023, arXiv:2311.12908, eq. 14; beta takes in the number of steps T.
+
+    Args:
+        chosen_kl, rejected_kl, ref_chosen_kl, ref_rejected_kl: [B], of model and reference, >= 0. beta: > 0.
+    """
+    checks.alike(
+        chosen_kl=chosen_kl, rejected_kl=rejected_kl, ref_chosen_kl=ref_chosen_kl, ref_rejected_kl=ref_rejected_kl
+    )
+    return dpo(-chosen_kl, -rejected_kl, -ref_chosen_kl, -ref_rejected_kl, beta=beta)
+
+
+class FixedKLController:
+    """A KL coefficient that stays what it is; called as `AdaptiveKLController`."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = checks.number("kl_coef", kl_coef, "finite numbers >= 0", lambda v: v >= 0)
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Nothing."""
+
+
+class AdaptiveKLController:
+    """A KL coefficient steered to a target: value *= 1 + clip((KL - target) / target, -0.2, 0.2) n_steps / horizon.
+
+    Ziegler et al. 2019, arXiv:1909.08593, section 2.2. Names as in verl.
+
+    Args:
+        init_kl_coef: > 0. target_kl: > 0, nats of a whole answer (or whatever is passed to `update`).
+        horizon: > 0, in samples.
+    """
+
+    def __init__(self, init_kl_coef: float, target_kl: float, horizon: float) -> None:
+        self.value = checks.positive("init_kl_coef", init_kl_coef)
+        self.target = checks.positive("target_kl", target_kl)
+        self.horizon = checks.positive("horizon", horizon)
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Take in the KL of `n_steps` samples, a host number: this is where a sync belongs, once a step."""
+        error = checks.number("current_kl", current_kl, "finite numbers", lambda v: True) / self.target - 1
+        self.value *= 1 + min(max(error, -0.2), 0.2) * n_steps / self.horizon

@@ -1,35 +1,369 @@
-"""Losses of a pair of answers."""
+"""Losses of a chosen and a rejected answer, held against a reference policy.
+
+All take sequence log-probs [B] in nats, `chosen, rejected, ref_chosen, ref_rejected`, and return [B], unreduced. Below,
+s is the sigmoid, `w = chosen - ref_chosen` and `l = rejected - ref_rejected` are the log-ratios, `beta * w` and
+`beta * l` the implicit rewards. A reference of None is one of log-prob 0. References never get gradients. `beta` is the
+strength of the KL constraint: a number > 0, or [B], one a pair. Sums over tokens and means come from
+`sequence_logps(..., average=)`, LD-DPO's log-probs from its `ld_alpha`.
+
+For another f-divergence pass `f_divergence_score(chosen, ref_chosen, ...)` in the place of `chosen`, likewise for
+`rejected`, and no reference. The losses for which that is right are those of the difference w - l.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Optional, Union
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from fused_po import checks
+from fused_po.losses.numerics import saturating_expm1
+from fused_po.losses.reward import plackett_luce
+
+Beta = Union[float, Tensor]
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def log_ratios(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Optional[Tensor] = None, ref_rejected: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """(w, l), after a look at shapes; the reference detached."""
+    checks.alike(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    w = chosen if ref_chosen is None else chosen - ref_chosen.detach()
+    l = rejected if ref_rejected is None else rejected - ref_rejected.detach()
+    return w, l
+
+
+def smoothing(value: object) -> float:
+    """A label smoothing in [0, 0.5)."""
+    return checks.number("label_smoothing", value, "0 <= label_smoothing < 0.5", lambda v: 0 <= v < 0.5)
+
+
+def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log s(h) - e log s(-h), never overflowing."""
+    if label_smoothing == 0:
+        return -logsigmoid(h)
+    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
+
+
+def f_divergence_score(
+    logps: Tensor, ref_logps: Optional[Tensor] = None, divergence: str = "reverse_kl", *, alpha: float = 0.5
+) -> Tensor:
+    """What takes the place of the log-ratio r = logps - ref_logps under another divergence: f'(e^r), less a constant.
+
+        reverse_kl           r                                  forward_kl    1 - e^-r
+        alpha_divergence     (e^((alpha - 1) r) - 1) / (alpha - 1)
+        js_divergence        log 2 + log s(r)
+
+    f-DPO: Wang et al. 2023, arXiv:2309.16240, table 1, whose alpha is 1 minus this one. As TRL's f_divergence_type and
+    f_alpha_divergence_coef; its exponent is clamped at 80, ours goes on along the tangent at 20, with a gradient.
+    alpha = 1 is reverse_kl, alpha = 0 forward_kl.
+
+    Args:
+        logps, ref_logps: [B], or any shape. divergence: one of F_DIVERGENCES. alpha: for "alpha_divergence".
+    """
+    checks.choice("divergence", divergence, F_DIVERGENCES)
+    checks.alike(logps=logps, ref_logps=ref_logps)
+    checks.number("alpha", alpha, "finite numbers", lambda v: True)
+    r = logps if ref_logps is None else logps - ref_logps.detach()
+    if divergence == "js_divergence":
+        return math.log(2) + logsigmoid(r)
+    power = {"reverse_kl": 0.0, "forward_kl": -1.0}.get(divergence, alpha - 1)
+    return r if abs(power) < 1e-6 else saturating_expm1(power * r) / power
 
 
 def dpo(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
     *,
-    beta: float = 0.1,
+    beta: Beta = 0.1,
     label_smoothing: float = 0.0,
+    margin: Beta = 0.0,
 ) -> Tensor:
-    """DPO's sigmoid loss of each pair.
+    """DPO's sigmoid loss.
 
-    L = -(1 - e) log s(h) - e log s(-h),  h = beta * [(chosen - ref_chosen) - (rejected - ref_rejected)]
+    L = -(1 - e) log s(h) - e log s(-h),  h = beta (w - l) - margin
 
-    with s the sigmoid and e the share of preferences taken to be flipped. Rafailov et al. 2023, arXiv:2305.18290,
-    eq. 7; the smoothing is cDPO's (Mitchell 2023), as in OpenRLHF and torchtune. TRL's "sigmoid" takes none.
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7. e is the share of preferences taken to be flipped: cDPO (Mitchell
+    2023), as in OpenRLHF and torchtune; TRL's "sigmoid" has no smoothing. The margin is ODPO's (Amini et al. 2024,
+    arXiv:2402.10571).
 
     Args:
-        chosen, rejected: [B], the policy's log-probs of the answers, summed over tokens, in nats.
-        ref_chosen, ref_rejected: [B], the reference's.
-        beta: > 0, the strength of the KL constraint.
+        chosen, rejected, ref_chosen, ref_rejected: [B], see the module. beta: > 0, a number or [B].
         label_smoothing: e, in [0, 0.5).
+        margin: by how much the chosen answer's reward should be the larger, a number or [B].
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    if isinstance(margin, Tensor):
+        checks.alike(chosen=chosen, margin=margin)
+        h = h - margin.detach()
+    elif margin:
+        h = h - checks.number("margin", margin, "finite numbers", lambda v: True)
+    return smoothed_logistic(h, smoothing(label_smoothing))
+
+
+def robust_dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO's loss without bias under flipped preferences.
+
+    L = [-(1 - e) log s(h) + e log s(-h)] / (1 - 2e),  h = beta (w - l)
+
+    Chowdhury et al. 2024, arXiv:2403.00409; TRL's "robust", Liger's too. May be negative, and has no lower
+    bound for e > 0.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
+        label_smoothing: e, the share of flipped preferences, in [0, 0.5).
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    e = smoothing(label_smoothing)
+    h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    return (-(1 - e) * logsigmoid(h) + e * logsigmoid(-h)) / (1 - 2 * e)
+
+
+def hinge(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+) -> Tensor:
+    """SLiC's hinge on the implicit rewards: L = max(0, 1 - beta (w - l)).
+
+    Zhao et al. 2023, arXiv:2305.10425, section 2, normalised by the reference as in RSO (Liu et al. 2023,
+    arXiv:2309.06657, eq. 10). TRL's "hinge"; beta is the reciprocal of the paper's margin.
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    return torch.relu(1 - checks.positive_like("beta", beta, w, "chosen") * (w - l))
+
+
+def lengths_of(chosen_length: Optional[Tensor], rejected_length: Optional[Tensor], like: Tensor) -> tuple:
+    """Both lengths as divisors >= 1 in the dtype of `like`."""
+    if chosen_length is None or rejected_length is None:
+        raise ValueError("chosen_length, rejected_length: got None; pass both, the answers' numbers of tokens [B]")
+    found = []
+    for name, value in (("chosen_length", chosen_length), ("rejected_length", rejected_length)):
+        if checks.tensor(name, value).shape != like.shape:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(like.shape)}, that of chosen")
+        found.append(value.to(like).clamp(min=1))
+    return tuple(found)
+
+
+def ipo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+    chosen_length: Optional[Tensor] = None,
+    rejected_length: Optional[Tensor] = None,
+) -> Tensor:
+    """IPO: L = (w - l - 1 / (2 beta))^2, or with lengths (w / chosen_length - l / rejected_length - 1 / (2 beta))^2.
+
+    Azar et al. 2023, arXiv:2310.12036, eq. 17, with beta for its tau. On sums as in the paper and OpenRLHF, unless
+    lengths are given: TRL divides by them.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
+        chosen_length, rejected_length: [B], numbers of answer tokens; both or neither.
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    beta = checks.positive_like("beta", beta, w, "chosen")
+    if chosen_length is not None or rejected_length is not None:
+        chosen_length, rejected_length = lengths_of(chosen_length, rejected_length, w)
+        w, l = w / chosen_length, l / rejected_length
+    return (w - l - 1 / (2 * beta)).square()
+
+
+def sigmoid_norm(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    chosen_length: Tensor,
+    rejected_length: Tensor,
+    beta: Beta = 0.1,
+) -> Tensor:
+    """Length-normalised DPO: L = -log s(beta (w / chosen_length - l / rejected_length)).
+
+    Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6. TRL's "sigmoid_norm".
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    chosen_length, rejected_length = lengths_of(chosen_length, rejected_length, w)
+    beta = checks.positive_like("beta", beta, w, "chosen")
+    return -logsigmoid(beta * (w / chosen_length - l / rejected_length))
+
+
+def exo_pair(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+    label_smoothing: float = 1e-3,
+) -> Tensor:
+    """EXO for pairs, the reverse KL from (s(h), s(-h)) to (1 - e, e):
+
+    L = s(h) [log s(h) - log(1 - e)] + s(-h) [log s(-h) - log e],  h = beta (w - l)
+
+    Ji et al. 2024, arXiv:2402.00856, eq. 16, whose e is 1e-3. e = 0 is an infinite loss, and an error, as in TRL.
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    allowed = "0 < label_smoothing < 0.5 (the paper takes 1e-3)"
+    e = checks.number("label_smoothing", label_smoothing, allowed, lambda v: 0 < v < 0.5)
+    h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    of_chosen = torch.sigmoid(h) * (logsigmoid(h) - math.log1p(-e))
+    return of_chosen + torch.sigmoid(-h) * (logsigmoid(-h) - math.log(e))
+
+
+def discopop(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+    tau: float = 0.05,
+) -> Tensor:
+    """DiscoPOP's log-ratio modulated loss: L = -(1 - m) log s(h) + m e^-h,  m = s(h / tau),  h = beta (w - l).
+
+    Lu et al. 2024, arXiv:2406.08414, eq. 5, with its tau = 0.05; TRL's discopop_tau. m and e^-h are multiplied as
+    logarithms: for h < 0 the one is as small as the other is large. For tau > 1 their product grows without end.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B]. tau: in (0, 1].
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    tau = checks.number("tau", tau, "0 < tau <= 1", lambda v: 0 < v <= 1)
+    h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    return -torch.sigmoid(-h / tau) * logsigmoid(h) + torch.exp(logsigmoid(h / tau) - h)
+
+
+def dpop(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.3,
+    penalty: float = 50.0,
+) -> Tensor:
+    """DPO-Positive: L = -log s(beta (w - l - penalty max(0, -w))), against falling log-probs of chosen answers.
+
+    Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3, with its lambda = 50 and beta = 0.3.
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    penalty = checks.number("penalty", penalty, "finite numbers >= 0", lambda v: v >= 0)
+    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - penalty * torch.relu(-w)))
+
+
+def rpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    chosen_length: Tensor,
+    beta: Beta = 0.1,
+    alpha: float = 1.0,
+) -> Tensor:
+    """RPO: DPO plus alpha times the chosen answer's NLL per token, L = -log s(beta (w - l)) - alpha chosen / length.
+
+    Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, eq. 1. TRL writes it as the mixture ["sigmoid", "sft"], with
+    the NLL's mean over the batch's tokens: `preference_loss` has that.
+    """
+    alpha = checks.number("alpha", alpha, "finite numbers >= 0", lambda v: v >= 0)
+    loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+    return loss - alpha * chosen / lengths_of(chosen_length, chosen_length, chosen)[0]
+
+
+def tdpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor],
+    ref_rejected: Optional[Tensor],
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: Beta = 0.1,
+    alpha: Optional[float] = 0.5,
+) -> Tensor:
+    """Token-level DPO, with the sequences' KL divergences from the reference:
+
+        TDPO1 (alpha None)    L = -log s(beta (w - l) - beta (rejected_kl - chosen_kl))
+        TDPO2                 L = -log s(beta (w - l) - alpha beta (rejected_kl - sg(chosen_kl)))
+
+    Zeng et al. 2024, arXiv:2404.11999; sg stops the gradient; alpha = 0.5 is its code's default.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
+        chosen_kl, rejected_kl: [B], KL(pi_ref || pi) of each token's whole distribution, summed over the answer.
+        alpha: >= 0, or None.
+    """
+    w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
+    checks.alike(chosen=chosen, chosen_kl=chosen_kl, rejected_kl=rejected_kl)
+    if alpha is None:
+        shift = rejected_kl - chosen_kl
+    else:
+        alpha = checks.number("alpha", alpha, "finite numbers >= 0, or None", lambda v: v >= 0)
+        shift = alpha * (rejected_kl - chosen_kl.detach())
+    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - shift))
+
+
+def plackett_luce_dpo(
+    logps: Tensor, ref_logps: Optional[Tensor] = None, mask: Optional[Tensor] = None, *, beta: float = 0.1
+) -> Tensor:
+    """DPO for rankings: `plackett_luce` of the implicit rewards beta (logps - ref_logps), the best answer first.
+
+    Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 20. Lists of two answers give `dpo`.
+
+    Args:
+        logps, ref_logps: [B, K], in the order of the ranking; a reference of None is 0. beta: > 0.
+        mask: [B, K], True where there is an answer, for lists of unequal lengths. None: everywhere.
 
     Returns:
         [B], unreduced.
     """
-    h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
+    checks.alike(logps=logps, ref_logps=ref_logps)
+    ratios = logps if ref_logps is None else logps - ref_logps.detach()
+    return plackett_luce(checks.positive("beta", beta) * ratios, mask)
+
+
+def wpo_weights(logps: Tensor, mask: Tensor, log_sum_sq_probs: Optional[Tensor] = None) -> Tensor:
+    """WPO's weight of each pair, how likely the policy itself is to say the answers: exp(mean log-prob) of both.
+
+    Zhou et al. 2024, arXiv:2406.11827, eq. 2. With `log_sum_sq_probs` (of `linear_logps`) each token's probability is
+    divided by what the policy gives a token of its own, the paper's sampled alignment and what TRL does. Multiply a
+    loss with it; not AOT's, which sorts the pairs away.
+
+    Args:
+        logps: [2B, T], chosen answers first. mask: [2B, T], True where a token counts.
+        log_sum_sq_probs: [2B, T].
+
+    Returns:
+        [B], without gradient.
+    """
+    checks.alike(logps=logps, log_sum_sq_probs=log_sum_sq_probs)
+    mask = checks.mask_like("mask", mask, logps, "logps")
+    if logps.shape[0] % 2:
+        raise ValueError(f"logps: got {logps.shape[0]} sequences, expected an even number, chosen first")
+    aligned = (logps if log_sum_sq_probs is None else logps - log_sum_sq_probs).detach()
+    means = torch.where(mask, aligned, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+    return means.view(2, -1).sum(0).exp()

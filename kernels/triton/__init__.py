@@ -6,18 +6,20 @@ score          the same, and the basis: the gradient of the label's log-prob in 
 gradient       incoming gradients (or none: the basis) to a gradient in the logits
 from_basis     the same from a kept basis, without the logits
 pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
+gae            rewards and values to generalised advantages and returns
 """
 
 import torch
 
 import triton
 
+from .gae import gae
 from .gradient import from_basis, gradient, score
 from .preference import dpo, dpo_gradient, pair_statistics
 from .statistics import statistics, statistics_kernel
 
 __all__ = [
-    "dpo", "dpo_gradient", "from_basis", "gradient", "pair_statistics", "score", "statistics", "unsupported",
+    "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "pair_statistics", "score", "statistics", "unsupported",
 ]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)

@@ -21,6 +21,7 @@ SHIFT, NORM, LOGP, REF_LOGP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2),
 # Rows of the per-pair buffer pairs[PAIR_FIELDS, B]; slope is d losses / d (chosen log-prob of the sequence).
 SLOPE, CHOSEN_REWARD, REJECTED_REWARD, MARGIN, ACCURACY, KL_SUM, TOKENS = (tl.constexpr(i) for i in range(7))
 PAIR_FIELDS = 7
+SATURATION = tl.constexpr(20.0)  # k3 goes on along its tangent where the reference is more nats above the policy
 
 
 @triton.jit
@@ -76,8 +77,10 @@ def kl_estimate(k1, KL: tl.constexpr):
         return k1, k1 * 0.0 + 1.0
     elif KL == "k2":
         return 0.5 * k1 * k1, k1
-    slope = -expm1(-k1)
-    return tl.where(tl.abs(k1) < 0.05, k1 * k1 * (0.5 - k1 * (0.1666666667 - k1 * 0.04166666667)), k1 - slope), slope
+    inside = tl.minimum(-k1, SATURATION)
+    slope = -expm1(inside)
+    k3 = k1 - slope + (1.0 - slope) * (-k1 - inside)
+    return tl.where(tl.abs(k1) < 0.05, k1 * k1 * (0.5 - k1 * (0.1666666667 - k1 * 0.04166666667)), k3), slope
 
 
 @triton.jit

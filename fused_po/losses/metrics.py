@@ -1,0 +1,180 @@
+"""What trainers log, under TRL's names: dicts of detached scalars on the device, without a host sync."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fused_po import checks
+from fused_po.losses.group_relative import plan, ratio_of, reference_kl
+from fused_po.losses.numerics import saturating_expm1
+from fused_po.losses.pairwise import Beta, log_ratios
+from fused_po.losses.policy import padded, tokens
+from fused_po.losses.reference_free import log_odds_ratio
+from fused_po.losses.sequence_policy import vespo_weight
+from fused_po.losses.unpaired import check_desirable, log_ratio
+
+Metrics = dict[str, Tensor]
+
+
+def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """The mean of what counts, detached; 0 where nothing does. What is masked may be NaN."""
+    values = values.detach()
+    if mask is None:
+        return values.sum() / max(1, values.numel())
+    mask = checks.mask_like("mask", mask, values, "values")
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def token_metrics(mask: Tensor, *, kl: Optional[Tensor] = None, entropy: Optional[Tensor] = None) -> Metrics:
+    """kl and entropy, means over the tokens that count, of what is given. mask, kl, entropy: [...] alike."""
+    given = {"kl": kl, "entropy": entropy}
+    return {name: masked_mean(value, mask) for name, value in given.items() if value is not None}
+
+
+def preference_metrics(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Optional[Tensor] = None,
+    ref_rejected: Optional[Tensor] = None,
+    *,
+    beta: Beta = 0.1,
+) -> Metrics:
+    """rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected of pairs.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: [B], as a loss takes them; rewards are beta times log-ratios.
+    """
+    w, l = (v.detach() for v in log_ratios(chosen, rejected, ref_chosen, ref_rejected))
+    beta = checks.positive_like("beta", beta, w, "chosen")
+    values = {
+        "rewards/chosen": beta * w,
+        "rewards/rejected": beta * l,
+        "rewards/accuracies": (beta * w > beta * l).to(w.dtype),
+        "rewards/margins": beta * (w - l),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+    return {name: masked_mean(value) for name, value in values.items()}
+
+
+def odds_ratio_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
+    """ORPO's log_odds_ratio (mean of log s(.)) and log_odds_chosen (mean of .) of mean log-probs [B]."""
+    ratio = log_odds_ratio(chosen, rejected)
+    return {"log_odds_ratio": masked_mean(torch.nn.functional.logsigmoid(ratio)), "log_odds_chosen": masked_mean(ratio)}
+
+
+def unpaired_metrics(
+    logps: Tensor,
+    ref_logps: Optional[Tensor],
+    desirable: Tensor,
+    *,
+    beta: float = 0.1,
+    kl: Optional[Tensor] = None,
+) -> Metrics:
+    """rewards/chosen, rewards/rejected, rewards/margins, logps/chosen, logps/rejected of single answers; kl if given.
+
+    Means over the class; "chosen" is desirable. TRL leaves a class that is absent from the batch out, which takes a
+    sync: here its means and the margin are 0, and count/chosen and count/rejected say so; over batches, weight by them.
+
+    Args:
+        logps, ref_logps, desirable: [B], as `kto` takes them. beta: > 0. kl: a scalar, `kto_kl`'s.
+    """
+    rewards = checks.positive("beta", beta) * log_ratio(logps, ref_logps).detach()
+    chosen = check_desirable(desirable, logps)
+    metrics = {}
+    for name, values in (("rewards", rewards), ("logps", logps)):
+        metrics |= {f"{name}/chosen": masked_mean(values, chosen), f"{name}/rejected": masked_mean(values, ~chosen)}
+    both = chosen.any() & (~chosen).any()
+    metrics["rewards/margins"] = torch.where(both, metrics["rewards/chosen"] - metrics["rewards/rejected"], 0)
+    metrics |= {"count/chosen": chosen.sum(), "count/rejected": (~chosen).sum()}
+    return metrics if kl is None else metrics | {"kl": masked_mean(checks.floating("kl", kl))}
+
+
+def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
+    """min_reward, mean_reward, max_reward of both, accuracy and margin of pairs [B], as TRL's RewardTrainer."""
+    checks.alike(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
+    both = torch.cat([chosen.flatten(), rejected.flatten()])
+    some = both if both.numel() else both.new_zeros(1)
+    return {
+        "min_reward": some.min(),
+        "mean_reward": masked_mean(both),
+        "max_reward": some.max(),
+        "accuracy": masked_mean((chosen > rejected).to(chosen.dtype)),
+        "margin": masked_mean(chosen - rejected),
+    }
+
+
+def clip_metrics(low: Tensor, high: Tensor, mask: Tensor) -> Metrics:
+    """TRL's clip_ratio/... of what is clipped from below and from above: [B, T] of tokens, or [B, 1] of answers."""
+    region = low | high
+    if low.shape != mask.shape:  # an answer counts once, if it has tokens
+        mask = mask.any(-1, keepdim=True)
+    low, high, region = (torch.where(mask, v, False).float() for v in (low, high, region))
+    some, count = mask.any(-1), mask.sum(-1).clamp(min=1)
+    lows, highs = low.sum(-1) / count, high.sum(-1) / count
+    return {
+        "clip_ratio/low_mean": masked_mean(low, mask),
+        "clip_ratio/high_mean": masked_mean(high, mask),
+        "clip_ratio/region_mean": masked_mean(region, mask),
+        "clip_ratio/low_min": torch.where(some.any(), torch.where(some, lows, 1).amin(), 0),
+        "clip_ratio/high_max": torch.where(some, highs, 0).amax(),
+    }
+
+
+@torch.no_grad()
+def policy_metrics(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logps: Optional[Tensor] = None,
+    entropy: Optional[Tensor] = None,
+    *,
+    loss_type: str = "grpo",
+    epsilon: Optional[float] = None,
+    epsilon_high: Optional[float] = None,
+    importance_sampling_level: Optional[str] = None,
+    use_bias_correction_kl: bool = True,
+    weights: Optional[Tensor] = None,
+    **settings: float,
+) -> Metrics:
+    """What TRL's GRPO trainer logs of a batch, for `grpo` with the same arguments.
+
+    clip_ratio/low_mean, high_mean, region_mean, low_min, high_max: shares that the loss clips, of tokens (of answers at
+    sequence level), and the smallest and largest share in an answer; cispo_clip_ratio (positive advantages above the
+    cap) or vespo/phi_seq_mean instead; none for sapo. kl, times the ratio as in the loss, with ref_logps; entropy, if
+    given. approx_kl, of all: the mean of rho - 1 - log rho, which estimates KL(pi_old || pi) and is >= 0 (Schulman
+    2020; verl's ppo_kl is the mean of -log rho, which may be negative). All are of one process.
+
+    Args:
+        logps, old_logps, advantages, mask, ref_logps: as in `grpo`. entropy: [B, T].
+        weights: for vespo alone, as there.
+    """
+    p = plan(loss_type, epsilon, epsilon_high, None, importance_sampling_level, settings)
+    checks.only_with("weights", None if weights is None else "a tensor", None, loss_type == "vespo", "vespo")
+    checks.only_with("use_bias_correction_kl", use_bias_correction_kl, True, ref_logps is not None, "ref_logps")
+    t = tokens(logps, old_logps, advantages, mask)
+    ratio, a = ratio_of(t, p.level, 20.0), t.advantages
+    metrics = {"approx_kl": masked_mean(saturating_expm1(t.log_ratio) - t.log_ratio, t.mask)}
+    if ref_logps is not None:
+        kl = reference_kl(t, padded("ref_logps", ref_logps), ratio if use_bias_correction_kl else None)
+        metrics["kl"] = masked_mean(kl, t.mask)
+    if entropy is not None:
+        metrics["entropy"] = masked_mean(padded("entropy", entropy), t.mask)
+    if loss_type == "cispo":
+        none = torch.zeros_like(ratio, dtype=torch.bool)
+        clipped = clip_metrics(none, (ratio > p.high) & (a > 0), t.mask)
+        metrics["cispo_clip_ratio"] = clipped["clip_ratio/high_mean"]
+    elif loss_type == "vespo":
+        phi = vespo_weight(t.log_ratio, a, t.mask, weights, **p.settings)
+        metrics["vespo/phi_seq_mean"] = masked_mean(phi, t.mask if phi.shape == t.mask.shape else t.mask.any(-1, True))
+    elif loss_type == "gmpo":
+        high = p.low if p.high is None else p.high
+        metrics |= clip_metrics((t.log_ratio < -p.low) & (a < 0), (t.log_ratio > high) & (a > 0), t.mask)
+    elif loss_type != "sapo":
+        metrics |= clip_metrics((ratio < 1 - p.low) & (a < 0), (ratio > 1 + p.high) & (a > 0), t.mask)
+    return metrics

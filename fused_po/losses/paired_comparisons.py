@@ -1,0 +1,143 @@
+"""Strengths of players from a table of wins: the maximum likelihood of Bradley and Terry's model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fused_po import checks
+
+MAX_STEPS = 200
+
+
+class BradleyTerryFit(NamedTuple):
+    """What `bradley_terry_mle` found, float64.
+
+    strengths: [n], the first player's is 1.
+    standard_errors: [n], of log(strength / the first player's strength); the first is 0.
+    win_probability: [n, n], that of the row's player beating the column's, strength_i / (strength_i + strength_j).
+    """
+
+    strengths: Tensor
+    standard_errors: Tensor
+    win_probability: Tensor
+
+
+def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) -> BradleyTerryFit:
+    """The strengths pi that make a table of wins most likely, where P(i beats j) = pi_i / (pi_i + pi_j).
+
+    Bradley and Terry 1952, Biometrika 39; Hunter 2004, Annals of Statistics 32, for when they exist (assumption 1) and
+    for the iteration that starts it here, before Newton's steps. The standard errors are those of the log-strengths
+    relative to the first player: roots of the diagonal of the inverse of the Fisher information without its row and
+    column. Of a strength itself it is, to first order, the strength times that. For a table looked at now and then, not
+    for a training step: it runs until it converges, and looks at values.
+
+    Args:
+        wins: [n, n], how often the row's player beat the column's: >= 0, fractions too (a draw is half a win to each),
+            0 on the diagonal.
+        names: n names of the players, for the errors. None: their numbers.
+
+    Raises:
+        ValueError: a table that is not square, holds negative numbers or NaN, or has no finite maximum: it has one if
+            and only if, however the players are split in two groups, each group has won against the other.
+    """
+    table = _checked(wins)
+    n = len(table)
+    labels = [str(i) for i in range(n)] if names is None else [str(name) for name in names]
+    if len(labels) != n:
+        raise ValueError(f"names: got {len(labels)}, expected {n}, one for each row of wins")
+    _refuse_no_maximum(table, labels)
+    scores = _maximise(table)
+    reduced = _information(table, scores)[1:, 1:]
+    errors = torch.zeros_like(scores)
+    errors[1:] = torch.linalg.inv(reduced).diagonal().sqrt()
+    return BradleyTerryFit(scores.exp(), errors, torch.sigmoid(scores[:, None] - scores[None]))
+
+
+def _checked(wins: Tensor) -> Tensor:
+    table = checks.tensor("wins", wins).detach()
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table):
+        raise ValueError(f"wins: got shape {tuple(table.shape)}, expected [n, n] with n >= 1")
+    if table.is_complex():
+        raise TypeError(f"wins: got dtype {table.dtype}, expected real numbers")
+    table = table.double()
+    bad = ~table.isfinite() | (table < 0)
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"wins: got {table[at].item()} at {at}, allowed are finite numbers >= 0")
+    if bool(table.diagonal().any()):
+        raise ValueError(f"wins: got {table.diagonal().tolist()} on the diagonal, where nobody plays: expected zeros")
+    return table
+
+
+def _reach(edges: Tensor) -> Tensor:
+    """[n, n] booleans: whether a path leads from the row to the column."""
+    reach = edges | torch.eye(len(edges), dtype=torch.bool, device=edges.device)
+    for _ in range(len(edges).bit_length()):  # each round doubles the lengths of the paths
+        reach = (reach.double() @ reach.double()) > 0
+    return reach
+
+
+def _refuse_no_maximum(table: Tensor, labels: list[str]) -> None:
+    """An error that names the players unless everybody has beaten everybody else, directly or through others."""
+    beaten = _reach(table > 0)
+    if bool(beaten.all()):
+        return
+
+    def named(chosen: Tensor) -> str:
+        return ", ".join(label for label, one in zip(labels, chosen.tolist()) if one)
+
+    way_out = "add games between them, leave players out, or add a little, such as 0.5, to both counts of pairs"
+    met = _reach((table + table.T) > 0)
+    if not bool(met.all()):
+        raise ValueError(
+            f"wins: {named(met[0])} never played {named(~met[0])}, so nothing compares their strengths; {way_out}"
+        )
+    group = beaten[:, int(beaten.sum(0).argmin())]  # who beat one whom the fewest did: nobody else beat any of them
+    few = f"{named(group)} never lost to {named(~group)}"
+    if 2 * int(group.sum()) > len(labels):
+        few = f"{named(~group)} never beat {named(group)}"
+    raise ValueError(f"wins: {few}, so that no finite strengths are the most likely; {way_out}")
+
+
+def _maximise(table: Tensor) -> Tensor:
+    """[n] log-strengths, the first 0: a few of Hunter's steps, then Newton's, halved where they overshoot."""
+    games, won = table + table.T, table.sum(1)
+    scores = torch.zeros_like(won)
+    if len(table) == 1:
+        return scores
+    for _ in range(10):
+        strengths = scores.exp()
+        scores = (won / (games / (strengths[:, None] + strengths[None])).sum(1)).log()
+        scores = scores - scores[0]
+    value = _log_likelihood(table, scores)
+    for _ in range(MAX_STEPS):
+        gradient = won - (games * torch.sigmoid(scores[:, None] - scores[None])).sum(1)
+        step = torch.zeros_like(scores)
+        step[1:] = torch.linalg.solve(_information(table, scores)[1:, 1:], gradient[1:])
+        largest = step.abs().max()
+        if largest <= 1e-13 * (1 + scores.abs().max()):
+            return scores + step
+        scale = 1.0
+        while scale > 1e-4 and _log_likelihood(table, scores + scale * step) < value:
+            scale /= 2
+        if scale <= 1e-4:  # no step is better any more: the likelihood's rounding is reached
+            return scores
+        scores = scores + scale * step
+        value = _log_likelihood(table, scores)
+    raise ValueError(f"wins: no convergence in {MAX_STEPS} steps, the last of {largest.item():.1e}: wins too uneven")
+
+
+def _log_likelihood(table: Tensor, scores: Tensor) -> Tensor:
+    return (table * logsigmoid(scores[:, None] - scores[None])).sum()
+
+
+def _information(table: Tensor, scores: Tensor) -> Tensor:
+    """[n, n] Fisher information of the log-strengths: a weighted graph Laplacian."""
+    p = torch.sigmoid(scores[:, None] - scores[None])
+    weights = (table + table.T) * p * p.T  # 1 - p is p.T
+    return weights.sum(1).diag() - weights
