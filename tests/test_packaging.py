@@ -90,7 +90,7 @@ RULES = {
     "fused_po.integrations": {"*"},
     "fused_po.kernels": {"torch"},
     "fused_po.losses": COMMON | {"fused_po.losses"},
-    "fused_po.modules": COMMON | {"fused_po.losses", "fused_po.ops", "fused_po.reduce"},
+    "fused_po.modules": COMMON | {f"fused_po.{name}" for name in ("losses", "modules", "ops", "reduce")},
     "fused_po.ops": COMMON
     | {f"fused_po.{name}" for name in ("losses", "ops", "parallel", "reduce", "reference", "schedule")},
     "fused_po.ops.backend": {"torch", "fused_po.kernels", "fused_po.reference"},

@@ -1,0 +1,275 @@
+"""Losses called as those of OpenRLHF's openrlhf/models/loss.py of August 2026: docs/api.md, "Modules".
+
+Formulas are those of `losses`, from tokens to a number it is `reduce.aggregate`. Log-probs are per token, [B, T], or
+[B] where it says so. Masks may be boolean, integer or floating; what is masked may be NaN. A batch in which nothing
+counts gives 0, where OpenRLHF's gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fused_po import checks, losses
+from fused_po.ops.logps import logps_from_logits, shift_labels
+from fused_po.reduce import aggregate
+
+CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
+
+
+def step_loss(
+    loss: Tensor,
+    mask: Tensor,
+    token_level_loss: bool,
+    dp_size: int,
+    batch_num_tokens: Optional[float],
+    global_batch_size: Optional[float],
+) -> Tensor:
+    """The mean over tokens, or over sequences of means over tokens; with counts, this rank's share of the step's."""
+    name, count, other = "batch_num_tokens", batch_num_tokens, global_batch_size
+    if not token_level_loss:
+        name, count, other = "global_batch_size", global_batch_size, batch_num_tokens
+    if count is None and (dp_size != 1 or other is not None):
+        raise ValueError(f"{name}: got None, expected the whole step's count, since other counts or dp_size are given")
+    mode = "token-mean" if token_level_loss else "seq-mean-token-mean"
+    counts = dict(num_tokens=batch_num_tokens, num_sequences=global_batch_size)
+    return aggregate(loss, mask, mode, world_size=dp_size, **counts)
+
+
+def action_mask_like(action_mask: Optional[Tensor], log_probs: Tensor) -> Tensor:
+    """The mask as booleans; None: all ones."""
+    if action_mask is None:
+        return torch.ones_like(log_probs, dtype=torch.bool)
+    return checks.mask_like("action_mask", action_mask, log_probs, "the log-probs or values")
+
+
+class PolicyLoss(nn.Module):
+    """PPO's or GSPO's loss, and what to log. Math: `losses.ppo_clip`, `losses.gspo`, `losses.importance_weights`.
+
+    Args:
+        clip_eps_low, clip_eps_high: the clip range, 1 - low to 1 + high.
+        dual_clip: > 1, the bound where the advantage is negative. None: none.
+        token_level_loss: mean over the tokens of the batch, or over sequences of means; "gspo" takes the latter.
+        policy_loss_type: "ppo" or "gspo".
+        enable_vllm_is_correction: correct for a sampler that is not the old policy: weights pi_old / pi_sampler for
+            "ppo", the sampler's log-probs in the place of the old ones for "gspo".
+        vllm_is_truncated_threshold: [low, high], for "ppo" with the correction.
+        vllm_is_correction_type: "tis" (token weights clamped to the range), "icepop" (dropped outside of it) or
+            "seq-mask-tis" (whole answers dropped by their geometric mean, token weights as they are).
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: Optional[float] = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        enable_vllm_is_correction: bool = False,
+        vllm_is_truncated_threshold: Optional[Sequence[float]] = None,
+        vllm_is_correction_type: str = "tis",
+    ) -> None:
+        super().__init__()
+        checks.choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
+        checks.choice("vllm_is_correction_type", vllm_is_correction_type, CORRECTIONS)
+        if dual_clip is not None:
+            checks.number("dual_clip", dual_clip, "numbers > 1, or None", lambda v: v > 1)
+        weighs = enable_vllm_is_correction and policy_loss_type == "ppo"
+        where = 'policy_loss_type="ppo" with enable_vllm_is_correction=True'
+        checks.only_with("vllm_is_correction_type", vllm_is_correction_type, "tis", weighs, where)
+        if weighs and (vllm_is_truncated_threshold is None or len(vllm_is_truncated_threshold) != 2):
+            raise ValueError(f"vllm_is_truncated_threshold: got {vllm_is_truncated_threshold}, expected [low, high]")
+        self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
+        self.policy_loss_type, self.enable_vllm_is_correction = policy_loss_type, enable_vllm_is_correction
+        self.dual_clip, self.clip_eps_low, self.clip_eps_high = dual_clip, clip_eps_low, clip_eps_high
+        self.vllm_is_truncated_threshold = vllm_is_truncated_threshold
+        self.vllm_is_correction_type = vllm_is_correction_type
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Optional[Tensor] = None,
+        rollout_log_probs: Optional[Tensor] = None,
+        dp_size: int = 1,
+        batch_num_tokens: Optional[float] = None,
+        global_batch_size: Optional[float] = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+        """(loss, clip_ratio, ppo_kl, vllm_kl) of tokens [B, T]; advantages may be [B] too.
+
+        clip_ratio is the share of tokens whose clipped term is the smaller, ppo_kl the mean of old_log_probs -
+        log_probs, vllm_kl that of rollout_log_probs - old_log_probs ("ppo" with the correction; else None).
+
+        Args:
+            action_mask: [B, T]. None: every token counts.
+            rollout_log_probs: [B, T], the sampler's; with the correction, and only then.
+            dp_size, batch_num_tokens, global_batch_size: ranks, and counts of the whole step over all of them: of
+                tokens, which the mean over tokens divides by, or of sequences. None: those of this batch.
+        """
+        if (rollout_log_probs is None) == self.enable_vllm_is_correction:
+            got = "None" if rollout_log_probs is None else "a tensor"
+            raise ValueError(
+                f"rollout_log_probs: got {got} with enable_vllm_is_correction={self.enable_vllm_is_correction}; the "
+                "correction needs them, and nothing else reads them"
+            )
+        checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs)
+        mask = action_mask_like(action_mask, log_probs)
+        clip = dict(epsilon=self.clip_eps_low, epsilon_high=self.clip_eps_high)
+        vllm_kl = None
+        if self.policy_loss_type == "gspo":
+            sampled = old_log_probs if rollout_log_probs is None else rollout_log_probs
+            loss = losses.gspo(log_probs, sampled, advantages, mask, delta=self.dual_clip, **clip)
+            log_ratio = torch.where(mask, log_probs - sampled, 0).detach()
+            log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        else:
+            loss = losses.ppo_clip(log_probs, old_log_probs, advantages, mask, dual_clip=self.dual_clip, **clip)
+            log_ratio = (log_probs - old_log_probs).detach()
+            if rollout_log_probs is not None:
+                loss = loss * self._weights(old_log_probs, rollout_log_probs, mask)
+                vllm_kl = losses.masked_mean(rollout_log_probs - old_log_probs, mask)
+        counts = (dp_size, batch_num_tokens, global_batch_size)
+        ratio = log_ratio.clamp(-20, 20).exp()
+        gains = advantages if advantages.ndim == 2 else advantages[:, None]
+        clipped = ((gains > 0) & (ratio > 1 + self.clip_eps_high)) | ((gains < 0) & (ratio < 1 - self.clip_eps_low))
+        clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(log_probs.dtype), mask)
+        ppo_kl = losses.masked_mean(old_log_probs - log_probs, mask)
+        return step_loss(loss, mask, self.token_level_loss, *counts), clip_ratio, ppo_kl, vllm_kl
+
+    def _weights(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor:
+        """[B, T] constants for the losses of tokens that the sampler's policy drew."""
+        low, high = self.vllm_is_truncated_threshold
+        bounds = dict(low=low or None, high=high)
+        logps = (old_log_probs, rollout_log_probs, mask)
+        if self.vllm_is_correction_type == "seq-mask-tis":
+            weights = losses.importance_weights(*logps, kind="truncate", high=None)
+            return weights * losses.importance_weights(*logps, level="geometric", kind="reject", **bounds)
+        kind = {"tis": "truncate", "icepop": "mask"}[self.vllm_is_correction_type]
+        return losses.importance_weights(*logps, kind=kind, **bounds)
+
+
+class ValueLoss(nn.Module):
+    """The critic's loss. Math: `losses.value_loss`, with its factor of 1/2.
+
+    Args:
+        clip_eps: > 0, how far values may move from the old ones. None: no clip.
+        token_level_loss: mean over the tokens of the batch, or over sequences of means.
+    """
+
+    def __init__(self, clip_eps: Optional[float] = None, token_level_loss: bool = True) -> None:
+        super().__init__()
+        self.clip_eps = None if clip_eps is None else checks.positive("clip_eps", clip_eps)
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        action_mask: Optional[Tensor] = None,
+        dp_size: int = 1,
+        batch_num_tokens: Optional[float] = None,
+        global_batch_size: Optional[float] = None,
+    ) -> Tensor:
+        """The loss of values, old values and returns [B, T]; the other arguments as in `PolicyLoss`."""
+        mask = action_mask_like(action_mask, values)
+        loss = losses.value_loss(values, old_values, returns, mask, clip_eps=self.clip_eps)
+        return step_loss(loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+
+
+class SFTLoss(nn.Module):
+    """The mean NLL of tokens. Math: `losses.sft`.
+
+    Args:
+        token_level_loss: mean over the tokens of the batch, or over sequences of means.
+    """
+
+    def __init__(self, token_level_loss: bool = True) -> None:
+        super().__init__()
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        per_token_logps: Tensor,
+        loss_mask: Tensor,
+        dp_size: int = 1,
+        batch_num_tokens: Optional[float] = None,
+        global_batch_size: Optional[float] = None,
+    ) -> Tensor:
+        """The loss of log-probs and mask [B, T]; the other arguments as in `PolicyLoss`."""
+        mask = checks.mask_like("loss_mask", loss_mask, per_token_logps, "per_token_logps")
+        loss = losses.sft(per_token_logps, mask)
+        return step_loss(loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+
+
+class GPTLMLoss(nn.Module):
+    """The mean NLL of the next token, from logits. Math: `logps_from_logits`.
+
+    Args:
+        ring_attn_group: None. Sequences cut over ranks are not supported here.
+    """
+
+    def __init__(self, ring_attn_group: Any = None) -> None:
+        super().__init__()
+        if ring_attn_group is not None:
+            raise ValueError("ring_attn_group: given, allowed is None; shift the labels before they are cut over ranks")
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits [..., T, V] and labels [..., T] that are not shifted; -100 does not count."""
+        shifted = shift_labels(labels)
+        return -logps_from_logits(logits, shifted).logps.sum() / (shifted != -100).sum().clamp(min=1)
+
+
+class PairWiseLoss(nn.Module):
+    """The loss of a reward model on pairs. Math: `losses.bradley_terry`."""
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
+        """The mean loss of rewards and margins, all of one shape."""
+        return losses.bradley_terry(chosen_reward, reject_reward, margin=margin).mean()
+
+
+class LogExpLoss(nn.Module):
+    """PairWiseLoss in its other form, log(1 + e^(reject - chosen)), which here does not overflow."""
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
+        """The mean loss of rewards of one shape. A margin, which OpenRLHF's drops without a word, is an error."""
+        if margin is not None:
+            raise ValueError("margin: given, but LogExpLoss has none; PairWiseLoss does")
+        return losses.bradley_terry(chosen_reward, reject_reward).mean()
+
+
+class DPOLoss(nn.Module):
+    """DPO's or IPO's loss from sequence log-probs. Math: `losses.dpo`, `losses.ipo` (on sums).
+
+    Args:
+        beta: > 0. label_smoothing: in [0, 0.5); not for IPO, where OpenRLHF's drops it without a word.
+        ipo: IPO in the place of DPO.
+    """
+
+    def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
+        super().__init__()
+        self.beta = checks.positive("beta", beta)
+        allowed = "0 <= label_smoothing < 0.5"
+        self.label_smoothing = checks.number("label_smoothing", label_smoothing, allowed, lambda v: 0 <= v < 0.5)
+        checks.only_with("label_smoothing", label_smoothing, 0.0, not ipo, "ipo=False")
+        self.ipo = ipo
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean loss, chosen rewards [B], rejected rewards [B]) from four [B] log-probs; the rewards are detached."""
+        policy = (policy_chosen_logps, policy_rejected_logps)
+        reference = (reference_chosen_logps, reference_rejected_logps)
+        if self.ipo:
+            loss = losses.ipo(*policy, *reference, beta=self.beta)
+        else:
+            loss = losses.dpo(*policy, *reference, beta=self.beta, label_smoothing=self.label_smoothing)
+        rewards = (self.beta * (ours - theirs).detach() for ours, theirs in zip(policy, reference))
+        return loss.mean(), *rewards
