@@ -1,6 +1,7 @@
 # `make` lists the targets. Each makes .venv on its first run, and again when what it was made from changes.
 #
 #   make test ARGS="-k dpo"              arguments for the program behind a target
+#   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
 #   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
 #   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
 #   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
@@ -12,9 +13,11 @@ ARGS ?=
 ifdef NO_VENV
 RUN := $(PYTHON)
 READY := own-packages
+WORKERS ?=
 else
 RUN := .venv/bin/python
 READY := .venv/installed
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
@@ -28,8 +31,8 @@ install: $(READY) ## install fused_po, editable, with all that the other targets
 demo: $(READY) ## train a small language model with DPO: examples/dpo.py
 	$(RUN) examples/dpo.py $(ARGS)
 
-test: $(READY) ## the ordinary tests
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+test: $(READY) ## the ordinary tests, on all cores
+	$(RUN) -m pytest -m "not slow" $(WORKERS) $(ARGS)
 
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
@@ -39,7 +42,7 @@ bench: $(READY) ## forward and backward against PyTorch and the peers that are i
 	$(RUN) -m pytest benchmarks -m "" --benchmark-json=runs/bench/head.json $(ARGS)
 	$(RUN) benchmarks/report.py runs/bench/head.json -o runs/bench
 
-peers: $(READY) ## install TRL and Liger too, for `make bench` to measure
+peers: $(READY) ## install Liger too, for `make bench` to measure
 	$(RUN) -m pip install $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[bench]'
 
 lint: $(READY) ## formatting and lints

@@ -3,6 +3,8 @@
 import os
 import random
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
+
 import pytest
 import torch
 
@@ -17,6 +19,10 @@ if not torch.cuda.is_available():
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     InterpreterBuilder.create_fma = create_fma
+
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # a process a core
 
 
 @pytest.fixture
