@@ -100,11 +100,22 @@ def preference_cases(dtype: str) -> list[Case]:
     return [*out, Case("pair statistics", "preference", "pair_statistics_kernel", dtype, reference)]
 
 
+def kl_cases(dtype: str) -> list[Case]:
+    out = []
+    for direction in ("reverse", "forward", 0.5):
+        for labels in (False, True) if dtype == "bf16" else (True,):
+            flags = {"DIRECTION": direction, "LABELS": labels, "ref_inner": None}
+            name = ("js" if direction == 0.5 else direction) + (", log-probs and entropy" if labels else "")
+            out.append(Case(f"kl, {name}", "kl", "kl_kernel", dtype, flags))
+            out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
+    return out
+
+
 def cases() -> list[Case]:
     """Every kernel in every form that changes its code."""
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
-        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
+        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype) + kl_cases(dtype)
     softcap = {"OUTPUTS": 3, "inner": 0.0}
     out.append(Case("statistics, logps+entropy, softcap", "statistics", "statistics_kernel", "bf16", softcap))
     out.append(Case("gradient, all, softcap", "gradient", "gradient_kernel", "bf16", {"inner": 0.0}))
@@ -135,7 +146,7 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
             return {"label_ptr": "*i64", "mask_ptr": "*u8"}[name]
         if name.endswith("_ptr"):
             return "*" + (case.dtype if name in LOGITS_POINTERS and case.kernel != "dpo_kernel" else "fp32")
-        if name in ("outer", "inner", "beta", "label_smoothing", "gamma", "decay"):
+        if name in ("outer", "inner", "ref_outer", "ref_inner", "beta", "label_smoothing", "gamma", "decay"):
             return "fp32"
         return "i64" if "stride" in name or name == "ignore_index" else "i32"
 
@@ -213,7 +224,7 @@ def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     """Instructions a thread issues for each of its elements of logits."""
     if case.kernel in ("dpo_kernel", "gae_kernel", "merge_parts_kernel"):
         return None
-    scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel")
+    scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel")
     count = main_loop(code) if scans else vector_path(code)
     return round(count * case.warps * 32 / case.block, 2)
 

@@ -3,16 +3,19 @@
 from fused_po import losses, modules
 from fused_po.ops.backend import backends
 from fused_po.ops.chunked import chunked_loss
+from fused_po.ops.dpo import DPOOutput, dpo_from_logits, linear_dpo
 from fused_po.ops.gae import gae
+from fused_po.ops.kl import KLStats, kl_from_logits
+from fused_po.ops.linear_kl import linear_kl
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
-from fused_po.ops.preference import DPOOutput, dpo_from_logits, linear_dpo
 from fused_po.reduce import aggregate, sequence_logps
 from fused_po.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
     "DPOOutput",
+    "KLStats",
     "Schedule",
     "TokenStats",
     "aggregate",
@@ -20,7 +23,9 @@ __all__ = [
     "chunked_loss",
     "dpo_from_logits",
     "gae",
+    "kl_from_logits",
     "linear_dpo",
+    "linear_kl",
     "linear_logps",
     "logps_from_logits",
     "losses",

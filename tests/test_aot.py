@@ -68,6 +68,14 @@ def test_an_unaligned_vocabulary_costs_at_most_a_third_more(rows, kernel, arch):
         assert unaligned[name] == aligned[name]
 
 
+def test_instructions_of_the_kl_loop(rows):
+    """Per pair of elements, with the guards for -inf; the bound of log-probs and entropy besides is two more."""
+    for direction in ("reverse", "forward"):
+        assert 12 < figure(rows, f"kl, {direction}")["instructions_per_element"] <= 18
+        assert figure(rows, f"kl, {direction}, log-probs and entropy")["instructions_per_element"] <= 20.5
+        assert figure(rows, f"kl, {direction}")["loads_128bit"] >= 4
+
+
 def test_gradient_kernels_load_and_store_128_bits(rows):
     for row in rows:
         if "gradient" in row["kernel"]:

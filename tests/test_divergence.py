@@ -8,8 +8,10 @@ import warnings
 
 import pytest
 import torch
+from trl_source import execute, function, trainer
 from zoo import F64
 
+import fused_po
 from fused_po import losses
 from fused_po.losses import divergence
 
@@ -158,6 +160,20 @@ def test_diffusion_dpo_is_the_papers_loss_of_noise_errors(seed):
     errors = [(noise - x).square().sum(-1) for x in (ours, ref)]
     inside = (errors[0][0] - errors[1][0]) - (errors[0][1] - errors[1][1])
     torch.testing.assert_close(found, -torch.sigmoid(-2.0 * weight**2 / (2 * std**2) * inside).log())
+
+
+@pytest.mark.parametrize("beta", (0, 0.3, 1))
+def test_trls_distillation_agrees(beta, seed):
+    method = function(trainer("experimental/gkd/gkd_trainer.py"), "generalized_jsd_loss")
+    student, teacher = torch.randn(2, 4, 6, 9, dtype=F64)
+    method.decorator_list = []
+    theirs = (
+        execute([method]).generalized_jsd_loss(student, teacher, beta=beta, temperature=1.7, reduction="none").sum(-1)
+    )
+    torch.testing.assert_close(losses.generalized_jsd(student, teacher, beta=beta, temperature=1.7), theirs)
+    kind = {0: ("forward", 0.5), 1: ("reverse", 0.5)}.get(beta, ("js", beta))
+    fused = fused_po.kl_from_logits(student, teacher, direction=kind[0], js_weight=kind[1], temperature=1.7)
+    torch.testing.assert_close(fused.kl, theirs)
 
 
 def test_kl_in_reward():

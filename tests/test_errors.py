@@ -83,7 +83,7 @@ BAD = [
     (lambda: dpo(LOGITS, LABELS, None, REF.int()), TypeError, "ref_logps: got dtype"),
     (lambda: dpo(beta=0.0), ValueError, "beta: got 0.0, allowed are finite numbers > 0"),
     (lambda: dpo(label_smoothing=0.5), ValueError, "label_smoothing: got 0.5, allowed are 0 <= label_smoothing < 0.5"),
-    (lambda: dpo(kl="full"), ValueError, "kl: got 'full', allowed are None, 'k1', 'k2', 'k3'"),
+    (lambda: dpo(kl="k4"), ValueError, "kl: got 'k4', allowed are None, 'k1', 'k2', 'k3', 'full'"),
     (lambda: dpo(kl_coef=0.1), ValueError, "kl_coef: got 0.1 without an estimator"),
     (lambda: dpo(kl="k1", kl_coef=-1.0), ValueError, "kl_coef: got -1.0"),
     (lambda: dpo(LOGITS, LABELS, None, REF.sum(1), kl="k1"), ValueError, "kl: got 'k1' with ref_logps summed"),

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_po
-from fused_po import reference
 from fused_po.ops import backend as backends
+from fused_po.reference import scan
 
 FEW = settings(max_examples=40, deadline=None)
 FACTORS = {
@@ -121,8 +121,8 @@ def test_more_than_one_block(backend, kind, seed, poison):
 @pytest.mark.parametrize("kind", ("none", "half"))
 @pytest.mark.parametrize("rows, length", ((7, 33), (3, 150), (64, 15)))
 def test_more_rows_than_at_once(rows, length, kind, seed, poison, monkeypatch):
-    monkeypatch.setattr(reference, "ONE_THREAD", 200)
-    monkeypatch.setattr(reference, "SCAN_WIDTH", 4)
+    monkeypatch.setattr(scan, "ONE_THREAD", 200)
+    monkeypatch.setattr(scan, "SCAN_WIDTH", 4)
     check(rows, length, kind, True, (1.0, 0.99), "reference")
 
 

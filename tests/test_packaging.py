@@ -95,7 +95,7 @@ RULES = {
     | {f"fused_po.{name}" for name in ("losses", "ops", "parallel", "reduce", "reference", "schedule")},
     "fused_po.ops.backend": {"torch", "fused_po.kernels", "fused_po.reference"},
     "fused_po.reduce": COMMON | {"fused_po.losses"},
-    "fused_po.reference": COMMON,
+    "fused_po.reference": COMMON | {"fused_po.reference"},
     "fused_po.schedule": COMMON,
 }
 

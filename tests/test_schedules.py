@@ -115,7 +115,7 @@ def test_memory(dtype, logits_dtype, share, needs, outputs, autocast, seed, monk
             kept.append(step(hidden, weight, labels, g, outputs=outputs, weigh=outputs, schedule=schedule))
 
     monkeypatch.setattr(
-        fused_po.reference, "BLOCK_BYTES", 1 << 16
+        fused_po.reference.rows, "BLOCK_BYTES", 1 << 16
     )  # of a few row blocks, were they 2 MiB, we'd see less
     kept = []
     run()  # what is allocated once for all

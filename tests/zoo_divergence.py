@@ -77,6 +77,31 @@ def gaussian_kl_by_dimension(mean_p, mean_q, std_p, std_q):
     return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
+def jsd(p, q, beta, temperature):
+    """p and q as probabilities."""
+    p, q = (v.div(temperature).softmax(-1) for v in (p, q.detach()))
+    if beta in (0, 1):
+        return (q * (q / p).log()).sum(-1) if beta == 0 else (p * (p / q).log()).sum(-1)
+    m = beta * q + (1 - beta) * p
+    return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+
+
+def distillation(beta: float, expected: float) -> Row:
+    """By hand: student (3/4, 1/4), teacher (1/4, 3/4)."""
+    how = dict(beta=beta, temperature=2.0)
+    odds = 2 * log(3)  # of logits, at a temperature of 2
+    return Row(
+        "generalized_jsd", f"beta {beta}", partial(losses.generalized_jsd, **how),
+        lambda p, q: jsd(p, q, beta, 2.0), ([odds, 0.0], [0.0, odds]), expected,
+        lambda: [torch.randn(3, 5, dtype=F64) for _ in range(2)], (0,),
+        lambda d: [torch.tensor([[d, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]])],
+        "TRL's GKD agrees (run beside ours in test_divergence.py); Liger's JSD agrees",
+    )  # fmt: skip
+
+
+# m of beta 0.25: student's share 3/4 * 3/4 + 1/4 * 1/4 = 5/8, and 3/8
+M = 0.25 * (0.25 * log(0.4) + 0.75 * log(2)) + 0.75 * (0.75 * log(1.2) + 0.25 * log(2 / 3))
+DISTILLATION = [distillation(0.0, 0.5 * log(3)), distillation(1.0, 0.5 * log(3)), distillation(0.25, M)]
 WHOLE = [
     Row(
         "categorical_kl", "", losses.categorical_kl, lambda p, q: (p.exp() * p - p.exp() * q).sum(-1),
@@ -98,4 +123,4 @@ WHOLE = [
     ),
 ]  # fmt: skip
 
-ROWS = [*ESTIMATES, *WHOLE]
+ROWS = [*ESTIMATES, *DISTILLATION, *WHOLE]

@@ -16,6 +16,7 @@ With r = log pi - log pi_ref of tokens that pi sampled (Schulman 2020, "Approxim
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Optional
 
@@ -171,6 +172,34 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     counted = log_p > -torch.inf
     difference = torch.where(counted, log_p, 0) - torch.where(counted, log_q, 0)
     return (log_p.exp() * difference).sum(-1)
+
+
+def generalized_jsd(
+    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence of on-policy distillation, of softmax(logits / temperature):
+
+        beta KL(teacher || m) + (1 - beta) KL(student || m),  m = beta teacher + (1 - beta) student
+
+    Agarwal et al. 2023, arXiv:2306.13649, eq. 1. beta = 0 is KL(teacher || student) and beta = 1 KL(student ||
+    teacher), as in TRL's GKD and Liger. Plain PyTorch, for logits that are small or exist anyway; fused, the same is
+    `kl_from_logits` and `linear_kl`, with direction="js", js_weight=beta, or "forward" and "reverse" for the ends.
+
+    Args:
+        student_logits, teacher_logits: [..., V]; gradients flow to the student's. beta: in [0, 1]. temperature: > 0.
+
+    Returns:
+        [...], in nats, unreduced.
+    """
+    checks.alike(student_logits=student_logits, teacher_logits=teacher_logits)
+    beta = checks.number("beta", beta, "0 <= beta <= 1", lambda v: 0 <= v <= 1)
+    temperature = checks.positive("temperature", temperature)
+    log_p = (student_logits / temperature).log_softmax(-1)
+    log_q = (teacher_logits.detach() / temperature).log_softmax(-1)
+    if beta in (0, 1):
+        return categorical_kl(log_q, log_p) if beta == 0 else categorical_kl(log_p, log_q)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * categorical_kl(log_q, log_m) + (1 - beta) * categorical_kl(log_p, log_m)
 
 
 def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std_p: float | Tensor, std_q: float | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ score          the same, and the basis: the gradient of the label's log-prob in 
 gradient       incoming gradients (or none: the basis) to a gradient in the logits
 from_basis     the same from a kept basis, without the logits
 pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
+kl, kl_gradient    the exact KL of two rows of logits, and its gradient
 gae            rewards and values to generalised advantages and returns
 """
 
@@ -15,11 +16,13 @@ import triton
 
 from .gae import gae
 from .gradient import from_basis, gradient, score
+from .kl import kl, kl_gradient
 from .preference import dpo, dpo_gradient, pair_statistics
 from .statistics import statistics, statistics_kernel
 
 __all__ = [
-    "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "pair_statistics", "score", "statistics", "unsupported",
+    "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "kl", "kl_gradient", "pair_statistics", "score",
+    "statistics", "unsupported",
 ]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)

@@ -1,0 +1,284 @@
+"""Forward and backward of `linear_kl`: two heads, a tile of logits of each at a time, as head.py does with one.
+
+With D = d KL / d raw of one token, a row of V numbers, and D' = d logp / d raw: d hidden = (g D + g' D') W and so on,
+the same sums as in head.py. Both bases are formed while both tiles are there; the reference's is then overwritten.
+
+    keep        forward                          backward
+    "nothing"   2: both projections              as over the budget
+    "product"   3: and D W (4 with labels)       0
+    "basis"     2: D kept, with labels D' too    2: D W, D^T (g hidden)
+    over the budget: 2                           4: both projections again, then the same
+
+The unit is a GEMM of the policy's head over all tokens that count; the reference's counts as one if it is as wide. A
+gradient of the entropy comes from D' (without a softcap, which makes it project again).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from fused_po.ops import backend as backends
+from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans
+from fused_po.ops.head import Buffers, Head, HeadBackward, Incoming, empty_gradients, guarded, take_rows
+from fused_po.reference import stats_dtype
+from fused_po.reference.divergence import ENTROPY, LOGP, NORM, SHIFT, TOKEN_FIELDS
+
+
+class Other(NamedTuple):
+    """The reference's side, and what is asked of both. The fields are scalar arguments of the ops, behind Head's."""
+
+    outer: float
+    inner: Optional[float]
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    direction: str
+    js_weight: float
+    with_labels: bool
+
+    @property
+    def form(self) -> Union[str, float]:
+        """The direction as a backend takes it."""
+        return self.js_weight if self.direction == "js" else self.direction
+
+    @property
+    def bases(self) -> int:
+        """How many bases a token has: of the KL, and with labels of its log-prob."""
+        return 1 + self.with_labels
+
+    def gemm(self, device: torch.device) -> torch.dtype:
+        """The dtype of the GEMM's factors."""
+        return gemm_dtype(device, self.compute_dtype, self.logits_dtype)
+
+
+class Side(NamedTuple):
+    """What one of the two heads projects."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Optional[Tensor]  # [V]
+
+    def at(self, rows: Optional[Tensor], compute_dtype: torch.dtype, gemm: torch.dtype) -> Side:
+        """With some rows of hidden, in the GEMM's dtype."""
+        return self._replace(hidden=operand(take_rows(self.hidden, rows), compute_dtype, gemm))
+
+
+def empty_kept(head: Head, other: Other, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
+    """Room [bases, rows, padded V or H] for what is kept of n_rows scored tokens among hidden [N, H]."""
+    one = head._replace(budget=head.budget // other.bases).empty_kept(hidden, n_rows, weight)
+    return one.new_empty(other.bases, *one.shape)
+
+
+class _Tiles:
+    """Tiles of both sides' logits, and of the bases that overwrite them where dtypes allow."""
+
+    def __init__(self, head: Head, other: Other, policy: Side, reference: Side, n_rows: int, n_cols: int) -> None:
+        self.head, self.other, self.policy, self.reference = head, other, policy, reference
+        self.own = Buffers(head, policy.hidden, n_rows, n_cols)
+        self.theirs = Buffers(head._replace(logits_dtype=other.logits_dtype), policy.hidden, n_rows, n_cols)
+
+    def project(self, some: slice, columns: slice, weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Logits [rows, columns] of both; weight: the policy's columns, in compute_dtype or to be rounded to it."""
+        shape = some.stop - some.start, columns.stop - columns.start
+        logits, ref_logits = self.own.logits(*shape), self.theirs.logits(*shape)
+        for side, part, compute, out in (
+            (self.policy, weight, compute_dtype, logits),
+            (self.reference, self.reference.weight[columns], self.other.compute_dtype, ref_logits),
+        ):
+            bias = None if side.bias is None else side.bias[columns]
+            block = head_block(len(side.hidden), *side.weight.shape, self.head.tile_bytes)
+            project(side.hidden[some], part, bias, compute, out, block)
+        return logits, ref_logits
+
+    def bases(
+        self, logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, kept: Optional[Tensor]
+    ) -> list[Tensor]:
+        """D and, with labels, D' [n, V], written into kept[bases, n, V], or over the tiles: the reference's first."""
+        run, head, other = backends.get(self.head.backend), self.head, self.other
+        scaling = head.outer, head.inner
+        out = [kept[0] if kept is not None else self.theirs.basis(*logits.shape)]
+        both, grads = (logits[None], ref_logits[None]), unit_gradients(tokens[0], 0)
+        theirs = other.outer, other.inner
+        run.kl_gradient(*both, labels, tokens, grads, scaling, theirs, other.form, False, out[0][None])
+        if other.with_labels:
+            out.append(kept[1] if kept is not None else self.own.basis(*logits.shape))
+            saved = tokens[SHIFT : NORM + 1]
+            run.gradient(logits[None], labels, saved, tokens[ENTROPY], None, None, None, *scaling, out[1][None])
+        return out
+
+
+def tile_rows(head: Head, other: Other, n_cols: int, device: torch.device) -> int:
+    """Rows of a tile: logits of both sides, and what is formed of them, within tile_bytes."""
+    halves = head._replace(tile_bytes=head.tile_bytes // 2)
+    theirs = halves._replace(logits_dtype=other.logits_dtype)
+    return min(side.tile_rows(n_cols, device) for side in (halves, theirs))
+
+
+def unit_gradients(like: Tensor, which: int) -> Tensor:
+    """[3, n] incoming gradients: 1 of the KL (0), of the log-prob (1) or of the entropy (2), none of the others."""
+    grads = like.new_zeros(3, like.numel())
+    grads[which] = 1
+    return grads
+
+
+@guarded
+def forward(
+    head: Head, hidden: Tensor, other: Other, policy: Side, reference: Side, labels: Tensor, rows: Optional[Tensor],
+    n_room: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(tokens [9, N], kept) of labels [N], below 0 where a token does not count; hidden is the policy's.
+
+    rows [n]: numbers of the rows that count, None for all. n_room: at least n, rows to hold room for in `kept`.
+    """
+    n_cols, run, device = policy.weight.shape[0], backends.get(head.backend), hidden.device
+    tokens = hidden.new_zeros(TOKEN_FIELDS, labels.numel(), dtype=stats_dtype(head.logits_dtype))
+    tokens[NORM] = torch.inf
+    kept = empty_kept(head, other, hidden, n_room, policy.weight)
+    n_rows = labels.numel() if rows is None else rows.numel()
+    if head.keep == "basis":  # an op's result must not hold what was in memory before
+        kept[:, :, n_cols:], kept[:, n_rows:] = 0, 0
+    elif rows is not None:
+        kept.zero_()
+    policy = policy.at(rows, head.compute_dtype, head.gemm(device))
+    reference = reference.at(rows, other.compute_dtype, other.gemm(device))
+    labels = take_rows(labels, rows)
+    step = tile_rows(head, other, n_cols, device)
+    tiles = _Tiles(head, other, policy, reference, min(step, n_rows), n_cols)
+    scaling = (head.outer, head.inner), (other.outer, other.inner)
+    for some in spans(0, n_rows, step):
+        logits, ref_logits = tiles.project(some, slice(0, n_cols), policy.weight, head.compute_dtype)
+        part = labels[some]
+        stats = run.kl(logits[None], ref_logits[None], part, *scaling, other.form, other.with_labels)
+        where = some if rows is None else rows[some]
+        tokens[:, where] = stats
+        if head.keep == "product":
+            for i, d in enumerate(tiles.bases(logits, ref_logits, part, stats, None)):
+                product = kept.new_empty(len(part), kept.shape[2])
+                block = head_block(n_rows, *policy.weight.shape, head.tile_bytes)
+                back_project(d, policy.weight, head.compute_dtype, product, block)
+                kept[i, where] = product
+        elif head.keep == "basis" and some.start < kept.shape[1]:
+            within = kept[:, some.start : some.stop, :n_cols]
+            n = within.shape[1]
+            tiles.bases(logits[:n], ref_logits[:n], part[:n], stats[:, :n].contiguous(), within)
+    return tokens, kept
+
+
+class _Backward(HeadBackward):
+    """The backward over rows whose first n_kept have their bases kept; the rest project both sides again."""
+
+    def __init__(
+        self, head: Head, other: Other, policy: Side, reference: Side, labels: Tensor, tokens: Tensor, grads: Tensor,
+        active: list[bool], kept: Tensor, index: Optional[Tensor], n_kept: int,
+    ) -> None:  # fmt: skip
+        """grads [3, N], of which `active` come in at all; labels [N], tokens [9, N] like it."""
+        rows = Incoming(labels, tokens[SHIFT : NORM + 1], tokens[LOGP], tokens[ENTROPY], *[None] * 3)
+        super().__init__(head, policy.hidden, policy.weight, policy.bias, rows, kept[0], index, n_kept)
+        self.other, self.policy, self.reference = other, policy, reference
+        self.tokens, self.grads, self.active = tokens, grads, active
+        self.multiples = sum(active) == 1 and not active[2]
+        which = active.index(True)
+        self.factors = grads[which]
+        self.wanted = unit_gradients(tokens[0], which) if self.multiples else grads
+        self.all_kept = kept[:, :, : policy.weight.shape[0]]
+        self.kept = self.all_kept[which if self.multiples else 0]
+
+    def tile_rows(self, n_cols: int) -> int:
+        """Rows of a tile of n_cols columns."""
+        return tile_rows(self.head, self.other, n_cols, self.weight.device)
+
+    def buffers(self, n_rows: int, n_cols: int) -> Buffers:
+        """Room for a tile of the policy; the reference's is made beside it."""
+        self.tiles = _Tiles(self.head, self.other, self.policy, self.reference, n_rows, n_cols)
+        return self.tiles.own
+
+    def tile(self, some: slice, columns: slice, weight: Tensor, buffers: Buffers) -> Tensor:
+        """The gradient [rows, columns] in the raw logits; the basis, where each row's gradient is a multiple of it."""
+        if self.multiples or some.stop > self.n_kept:
+            return super().tile(some, columns, weight, buffers)
+        shape = some.stop - some.start, columns.stop - columns.start
+        out, room = buffers.basis(*shape), self.tiles.theirs.basis(*shape)
+        d, d_logp = (
+            kept[some, columns]
+            if self.kept_as_is
+            else torch.index_select(kept[:, columns], 0, self.index[some], out=to)
+            for kept, to in zip(self.all_kept, (room, out))
+        )
+        g_kl, *others = (g[some].contiguous() for g in self.grads)
+        rows = self.rows.at(some)
+        self.run.from_basis(
+            d_logp, rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out, columns.start
+        )
+        return out.addcmul_(d, g_kl[:, None])
+
+    def recompute(self, some: slice, columns: slice, weight: Tensor, logits: Tensor, out: Tensor) -> Tensor:
+        """The gradient, or the one basis asked for, from both projections anew."""
+        head, other = self.head, self.other
+        compute = head.compute_dtype if weight is self.weight else weight.dtype
+        logits, ref_logits = self.tiles.project(some, columns, weight, compute)
+        labels, tokens = self.rows.labels[some], self.tokens[:, some].contiguous()
+        how = (head.outer, head.inner), (other.outer, other.inner), other.form, other.with_labels
+        if len(weight) == len(self.weight):  # whole rows: score them anew
+            tokens = self.run.kl(logits[None], ref_logits[None], labels, *how)
+        grads = self.wanted[:, some].contiguous()
+        both = logits[None], ref_logits[None]
+        self.run.kl_gradient(*both, labels - columns.start, tokens, grads, *how, out[None])
+        return out
+
+
+class Saved(NamedTuple):
+    """What a backward gets of its forward."""
+
+    policy: Side
+    reference: Side
+    labels: Tensor  # [N], below 0 where a token does not count
+    rows: Optional[Tensor]  # [n]
+    tokens: Tensor  # [9, N]
+    kept: Tensor
+
+    @property
+    def hidden(self) -> Tensor:
+        """The policy's."""
+        return self.policy.hidden
+
+
+@guarded
+def backward(
+    head: Head, saved: Saved, other: Other, grads: list[Optional[Tensor]], needs: list[bool], skip_zero_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the policy's hidden, weight, bias; without elements where not needed.
+
+    grads: of KL, log-prob and entropy, each [N] or None.
+    """
+    (hidden, weight, bias), reference, labels, rows, tokens, kept = saved
+    active = [g is not None for g in grads]
+    valid = labels >= 0
+    grads = torch.stack([torch.zeros_like(tokens[0]) if g is None else torch.where(valid, g, 0) for g in grads])
+    from_kept = head.inner is None or not active[2]  # the softcap's slope does not come back from the basis
+    if head.keep == "product" and not active[2]:
+        product = sum(g[:, None] * u for g, u in zip(grads, kept))
+        return product.to(hidden.dtype), weight.new_empty(0), weight.new_empty(0)
+    labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
+    live = (grads != 0).any(0)
+    kept = kept[:, : len(live) if head.keep == "basis" and from_kept else 0]
+    n_kept, index = kept.shape[1], None
+    if skip_zero_rows or hidden.device.type == "cpu":
+        n_live, n_kept = torch.stack([live.sum(), live[:n_kept].sum()]).tolist()  # one sync on a GPU
+        if n_live < live.numel():
+            index = torch.nonzero_static(live, size=n_live).squeeze(1)
+            labels, tokens, grads = (v[..., index].contiguous() for v in (labels, tokens, grads))
+            rows = index if rows is None else rows[index]
+    policy = Side(hidden, weight, bias).at(rows, head.compute_dtype, head.gemm(hidden.device))
+    reference = reference.at(rows, other.compute_dtype, other.gemm(hidden.device))
+    wide = stats_dtype(head.logits_dtype)
+    sum_hidden = hidden.new_empty((len(labels), hidden.shape[1]) if needs[0] else 0, dtype=wide)
+    out = empty_gradients((None, weight, bias), needs)[1:]
+    run = _Backward(head, other, policy, reference, labels, tokens, grads, active, kept, index, n_kept)
+    run.fill((sum_hidden, *out), needs, False)
+    if needs[0] and rows is not None:
+        sum_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(
+            0, rows, sum_hidden.to(hidden.dtype)
+        )
+    return sum_hidden.to(hidden.dtype), *out

@@ -1,0 +1,89 @@
+"""The flagship: from log-probs of policy and reference to DPO's loss with a KL penalty, and its gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_po.reference.rows import gradient, statistics
+
+# Rows of tokens[4, N] and of pairs[7, B], the buffers of the DPO functions.
+SHIFT, NORM, LOGP, REF_LOGP = range(4)
+SLOPE, CHOSEN_REWARD, REJECTED_REWARD, MARGIN, ACCURACY, KL_SUM, TOKENS = range(7)
+PAIR_FIELDS = 7
+SATURATION = 20.0  # k3 goes on along its tangent where the reference is more nats above the policy
+
+
+def pair_statistics(
+    logits: Tensor, ref_logits: Tensor | None, labels: Tensor, outer: float, inner: float | None, ignore_index: int
+) -> Tensor:
+    """tokens[4, N] for logits[O, I, V] and ref_logits[O', I', V] (or None) with O * I = O' * I' = N; labels[N]."""
+    logps, _, _, _, saved = statistics(logits, labels, outer, inner, ignore_index, 1)
+    ref_logps = torch.zeros_like(logps)
+    if ref_logits is not None:
+        ref_logps = statistics(ref_logits, labels, outer, inner, ignore_index, 1)[0].to(logps.dtype)
+    return torch.stack([saved[0], saved[1], logps, ref_logps])
+
+
+def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+    """(estimate, its derivative in the policy's log-prob) for k1 = log-ratio of policy to reference."""
+    if kl == "k1":
+        return k1, torch.ones_like(k1)
+    if kl == "k2":
+        return 0.5 * k1 * k1, k1
+    inside = (-k1).clamp(max=SATURATION)
+    slope = -torch.expm1(inside)
+    k3 = k1 - slope + (1 - slope) * (-k1 - inside)
+    return torch.where(k1.abs() < 1e-3, k1 * k1 * (0.5 - k1 / 6), k3), slope
+
+
+def dpo(
+    tokens: Tensor, labels: Tensor, ref_sums: Tensor | None, beta: float, label_smoothing: float, kl: str | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) of tokens[4, 2B * T], labels[2B, T].
+
+    ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
+    """
+    valid = labels != ignore_index
+    policy, reference = (torch.where(valid, tokens[i].view_as(labels), 0) for i in (LOGP, REF_LOGP))
+    sequences = policy.sum(1)
+    rewards = beta * (sequences - (reference.sum(1) if ref_sums is None else ref_sums))
+    chosen_reward, rejected_reward = rewards.chunk(2)
+    h = chosen_reward - rejected_reward
+    log_above, log_below = torch.nn.functional.logsigmoid(h), torch.nn.functional.logsigmoid(-h)
+    losses = -(1 - label_smoothing) * log_above - label_smoothing * log_below
+    slope = beta * (label_smoothing * torch.sigmoid(h) - (1 - label_smoothing) * torch.sigmoid(-h))
+    kl_tokens = torch.where(valid, kl_estimate(policy - reference, kl)[0], 0) if kl else policy.new_zeros(0)
+    kl_sums = kl_tokens.sum(1) if kl else torch.zeros_like(sequences)
+    per_pair = [torch.stack(v.to(h.dtype).chunk(2)).sum(0) for v in (kl_sums, valid.sum(1))]
+    pairs = torch.stack([slope, chosen_reward, rejected_reward, h, (h > 0).to(h.dtype), *per_pair])
+    return losses, sequences, pairs, kl_tokens.flatten()
+
+
+def dpo_token_gradient(
+    labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None, g_losses: Tensor | None,
+    g_sequences: Tensor | None, kl: str | None,
+) -> Tensor:  # fmt: skip
+    """The gradient [2B, T] in the policy's token log-probs. weights [2]: d loss / d one pair's loss, / d one KL."""
+    weights = torch.zeros_like(weights) if g_loss is None else weights * g_loss
+    slope = (weights[0] if g_losses is None else weights[0] + g_losses) * pairs[SLOPE]
+    g_sequence = torch.cat([slope, -slope])
+    if g_sequences is not None:
+        g_sequence = g_sequence + g_sequences
+    g = g_sequence[:, None].expand(labels.shape)
+    if kl:
+        g = g + weights[1] * kl_estimate((tokens[LOGP] - tokens[REF_LOGP]).view_as(labels), kl)[1]
+    return torch.where(tokens[NORM].view_as(labels) != math.inf, g, 0)
+
+
+def dpo_gradient(
+    logits: Tensor, labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None,
+    g_losses: Tensor | None, g_sequences: Tensor | None, kl: str | None, outer: float, inner: float | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write into out[O, I, V] the gradient with respect to the policy's logits[O, I, V]; both may be the same."""
+    g = dpo_token_gradient(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl)
+    saved = tokens[SHIFT : NORM + 1]
+    gradient(logits, labels.flatten(), saved, tokens[:0], g.flatten(), None, None, outer, inner, out)
