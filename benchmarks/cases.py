@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORE = -100
 PAIRS = 4
 BETA = 0.1
+JS_WEIGHT = 0.25  # the reference's; not 0.5, where nobody would notice two sides mixed up
 
 
 class Case(NamedTuple):
@@ -22,17 +24,18 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     head: str = "trainable"  # or "frozen"
     prompt: float = 0.0
-    task: str = "logps"  # mean negative log-prob; or "dpo": PAIRS pairs
+    task: str = "logps"  # mean negative log-prob; or "dpo": PAIRS pairs; or "kl": mean exact KL, always "live"
     reference: str = "cached"  # for "dpo": its log-probs are there; or "live": its hidden states and head
+    direction: str = "reverse"  # for "kl"; or "forward", or "js" with JS_WEIGHT
 
     @property
     def name(self) -> str:
-        task = self.task if self.task == "logps" else f"dpo-{self.reference}"
+        task = {"logps": "logps", "dpo": f"dpo-{self.reference}", "kl": f"kl-{self.direction}"}[self.task]
         return f"{task}-N{self.tokens}-V{self.vocabulary}-H{self.width}-{self.dtype}-{self.head}-prompt{self.prompt:g}"
 
 
 class Problem(NamedTuple):
-    """The tensors of a case. Leading shape [2 PAIRS, T] for "dpo", [N] for "logps"."""
+    """The tensors of a case. Leading shape [2 PAIRS, T] for "dpo", else [N]."""
 
     case: Case
     hidden: Tensor
@@ -52,10 +55,13 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case, device: str) -> Problem:
-    """Random tensors of a case; the label's probability spreads from 1e-6 to almost 1."""
+    """Random tensors of a case; the label's probability spreads from 1e-6 to almost 1.
+
+    The KL's reference is the policy with noise, so that the KL spreads from 1e-3 to 1; DPO's is another model.
+    """
     torch.manual_seed(0)
     n, v, h, dtype = case.tokens, case.vocabulary, case.width, DTYPES[case.dtype]
-    shape = (n,) if case.task == "logps" else (2 * PAIRS, n // (2 * PAIRS))
+    shape = (2 * PAIRS, n // (2 * PAIRS)) if case.task == "dpo" else (n,)
 
     def heads():
         weight = (torch.randn(v, h, device=device) / h**0.5).to(dtype)
@@ -66,6 +72,10 @@ def problem(case: Case, device: str) -> Problem:
     weight, hidden = heads()
     live = case.task == "dpo" and case.reference == "live"
     ref_weight, ref_hidden = heads() if live else (None, None)
+    if case.task == "kl":
+        ref_weight = (weight + 0.1 * torch.randn(v, h, device=device) / h**0.5).to(dtype)
+        away = torch.rand(*shape, 1, device=device)
+        ref_hidden = (hidden + away * torch.randn(*shape, h, device=device)).to(dtype)
     ref_logps = torch.full(shape, -9.0, device=device) if case.task == "dpo" and not live else None
     labels[..., : int(case.prompt * shape[-1])] = IGNORE
     hidden.requires_grad_()
@@ -74,20 +84,20 @@ def problem(case: Case, device: str) -> Problem:
     )
 
 
-def loss_of(p: Problem, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """The task's loss from log-probs shaped like the labels, 0 at the prompt: for whoever has no loss of its own."""
-    if p.case.task == "logps":
-        return -logps.sum() / p.scored
+def loss_of(p: Problem, values: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+    """The task's loss from log-probs (or KLs) shaped like the labels, 0 at the prompt; for who has no loss."""
+    if p.case.task != "dpo":
+        return (values.sum() if p.case.task == "kl" else -values.sum()) / p.scored
     scored = p.labels != IGNORE
-    chosen, rejected = (scored * (logps - ref_logps)).sum(-1).chunk(2)
+    chosen, rejected = (scored * (values - ref_logps)).sum(-1).chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 class Exact(NamedTuple):
-    """float64: log-probs of some scored rows, the loss's gradient for them and for some rows of the head."""
+    """float64: log-probs (or KLs) of some scored rows, the loss's gradient for them and for some rows of the head."""
 
     rows: Tensor
-    logps: Tensor
+    values: Tensor
     d_hidden: Tensor
     columns: Tensor
     d_weight: Tensor
@@ -95,6 +105,8 @@ class Exact(NamedTuple):
 
 def exact(p: Problem, count: int = 64) -> Exact:
     """The truth for `count` rows of hidden and of the head, in float64, a few rows of logits at a time."""
+    if p.case.task == "kl":
+        return exact_kl(p, count)
     device = p.hidden.device
     w64 = p.weight.detach().double()
     columns = torch.randperm(p.case.vocabulary, device=device)[:count]
@@ -120,6 +132,54 @@ def exact(p: Problem, count: int = 64) -> Exact:
     prob = (h[rows].double() @ w64.T - lse[rows, None]).exp()
     d_hidden = g[rows] * (w64[labels[rows]] - prob @ w64)
     return Exact(rows, logps[rows], d_hidden, columns, d_weight)
+
+
+def divergence(direction: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The definitions, of the policy's log-probs p and the reference's q. For the truth, not for speed."""
+    p, q, w = log_p.exp(), log_q.exp(), JS_WEIGHT
+    if direction == "reverse":
+        return (p * (log_p - log_q)).sum(-1)
+    if direction == "forward":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log(1 - w))
+    return (w * q * (log_q - log_m) + (1 - w) * p * (log_p - log_m)).sum(-1)
+
+
+def kl_of_rows(p: Problem, rows: Tensor, weight: Tensor, ref_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float64: the KL of these rows, and its gradient in their logits. The weights are given in float64."""
+    logits = (p.hidden.detach()[rows].double() @ weight.T).requires_grad_()
+    reference = (p.ref_hidden[rows].double() @ ref_weight.T).log_softmax(-1)
+    values = divergence(p.case.direction, logits.log_softmax(-1), reference)
+    return values.detach(), torch.autograd.grad(values.sum(), logits)[0]
+
+
+def exact_kl(p: Problem, count: int) -> Exact:
+    """`exact` for the KL, its gradient from autograd in float64."""
+    device = p.hidden.device
+    scored = (p.labels != IGNORE).nonzero().squeeze(1)
+    columns = torch.randperm(p.case.vocabulary, device=device)[:count]
+    rows = scored[torch.randperm(len(scored), device=device)[:count]]
+    weights = p.weight.detach().double(), p.ref_weight.double()
+    d_weight = torch.zeros(len(columns), p.case.width, dtype=torch.float64, device=device)
+    for some in scored.split(128):
+        d_logits = kl_of_rows(p, some, *weights)[1][:, columns]
+        d_weight += d_logits.T @ p.hidden.detach()[some].double() / p.scored
+    values, d_logits = kl_of_rows(p, rows, *weights)
+    return Exact(rows, values, d_logits @ weights[0] / p.scored, columns, d_weight)
+
+
+def kl_suite(name: str) -> list[Case]:
+    """The KL's cases of a suite."""
+    if name == "gpu":
+        cases = []
+        for vocabulary in (32000, 151936):
+            main = Case(8192, vocabulary, 4096, "bf16", task="kl", reference="live")
+            cases += [main._replace(head=h, direction=d) for h in ("trainable", "frozen") for d in ("reverse", "js")]
+            cases += [main._replace(direction="forward"), main._replace(prompt=0.5)]
+        return cases
+    main = Case(*((96, 500, 32) if name == "tiny" else (512, 32000, 896)), task="kl", reference="live")
+    cases = [main._replace(head=h, direction=d) for h in ("trainable", "frozen") for d in ("reverse", "js")]
+    return [*cases, main._replace(direction="forward", prompt=0.5)] if name == "tiny" else cases
 
 
 def suite(name: str) -> list[Case]:

@@ -21,9 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        from cases import suite
-
-        cases = suite(metafunc.config.getoption("--suite") or ("gpu" if DEVICE == "cuda" else "cpu"))
+        cases = metafunc.module.suite(metafunc.config.getoption("--suite") or ("gpu" if DEVICE == "cuda" else "cpu"))
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 

@@ -1,7 +1,7 @@
 """One case, every provider: is it right, what does it compute and hold, how long does it take.
 
-A provider is checked first: its log-probs may be 4 times as wrong as plain PyTorch's on the same rows at the same
-dtype, its gradients as well (relative, in norm). Beyond that it is reported wrong, with its error, and not timed.
+A provider is checked first: its log-probs (or KLs) may be 4 times as wrong as plain PyTorch's on the same rows at the
+same dtype, its gradients as well (relative, in norm). Beyond that it is reported wrong, with its error, and not timed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import NamedTuple
 
 import counting
 import torch
-from cases import Case, Exact, Problem, exact, problem
+from cases import Case, Exact, Problem, exact, kl_of_rows, problem
+from kl_providers import eager_kl
 from providers import PROVIDERS, Provider, eager
 from torch import Tensor
 
 FACTOR = 4
 MODES = ("forward", "forward+backward")
+ROUNDS = {"cpu": 4, "cuda": 9}
 
 
 class Errors(NamedTuple):
-    """Against float64: log-probs in nats (largest, RMS; None where a provider has none), gradients relative in norm."""
+    """Against float64: log-probs or KLs in nats (largest, RMS; None without any), gradients relative in norm."""
 
-    logps_max: float | None
-    logps_rms: float | None
+    value_max: float | None
+    value_rms: float | None
     d_hidden: float
     d_weight: float | None
 
@@ -51,9 +53,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
 def errors_of(provider: Provider, p: Problem, truth: Exact) -> tuple[Errors, int]:
     """(what the provider's answers are off by, FLOPs of its forward and backward). Leaves its gradients in place."""
     off = [None, None]
-    if provider.logps is not None:
+    if provider.values is not None:
         with torch.no_grad():
-            difference = provider.logps(p)[truth.rows].double() - truth.logps
+            difference = provider.values(p)[truth.rows].double() - truth.values
         off = [difference.abs().max().item(), difference.square().mean().sqrt().item()]
     with counting.FlopCounter() as count:
         run(provider, p, "forward+backward")
@@ -63,16 +65,23 @@ def errors_of(provider: Provider, p: Problem, truth: Exact) -> tuple[Errors, int
 
 
 def plain_errors(p: Problem, truth: Exact) -> Errors:
-    """Plain PyTorch's on the same rows, with all other rows left out; its gradient error stands for the head's too."""
+    """Plain PyTorch's on the same rows, with all other rows left out."""
     hidden = p.hidden.detach().flatten(0, -2)[truth.rows].requires_grad_()
-    labels = p.labels.flatten()[truth.rows]
-    logps = eager(hidden, p.weight.detach(), labels)
-    (grad,) = torch.autograd.grad(logps.sum(), hidden)
-    h, w = hidden.detach().double(), p.weight.detach().double()
-    exact_grad = w[labels] - (h @ w.T).softmax(-1) @ w
-    difference = logps.double() - truth.logps
-    off = relative(grad, exact_grad)
-    return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item(), off, off)
+    labels, weight = p.labels.flatten()[truth.rows], p.weight.detach()
+    if p.case.task == "kl":
+        weight.requires_grad_()
+        values = eager_kl(hidden, weight, p.ref_hidden[truth.rows], p.ref_weight, labels, p.case.direction)
+        grads = torch.autograd.grad(values.sum(), (hidden, weight))
+        d_logits = kl_of_rows(p, truth.rows, weight.detach().double(), p.ref_weight.double())[1]
+        exact_weight = d_logits[:, truth.columns].T @ hidden.detach().double()
+        off = relative(grads[0], truth.d_hidden * p.scored), relative(grads[1][truth.columns], exact_weight)
+    else:
+        values = eager(hidden, weight, labels)
+        (grad,) = torch.autograd.grad(values.sum(), hidden)
+        h, w = hidden.detach().double(), weight.double()
+        off = (relative(grad, w[labels] - (h @ w.T).softmax(-1) @ w),) * 2  # the head's as hidden's
+    difference = values.detach().double() - truth.values
+    return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item(), *off)
 
 
 def wrong(errors: Errors, plain: Errors, eps: float) -> str | None:
@@ -185,6 +194,16 @@ class Turns:
         for (name, mode), values in self.times.items():
             found.setdefault(name, {})[mode] = statistics.median(values[warm_up:])
         return found
+
+
+def compare(case: Case, device: str, providers: list[Provider], benchmark, circumstances: dict) -> dict[str, dict]:
+    """One benchmark of pytest-benchmark: its rounds are turns in which everybody runs once. What came of it."""
+    p, reports, able = prepare(case, device, providers)
+    turns = Turns(p, able)
+    benchmark.pedantic(turns, rounds=ROUNDS[device], warmup_rounds=1)
+    reports = finish(reports, turns.medians())
+    benchmark.extra_info |= {"case": case._asdict(), "providers": reports, "circumstances": circumstances}
+    return reports
 
 
 def finish(reports: dict[str, dict], seconds: dict[str, dict[str, float]]) -> dict[str, dict]:

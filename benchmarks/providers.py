@@ -23,11 +23,11 @@ def always(case: Case, device: str) -> str | None:
 
 
 class Provider(NamedTuple):
-    """`loss`: the task's loss, for a backward. `logps`: [N] log-probs of the labels, 0 at the prompt; None without."""
+    """`loss`: the task's loss, for a backward. `values`: [N] log-probs (or KLs), 0 at the prompt; None without."""
 
     name: str
     loss: Callable[[Problem], Tensor]
-    logps: Callable[[Problem], Tensor] | None = None
+    values: Callable[[Problem], Tensor] | None = None
     package: str | None = None
     refuses: Callable[[Case, str], str | None] = always
 
@@ -43,7 +43,7 @@ class Provider(NamedTuple):
 
 
 def from_logps(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict:
-    """`loss` and `logps` from score(hidden [n, H], weight, labels [n]) -> log-probs [n], 0 at the prompt."""
+    """`loss` and `values` from score(hidden [n, H], weight, labels [n]) -> log-probs [n], 0 at the prompt."""
 
     def logps(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
         return score(hidden.flatten(0, -2), weight, p.labels.flatten()).view(p.labels.shape)
@@ -55,7 +55,7 @@ def from_logps(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict:
                 ref = logps(p, p.ref_hidden, p.ref_weight)
         return loss_of(p, logps(p, p.hidden, p.weight), ref)
 
-    return {"loss": loss, "logps": lambda p: logps(p, p.hidden, p.weight).flatten()}
+    return {"loss": loss, "values": lambda p: logps(p, p.hidden, p.weight).flatten()}
 
 
 def ours(name: str, **knobs) -> Provider:
@@ -71,7 +71,7 @@ def ours(name: str, **knobs) -> Provider:
 
     def loss(p: Problem) -> Tensor:
         if p.case.task == "logps":
-            return loss_of(p, logps(p), None)
+            return loss_of(p, logps(p))
         how = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight, ref_logps=p.ref_logps)
         return fused_po.linear_dpo(p.hidden, p.weight, p.labels, **how, beta=BETA, schedule=schedule(p)).loss
 

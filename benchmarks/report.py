@@ -1,6 +1,6 @@
 """Tables and plots from the JSON of `pytest benchmarks --benchmark-json=FILE`.
 
-    python benchmarks/report.py FILE -o DIRECTORY
+    python benchmarks/report.py FILE [FILE ...] -o DIRECTORY
 
 writes report.md, and time.png and memory.png where the cases make a curve: against vocabulary, tokens, prompt share.
 """
@@ -22,7 +22,7 @@ COLUMNS = (
     "x fused_po",
     "GEMMs",
     "peak MB",
-    "log-prob error",
+    "log-prob error",  # or of the KL
     "gradient error",
 )
 AXES = {"vocabulary": "vocabulary", "tokens": "tokens", "prompt": "share of the batch that is prompt"}
@@ -40,19 +40,20 @@ def row(name: str, report: dict) -> list[str]:
         return [name, *[""] * (len(COLUMNS) - 2), "not run: " + report["not run"]]
     seconds, errors = report.get("seconds", {}), report.get("errors", {})
     gradients = [v for k, v in errors.items() if k.startswith("d_") and v is not None]
-    peak = report.get("peak bytes")
+    peak, off = report.get("peak bytes"), next((v for k, v in errors.items() if k.endswith("_max")), None)
     cells = [number(seconds.get("forward"), ".4f"), number(seconds.get(MODE), ".4f")]
     cells += [
         number(report.get(key, {}).get(MODE)) for key in ("times the bare GEMMs", "times as long as fused_po", "GEMMs")
     ]
-    cells += [number(None if peak is None else peak / 1e6, ".0f"), number(errors.get("logps_max"), ".1e")]
+    cells += [number(None if peak is None else peak / 1e6, ".0f"), number(off, ".1e")]
     last = f"**wrong: {report['wrong']}**" if "wrong" in report else number(max(gradients, default=None), ".1e")
     return [name, *cells, last]
 
 
-def case_table(reports: dict[str, dict]) -> str:
+def case_table(reports: dict[str, dict], task: str = "logps") -> str:
     """A Markdown table of one case; times in seconds, medians of turns in which everybody ran once."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(name, report) for name, report in reports.items())]
+    columns = [name.replace("log-prob", "KL") if task == "kl" else name for name in COLUMNS]
+    rows = [columns, ["---"] * len(COLUMNS), *(row(name, report) for name, report in reports.items())]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -71,7 +72,7 @@ def load(path: Path) -> list[dict]:
     except (ValueError, KeyError, TypeError):
         fail("expected the JSON of pytest benchmarks --benchmark-json=FILE")
     if not found:
-        fail(f"holds no benchmark of a head; run pytest benchmarks --benchmark-json={path}")
+        fail(f"holds no benchmark of a head or a KL; run pytest benchmarks --benchmark-json={path}")
     return found
 
 
@@ -126,35 +127,44 @@ def value(report: dict, what: str) -> float | None:
     return report["peak bytes"] / 1e6 if "peak bytes" in report and "wrong" not in report else None
 
 
+def title(case: dict) -> str:
+    """A case in words, without what it has no use for."""
+    idle = {("task", "logps"), ("reference", "cached")}
+    if case["task"] == "kl":
+        idle = {("reference", "live")}
+    elif "direction" in case:
+        idle.add(("direction", case["direction"]))
+    return ", ".join(f"{k} {v}" for k, v in case.items() if (k, v) not in idle)
+
+
 def markdown(found: list[dict]) -> str:
-    """All cases, and the circumstances once."""
+    """All cases of a file, and the circumstances once."""
     about = found[0]["circumstances"]
+    kinds = {"the exact KL" if info["case"]["task"] == "kl" else "the head": None for info in found}
     versions = ", ".join(f"{k} {v or '(absent)'}" for k, v in about["versions"].items())
     head = [
-        "# Benchmark of the head", "",
+        f"# Benchmark of {' and '.join(kinds)}", "",
         f"{about['machine']}; copy {about['copy GB/s']:.0f} GB/s; commit {about['commit']}; `{about['command']}`.",
         f"{versions}.", "",
         "Times in seconds: medians of turns in which everybody ran once. `x bare GEMMs`: over the products that a head",
-        "cannot do without (3 trainable, 2 frozen), of the scored tokens. `GEMMs`: counted, in units of one. Peak:",
-        "beyond the inputs. Errors against float64: log-probs in nats (largest), gradients relative, in norm.",
+        "cannot do without (3 trainable, 2 frozen; 1 more for a reference's scores), of the scored tokens. `GEMMs`:",
+        "counted, in units of one. Peak: beyond the inputs. Errors against float64: log-probs or KLs in nats, the",
+        "largest; gradients relative, in norm.",
     ]  # fmt: skip
     for info in found:
-        case = info["case"]
-        title = ", ".join(
-            f"{k} {v}" for k, v in case.items() if (k, v) not in (("task", "logps"), ("reference", "cached"))
-        )
-        head += ["", f"## {title}", "", case_table(info["providers"])]
+        head += ["", f"## {title(info['case'])}", "", case_table(info["providers"], info["case"]["task"])]
     return "\n".join(head) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("files", type=Path, nargs="+", metavar="file", help="what --benchmark-json wrote")
     parser.add_argument("-o", "--output", type=Path, default=Path(), help="a directory; made if need be")
     args = parser.parse_args()
-    found = load(args.file)
+    files = [load(path) for path in args.files]
+    found = [info for infos in files for info in infos]
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.md").write_text(markdown(found), encoding="utf-8")
+    (args.output / "report.md").write_text("\n".join(map(markdown, files)), encoding="utf-8")
     drawn = [name for name in ("time", "memory") if draw(found, name, args.output / f"{name}.png")]
     plots = ", ".join(f"{name}.png" for name in drawn) or "no plots: no two cases make a curve"
     print(f"{args.output / 'report.md'}: {len(found)} cases; {plots}")

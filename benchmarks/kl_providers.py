@@ -1,0 +1,114 @@
+"""Who is measured on the exact KL: fused_po, plain PyTorch and the peers, each on the divergence the case names.
+
+The peers' beta is the weight of the teacher, our `js_weight` of the reference; 0 is KL(reference || policy), our
+"forward", and 1 is KL(policy || reference), our "reverse". What does not compare:
+
+- TRL's also returns the policy's entropy, always. We do with labels: "fused_po, with log-probs", which returns the
+  log-probs of the labels under both models besides. Nobody's gradients but the KL's are taken.
+- Liger's return a mean, no KL of each token: what is checked of them is the gradients. They compute the gradients, of a
+  frozen head too, in the forward, with or without a backward to come: their time for a forward is for both.
+- Liger's chunked loss takes the softmax in the dtype of the projection, bf16 for bf16, as nobody else does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import torch
+from cases import IGNORE, JS_WEIGHT, Case, Problem, loss_of
+from providers import Provider, cuda_only
+from torch import Tensor
+from torch.nn import functional as F
+
+import fused_po
+from fused_po import Schedule
+
+
+def beta(case: Case) -> float:
+    """The divergence as TRL and Liger name it."""
+    return {"forward": 0.0, "reverse": 1.0, "js": JS_WEIGHT}[case.direction]
+
+
+def from_values(values) -> dict:
+    """`loss` and `values` from values(problem) -> [N] KL, 0 at the prompt."""
+    return {"loss": lambda p: loss_of(p, values(p)), "values": values}
+
+
+def ours(name: str, labels: bool = False, **knobs) -> Provider:
+    """fused_po with a schedule; with labels their log-probs and the entropy come along."""
+
+    def values(p: Problem) -> Tensor:
+        counted = {"labels": p.labels} if labels else {"mask": p.labels != IGNORE}
+        weighted = {"js_weight": JS_WEIGHT} if p.case.direction == "js" else {}
+        how = dict(direction=p.case.direction, schedule=Schedule(**knobs), **weighted)
+        return fused_po.linear_kl(p.hidden, p.weight, p.ref_hidden, p.ref_weight, **counted, **how).kl
+
+    def refuses(case: Case, device: str) -> str | None:
+        return "the same as fused_po: the head is frozen" if knobs and case.head == "frozen" else None
+
+    return Provider(name, **from_values(values), refuses=refuses)
+
+
+def eager_kl(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, direction: str
+) -> Tensor:
+    """As one writes it: both matrices of logits in whole, and of log-probs in fp32."""
+    policy = (hidden @ weight.T).float().log_softmax(-1)
+    reference = (ref_hidden @ ref_weight.T).float().log_softmax(-1)
+
+    def kl(of: Tensor, against: Tensor) -> Tensor:
+        return F.kl_div(against, of, reduction="none", log_target=True).sum(-1)
+
+    if direction == "reverse":
+        value = kl(policy, reference)
+    elif direction == "forward":
+        value = kl(reference, policy)
+    else:
+        mixed = torch.logaddexp(policy + math.log(1 - JS_WEIGHT), reference + math.log(JS_WEIGHT))
+        value = JS_WEIGHT * kl(reference, mixed) + (1 - JS_WEIGHT) * kl(policy, mixed)
+    return value * (labels != IGNORE)
+
+
+compiled_eager_kl = torch.compile(eager_kl, dynamic=False)
+
+
+def plain(function) -> dict:
+    """`loss` and `values` by eager_kl, compiled or not."""
+    return from_values(lambda p: function(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels, p.case.direction))
+
+
+def trl(p: Problem) -> Tensor:
+    """TRL's ChunkedDivergenceFunction as its trainer calls it: on a GPU the prompt is dropped first, on a CPU not."""
+    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    scored = p.labels != IGNORE
+    compact = p.hidden.is_cuda
+    hidden, ref_hidden = (h[scored] if compact else h for h in (p.hidden, p.ref_hidden))
+    values = function.apply(hidden, p.weight, None, ref_hidden, p.ref_weight, None, beta(p.case))[0]
+    return values.new_zeros(p.labels.shape).masked_scatter(scored, values) if compact else values * scored
+
+
+def liger(p: Problem) -> Tensor:
+    """Liger's chunked distillation loss, without its cross entropy."""
+    loss_class = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
+    loss = loss_class(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta(p.case), ignore_index=IGNORE)
+    return loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels)
+
+
+def liger_triton(p: Problem) -> Tensor:
+    """Liger's fused linear JSD in Triton. Written from its source, not run yet."""
+    loss_class = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD
+    loss = loss_class(jsd_beta=beta(p.case), ignore_index=IGNORE)
+    return loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels)
+
+
+KL_PROVIDERS = [
+    ours("fused_po"),
+    ours("fused_po, none kept", logits_budget=0),
+    ours("fused_po, with log-probs", labels=True),
+    Provider("eager", **plain(eager_kl)),
+    Provider("torch.compile", **plain(compiled_eager_kl)),
+    Provider("TRL", **from_values(trl), package="trl"),
+    Provider("Liger", liger, package="liger-kernel"),
+    Provider("Liger, Triton", liger_triton, package="liger-kernel", refuses=cuda_only),
+]

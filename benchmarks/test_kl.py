@@ -1,0 +1,13 @@
+"""Forward and backward of the exact KL between policy and reference, ours and the peers'; else as test_head.py."""
+
+import measure
+from cases import kl_suite as suite  # noqa: F401 - conftest.py takes the cases from it
+from kl_providers import KL_PROVIDERS
+from report import case_table
+
+
+def test_kl(case, device, circumstances, benchmark, capsys):
+    reports = measure.compare(case, device, KL_PROVIDERS, benchmark, circumstances)
+    with capsys.disabled():
+        print(f"\n\n{case.name}\n\n{case_table(reports, case.task)}")
+    assert "seconds" in reports["fused_po"], reports["fused_po"].get("wrong") or reports["fused_po"]
