@@ -11,7 +11,6 @@ from fused_po import modules
 chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
 NAMES = ("DPO", "CPO", "SimPO", "ORPO", "KTO", "GRPO")
 HOW, OURS_ALONE = {"compiled", "chunk_size"}, {"KTO": {"desirable_weight", "undesirable_weight"}}
-LOGITS = (2, 3)  # of aux: ours are over scored positions, Liger's over all
 
 
 def both(name: str, how: dict) -> tuple:
@@ -38,15 +37,6 @@ def test_signatures(name):
     assert by_place == list(other)[: len(by_place)]
 
 
-def batch_of(scored: str, n: int = 2 * B) -> Batch:
-    """With everything scored Liger's means of logits are ours."""
-    batch = Batch(n)
-    if scored == "all":
-        batch.target = torch.randint(0, V, (n, T))
-        batch.mask = batch.target != IGNORE
-    return batch
-
-
 PAIRS = [
     ("DPO", {"beta": 0.3, "compute_nll_loss": True, "alpha": 0.7}, True),
     ("DPO", {"use_ref_model": False, "average_log_prob": True}, True),
@@ -63,10 +53,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("scored", ("some", "all"))
 @pytest.mark.parametrize("name, how, ref", PAIRS, ids=[f"{p[0]}-{'-'.join(map(str, p[1].values()))}" for p in PAIRS])
-def test_pairs(name, how, ref, scored, seed):
-    batch = batch_of(scored)
+def test_pairs(name, how, ref, seed):
+    batch = Batch()
     batch.hidden *= 0.3  # log-ratios at which no loss of theirs overflows
     results, leaves = [], []
     for module in both(name, how):
@@ -74,7 +63,7 @@ def test_pairs(name, how, ref, scored, seed):
         reference = batch.reference() if ref else ()
         results.append(module(weight, hidden, batch.target, bias, *reference))
         leaves.append((hidden, weight, bias))
-    compare(*results, tuple(leaves), skip=LOGITS if scored == "some" else ())
+    compare(*results, tuple(leaves))
 
 
 def test_orpos_other_labels(seed):
@@ -85,21 +74,20 @@ def test_orpos_other_labels(seed):
         leaves.append(batch.leaves())
         hidden, weight, bias = leaves[-1]
         results.append(module(weight, hidden, batch.target, bias, nll_target))
-    compare(*results, tuple(leaves), skip=LOGITS)
+    compare(*results, tuple(leaves))
 
 
-@pytest.mark.parametrize("scored", ("some", "all"))
 @pytest.mark.parametrize("average", (False, True))
 @pytest.mark.parametrize("use_ref, kl", ((True, 0.4), (False, None)))
-def test_kto(use_ref, kl, average, scored, seed):
-    batch, good = batch_of(scored, 5), torch.tensor([True, False, False, True, True])
+def test_kto(use_ref, kl, average, seed):
+    batch, good = Batch(5), torch.tensor([True, False, False, True, True])
     z0 = None if kl is None else torch.tensor(kl)
     results, leaves = [], []
     for module in both("KTO", {"beta": 0.3, "use_ref_model": use_ref, "average_log_prob": average}):
         leaves.append(batch.leaves())
         hidden, weight, bias = leaves[-1]
         results.append(module(hidden, weight, batch.target, bias, good, *batch.reference(), z0))
-    compare(*results, tuple(leaves), skip=LOGITS if scored == "some" else ())
+    compare(*results, tuple(leaves))
 
 
 @pytest.mark.parametrize("weighed", (False, True), ids=("", "weights"))

@@ -5,8 +5,8 @@ taken: how it is computed is decided elsewhere. What stands behind `compiled` th
 lands in another's place.
 
 Results are (loss, aux). Log-probs and NLLs in aux carry gradients, where Liger's look as if they did; rewards and
-metrics carry none. Means and sums of logits are over scored positions, not over all. A sequence without scored tokens
-has log-prob 0, not NaN.
+metrics carry none. Means and sums of logits are over all positions and the vocabulary, as there, without any logits. A
+sequence without scored tokens has log-prob 0, not NaN.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class Scored(NamedTuple):
     tokens: Tensor  # [S, T] log-probs, 0 where nothing is scored
     mask: Tensor  # [S, T]
     sequences: Tensor  # [S], sums or means over tokens
-    mean_logits: Tensor  # [S, T], over the vocabulary, 0 where nothing is scored
+    mean_logits: Tensor  # [S], over all positions, scored or not, and the vocabulary
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """(chosen [B], rejected [B])"""
         return self.sequences.chunk(2)
 
     def logits_means(self) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected answers, over scored positions and the vocabulary."""
-        counts = self.mask.sum(-1).view(2, -1).sum(-1).clamp(min=1)
-        return (self.mean_logits.sum(-1).view(2, -1).sum(-1) / counts).unbind(0)
+        """Of the chosen and of the rejected answers."""
+        return self.mean_logits.view(2, -1).mean(-1).unbind(0)
 
     def chosen_nll(self) -> Tensor:
         """The mean over the chosen answers' tokens."""
@@ -52,10 +51,17 @@ class Scored(NamedTuple):
 def score(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Optional[Tensor], ignore_index: int, average: bool
 ) -> Scored:
-    outputs = ("logps", "mean_logits")
-    stats = linear_logps(hidden, weight, target, bias, ignore_index=ignore_index, outputs=outputs)
+    logps = linear_logps(hidden, weight, target, bias, ignore_index=ignore_index).logps
     mask = target != ignore_index
-    return Scored(stats.logps, mask, sequence_logps(stats.logps, mask, average=average), stats.mean_logits)
+    return Scored(logps, mask, sequence_logps(logps, mask, average=average), mean_logits(hidden, weight, bias))
+
+
+@torch.no_grad()
+def mean_logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """[S] means over positions and vocabulary: the mean of hidden times the mean of the head's rows."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    means = (hidden.mean(1, dtype=dtype) * weight.mean(0, dtype=dtype)).sum(-1)
+    return means if bias is None else means + bias.mean(dtype=dtype)
 
 
 def score_pairs(hidden: Tensor, *rest) -> Scored:
@@ -318,7 +324,7 @@ class FusedLinearKTOLoss(nn.Module):
         reference = score_reference(ours, target, (ref_input, ref_weight, ref_bias), self.use_ref_model, *how)
         logps, chosen = ours.sequences, preference_labels
         loss = losses.kto(logps, reference, chosen, 0.0 if kl is None else kl, **self.how).mean()
-        logits = ours.mean_logits.sum(-1) * lin_weight.shape[0]
+        logits = ours.mean_logits * (target.shape[1] * len(lin_weight))
         rewards = self.beta * (logps - reference).detach()
         sums = (torch.where(side, v, 0).sum() for v in (logps, logits, rewards) for side in (chosen, ~chosen))
         return loss, tuple(sums)

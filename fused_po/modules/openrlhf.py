@@ -1,4 +1,4 @@
-"""Losses called as those of OpenRLHF's openrlhf/models/loss.py of August 2026: docs/api.md, "Modules".
+"""Losses called as those of OpenRLHF's openrlhf/models/loss.py, version 0.11.2: docs/api.md, "Modules".
 
 Formulas are those of `losses`, from tokens to a number it is `reduce.aggregate`. Log-probs are per token, [B, T], or
 [B] where it says so. Masks may be boolean, integer or floating; what is masked may be NaN. A batch in which nothing
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fused_po import checks, losses
 from fused_po.ops.logps import logps_from_logits, shift_labels
 from fused_po.reduce import aggregate
-
-CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
 
 
 def step_loss(
@@ -54,11 +52,14 @@ class PolicyLoss(nn.Module):
         dual_clip: > 1, the bound where the advantage is negative. None: none.
         token_level_loss: mean over the tokens of the batch, or over sequences of means; "gspo" takes the latter.
         policy_loss_type: "ppo" or "gspo".
-        enable_vllm_is_correction: correct for a sampler that is not the old policy: weights pi_old / pi_sampler for
-            "ppo", the sampler's log-probs in the place of the old ones for "gspo".
-        vllm_is_truncated_threshold: [low, high], for "ppo" with the correction.
-        vllm_is_correction_type: "tis" (token weights clamped to the range), "icepop" (dropped outside of it) or
-            "seq-mask-tis" (whole answers dropped by their geometric mean, token weights as they are).
+        is_correction_level: "off", "token" or "seq": correct for a sampler that is not the old policy. "gspo" takes the
+            sampler's log-probs in the place of the old ones, whichever of the two levels; "ppo" weighs each token by
+            pi_old / pi_sampler, and with the rest drops tokens or whole sequences:
+        is_correction_mode: "mask" drops what lies outside the threshold, "clip" clamps a token's weight into it.
+        is_correction_gating: what is held against the threshold: "ratio" (of a sequence its geometric mean), or of the
+            drawn token against all others the "binary_kl" from sampler to old policy or the distance "tv" of their
+            probabilities (of a sequence the mean).
+        is_correction_threshold: (low, high); low at most 0 for "binary_kl" and "tv", which have no lower bound.
     """
 
     def __init__(
@@ -68,25 +69,33 @@ class PolicyLoss(nn.Module):
         dual_clip: Optional[float] = None,
         token_level_loss: bool = True,
         policy_loss_type: str = "ppo",
-        enable_vllm_is_correction: bool = False,
-        vllm_is_truncated_threshold: Optional[Sequence[float]] = None,
-        vllm_is_correction_type: str = "tis",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ) -> None:
         super().__init__()
         checks.choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
-        checks.choice("vllm_is_correction_type", vllm_is_correction_type, CORRECTIONS)
+        checks.choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
+        checks.choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
+        checks.choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
         if dual_clip is not None:
             checks.number("dual_clip", dual_clip, "numbers > 1, or None", lambda v: v > 1)
-        weighs = enable_vllm_is_correction and policy_loss_type == "ppo"
-        where = 'policy_loss_type="ppo" with enable_vllm_is_correction=True'
-        checks.only_with("vllm_is_correction_type", vllm_is_correction_type, "tis", weighs, where)
-        if weighs and (vllm_is_truncated_threshold is None or len(vllm_is_truncated_threshold) != 2):
-            raise ValueError(f"vllm_is_truncated_threshold: got {vllm_is_truncated_threshold}, expected [low, high]")
+        weighs = is_correction_level != "off" and policy_loss_type == "ppo"
+        where = 'policy_loss_type="ppo" with is_correction_level="token" or "seq"'
+        checks.only_with("is_correction_gating", is_correction_gating, "ratio", weighs, where)
+        clips = weighs and is_correction_level == "token" and is_correction_gating == "ratio"
+        where = 'policy_loss_type="ppo" with is_correction_level="token" and is_correction_gating="ratio"'
+        checks.only_with("is_correction_mode", is_correction_mode, "mask", clips, where)
+        low = is_correction_threshold[0] if len(is_correction_threshold) == 2 else None
+        if low is None or (is_correction_gating != "ratio" and low > 0):
+            allowed = "(low, high)" if is_correction_gating == "ratio" else "(low, high) with low <= 0: an upper bound"
+            raise ValueError(f"is_correction_threshold: got {tuple(is_correction_threshold)}, expected {allowed}")
         self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
-        self.policy_loss_type, self.enable_vllm_is_correction = policy_loss_type, enable_vllm_is_correction
+        self.policy_loss_type, self.is_correction_level = policy_loss_type, is_correction_level
         self.dual_clip, self.clip_eps_low, self.clip_eps_high = dual_clip, clip_eps_low, clip_eps_high
-        self.vllm_is_truncated_threshold = vllm_is_truncated_threshold
-        self.vllm_is_correction_type = vllm_is_correction_type
+        self.is_correction_mode, self.is_correction_gating = is_correction_mode, is_correction_gating
+        self.is_correction_threshold = is_correction_threshold
 
     def forward(
         self,
@@ -98,38 +107,39 @@ class PolicyLoss(nn.Module):
         dp_size: int = 1,
         batch_num_tokens: Optional[float] = None,
         global_batch_size: Optional[float] = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-        """(loss, clip_ratio, ppo_kl, vllm_kl) of tokens [B, T]; advantages may be [B] too.
+    ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+        """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio) of tokens [B, T]; advantages may be [B] too.
 
         clip_ratio is the share of tokens whose clipped term is the smaller, ppo_kl the mean of old_log_probs -
-        log_probs, vllm_kl that of rollout_log_probs - old_log_probs ("ppo" with the correction; else None).
+        log_probs; vllm_kl that of rollout_log_probs - old_log_probs and is_filter_ratio the share of tokens or
+        sequences outside the threshold ("ppo" with the correction; else None).
 
         Args:
             action_mask: [B, T]. None: every token counts.
-            rollout_log_probs: [B, T], the sampler's; with the correction, and only then.
+            rollout_log_probs: [B, T], the sampler's. Read with the correction, which needs them.
             dp_size, batch_num_tokens, global_batch_size: ranks, and counts of the whole step over all of them: of
                 tokens, which the mean over tokens divides by, or of sequences. None: those of this batch.
         """
-        if (rollout_log_probs is None) == self.enable_vllm_is_correction:
-            got = "None" if rollout_log_probs is None else "a tensor"
-            raise ValueError(
-                f"rollout_log_probs: got {got} with enable_vllm_is_correction={self.enable_vllm_is_correction}; the "
-                "correction needs them, and nothing else reads them"
-            )
+        corrects = self.is_correction_level != "off"
+        if corrects and rollout_log_probs is None:
+            got = f"is_correction_level={self.is_correction_level!r}"
+            raise ValueError(f"rollout_log_probs: got None with {got}; the correction needs them")
+        rollout_log_probs = rollout_log_probs if corrects else None
         checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs)
         mask = action_mask_like(action_mask, log_probs)
         clip = dict(epsilon=self.clip_eps_low, epsilon_high=self.clip_eps_high)
-        vllm_kl = None
+        vllm_kl = filtered = None
         if self.policy_loss_type == "gspo":
-            sampled = old_log_probs if rollout_log_probs is None else rollout_log_probs
+            sampled = rollout_log_probs if corrects else old_log_probs
             loss = losses.gspo(log_probs, sampled, advantages, mask, delta=self.dual_clip, **clip)
             log_ratio = torch.where(mask, log_probs - sampled, 0).detach()
             log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
         else:
             loss = losses.ppo_clip(log_probs, old_log_probs, advantages, mask, dual_clip=self.dual_clip, **clip)
             log_ratio = (log_probs - old_log_probs).detach()
-            if rollout_log_probs is not None:
-                loss = loss * self._weights(old_log_probs, rollout_log_probs, mask)
+            if corrects:
+                weights, filtered = self._weights(old_log_probs, rollout_log_probs, mask)
+                loss = loss * weights
                 vllm_kl = losses.masked_mean(rollout_log_probs - old_log_probs, mask)
         counts = (dp_size, batch_num_tokens, global_batch_size)
         ratio = log_ratio.clamp(-20, 20).exp()
@@ -137,18 +147,36 @@ class PolicyLoss(nn.Module):
         clipped = ((gains > 0) & (ratio > 1 + self.clip_eps_high)) | ((gains < 0) & (ratio < 1 - self.clip_eps_low))
         clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(log_probs.dtype), mask)
         ppo_kl = losses.masked_mean(old_log_probs - log_probs, mask)
-        return step_loss(loss, mask, self.token_level_loss, *counts), clip_ratio, ppo_kl, vllm_kl
+        return step_loss(loss, mask, self.token_level_loss, *counts), clip_ratio, ppo_kl, vllm_kl, filtered
 
-    def _weights(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor:
-        """[B, T] constants for the losses of tokens that the sampler's policy drew."""
-        low, high = self.vllm_is_truncated_threshold
-        bounds = dict(low=low or None, high=high)
-        logps = (old_log_probs, rollout_log_probs, mask)
-        if self.vllm_is_correction_type == "seq-mask-tis":
-            weights = losses.importance_weights(*logps, kind="truncate", high=None)
-            return weights * losses.importance_weights(*logps, level="geometric", kind="reject", **bounds)
-        kind = {"tis": "truncate", "icepop": "mask"}[self.vllm_is_correction_type]
-        return losses.importance_weights(*logps, kind=kind, **bounds)
+    def _weights(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """([B, T] constants for the losses of tokens that the sampler's policy drew, the share that was outside)."""
+        low, high = self.is_correction_threshold
+        logps = (old_log_probs.detach(), rollout_log_probs, mask)
+        weights = losses.importance_weights(*logps, high=None)
+        if self.is_correction_gating == "ratio":
+            level = {"token": "token", "seq": "geometric"}[self.is_correction_level]
+            measure = losses.importance_weights(*logps, level=level, high=None)
+        else:
+            measure = drawn_divergence(*logps, self.is_correction_gating)
+            if self.is_correction_level == "seq":
+                measure = measure.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        measure = measure.expand_as(weights)
+        outside = mask & ((measure < low) | (measure > high))
+        share = losses.masked_mean(outside.to(weights.dtype), mask)
+        if self.is_correction_level == "seq":
+            share = (outside.any(-1).sum() / mask.any(-1).sum().clamp(min=1)).to(weights.dtype)
+        if self.is_correction_mode == "clip":
+            return weights.clamp(low, high), share
+        return torch.where(outside, 0, weights), share
+
+
+def drawn_divergence(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """[B, T] between sampler and old policy, each as a coin that shows the drawn token or another; 0 where masked."""
+    least = 1e-6  # OpenRLHF's: of both probabilities and what they leave
+    p, q = (torch.where(mask, v, 0).exp().clamp(least, 1 - least) for v in (sampler_logps, old_logps))
+    apart = (p - q).abs() if kind == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    return torch.where(mask, apart, 0)
 
 
 class ValueLoss(nn.Module):
