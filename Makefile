@@ -21,7 +21,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow bench peers lint gpu-check clean own-packages
+.PHONY: help install demo test test-slow integrations bench peers lint gpu-check clean own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,9 @@ test: $(READY) ## the ordinary tests, on all cores
 
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
+
+integrations: $(READY) ## tests against verl, OpenRLHF, Liger and axolotl, each in a folder of its own: .peers
+	$(RUN) tests/with_peers.py $(ARGS)
 
 bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench
 	mkdir -p runs/bench
@@ -56,7 +59,7 @@ gpu-check: $(READY) ## every test, slow ones too, on a CUDA GPU; fails if there 
 	$(RUN) -m pytest -m "" $(ARGS)
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 OLD := $(PYTHON) is older than Python 3.10, which is needed: make PYTHON=python3.12, say.

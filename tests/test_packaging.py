@@ -54,6 +54,17 @@ def test_import_is_light(tmp_path):
     assert not [name for name in added if name.startswith("fused_po.kernels.")]
 
 
+INTEGRATIONS = [path.stem for path in ROOT.glob("fused_po/integrations/[a-z]*")]
+
+
+@pytest.mark.parametrize("name", sorted(INTEGRATIONS))
+def test_an_integration_is_light_until_it_is_used(name, tmp_path):
+    """Importing it imports neither the library it is for nor any other: only what it is asked to do does."""
+    code = f"import json, sys, fused_po; b = set(sys.modules); import fused_po.integrations.{name}; "
+    added = json.loads(python(code + "print(json.dumps([*set(sys.modules) - b]))", tmp_path))
+    assert {module.split(".")[0] for module in added} - {"fused_po", "torch"} - set(sys.stdlib_module_names) == set()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 def test_triton_is_imported_on_first_use(tmp_path):
     code = "import sys, fused_po; print(fused_po.backends('cpu')['triton'] * ('triton' in sys.modules))"

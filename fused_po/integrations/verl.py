@@ -1,0 +1,185 @@
+"""verl's log-probs by fused_po, and our policy losses under names of verl's registry.
+
+    import fused_po.integrations.verl as fused
+    fused.install()          # in each worker, before or after verl's engines are imported
+
+The three functions can be called without `install`, with verl's arguments. What is served, and what stays verl's:
+docs/integrations.md. Written for verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+import fused_po
+from fused_po import checks, losses
+from fused_po.integrations.swap import Swap
+
+REPLACED = {
+    "logprobs_from_logits": "verl.utils.torch_functional",
+    "linear_cross_entropy": "verl.utils.kernel.linear_cross_entropy",
+    "FusedLinearForPPO": "verl.utils.experimental.torch_functional",
+}
+_swap = Swap()
+
+
+def install() -> None:
+    """Put the three functions below in the place of verl's, and register our policy losses. Again: nothing.
+
+    Raises:
+        ImportError: verl is not installed, or its modules cannot be imported here.
+        RuntimeError: verl lacks a name that is replaced. Nothing is changed then.
+    """
+    if _swap:
+        return
+    try:
+        for name, module in REPLACED.items():
+            _swap.put(module, name, globals()[name])
+        register_policy_losses()
+    except BaseException:
+        _swap.undo()
+        raise
+
+
+def uninstall() -> None:
+    """Give verl its functions back. The policy losses stay registered: nothing of verl's stood there."""
+    _swap.undo()
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """Log-probs of the labels, fp32. verl.utils.torch_functional.logprobs_from_logits.
+
+    Args:
+        logits: [..., V]. labels: [...], integers in [0, V); at -100 the result is 0, as with flash-attn's kernel.
+        inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's does in verl.
+    """
+    return fused_po.logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward).logps
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy), fp32: [N] each; with a reduction the log-probs are one number, as in verl.
+
+    verl.utils.kernel.linear_cross_entropy.linear_cross_entropy. Here any vocabulary and hidden size will do, and a CPU.
+
+    Args:
+        hidden: [..., H], N rows. weight: [V, H]. labels: [...], integers in [0, V), or -100.
+        temperature: > 0. reduction: of the log-probs, "none", "mean" or "sum".
+        dist_process_group: None; heads cut along the vocabulary are not served yet.
+    """
+    reduction = str(reduction).lower()
+    checks.choice("reduction", reduction, ("none", "mean", "sum"))
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        raise ValueError(
+            "dist_process_group: got a group of several ranks; heads cut along the vocabulary are not served: leave "
+            "verl's own linear_cross_entropy in place (uninstall()) where it runs with tensor parallelism"
+        )
+    stats = _score(hidden, weight, labels, temperature)
+    logps, entropy = stats.logps.flatten(), stats.entropy.flatten()
+    return {"none": logps, "mean": logps.mean(), "sum": logps.sum()}[reduction], entropy
+
+
+class FusedLinearForPPO(nn.Module):
+    """(log-probs, entropy), fp32, shaped like the labels. verl.utils.experimental.torch_functional.FusedLinearForPPO.
+
+    Args:
+        chunk_size: tokens scored at a time. None: by memory, see `Schedule`.
+        impl_backend: "torch" or "liger", verl's two: both are served by fused_po, whose own choice is `backend`.
+    """
+
+    def __init__(self, chunk_size: Optional[int] = None, impl_backend: str = "torch") -> None:
+        super().__init__()
+        checks.choice("impl_backend", impl_backend, ("torch", "liger"))
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+            raise ValueError(f"chunk_size: got {chunk_size!r}, allowed are integers > 0, or None")
+        self.chunk_size, self.impl_backend = chunk_size, impl_backend
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H], vocab_weights [V, H], input_ids [...] (aligned)."""
+        stats = _score(hidden_states, vocab_weights, input_ids, temperature, self.chunk_size)
+        return stats.logps, stats.entropy
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: Optional[int] = None
+) -> fused_po.TokenStats:
+    schedule = None
+    if rows is not None:  # of fp32 logits, the widest a tile may be
+        schedule = fused_po.Schedule(tile_bytes=4 * rows * weight.shape[0])
+    labels, how = labels.long().view(hidden.shape[:-1]), dict(outputs=("logps", "entropy"), schedule=schedule)
+    return fused_po.linear_logps(hidden, weight, labels, temperature=float(temperature), **how)
+
+
+def _clip(config: Any) -> dict[str, float]:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    both = config.clip_ratio
+    return {"epsilon": both if low is None else low, "epsilon_high": both if high is None else high}
+
+
+# name -> (loss of log-probs, old log-probs, advantages, mask; its settings out of verl's ActorConfig)
+POLICY_LOSSES = {
+    "ppo": (losses.ppo_clip, lambda c: {**_clip(c), "dual_clip": c.get("clip_ratio_c", 3.0)}),
+    "gspo": (losses.gspo, lambda c: {**_clip(c), "token_level": True}),  # advantages of tokens, as in verl's
+    "luspo": (losses.luspo, _clip),
+    "cispo": (losses.cispo, _clip),
+    "sapo": (losses.sapo, lambda c: {"temperature_pos": c.tau_pos, "temperature_neg": c.tau_neg}),
+    "vespo": (losses.vespo, lambda c: {}),
+}
+
+
+def register_policy_losses() -> None:
+    """Our policy losses in verl's registry: policy_loss.loss_mode "fused_po_ppo" and so on, for POLICY_LOSSES.
+
+    Settings come from verl's actor config, by verl's names; VESPO's are the paper's. Aggregation is verl's. Metrics are
+    "actor/ppo_kl" and "actor/pg_clipfrac", the share of tokens outside the clip range on the side to which they are
+    pushed.
+    """
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+    for name in POLICY_LOSSES:
+        register_policy_loss(f"fused_po_{name}")(_policy_loss(name, agg_loss))
+
+
+def _policy_loss(name: str, agg_loss: Any) -> Any:
+    loss, settings = POLICY_LOSSES[name]
+
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Optional[Tensor] = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        if config is None:
+            raise ValueError("config: got None, expected verl's actor config, which has the clip range")
+        mask, how = response_mask.bool(), settings(config)
+        each = loss(log_prob, old_log_prob, advantages, mask, **how)
+        if rollout_is_weights is not None:
+            each = each * rollout_is_weights
+        log_ratio = torch.where(mask, log_prob.detach() - old_log_prob, 0)
+        metrics = {"actor/ppo_kl": losses.masked_mean(-log_ratio, mask).item()}
+        if "epsilon" in how:
+            if name in ("gspo", "luspo"):  # a ratio for the whole answer
+                log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+            ratio = log_ratio.clamp(-20, 20).exp()
+            up, down = ratio > 1 + how["epsilon_high"], ratio < 1 - how["epsilon"]
+            clipped = torch.where(advantages > 0, up, (advantages < 0) & down)
+            metrics["actor/pg_clipfrac"] = losses.masked_mean(clipped.float(), mask).item()
+        each = each.expand_as(mask)
+        return agg_loss(loss_mat=each, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info), metrics
+
+    policy_loss.__name__ = f"fused_po_{name}"
+    return policy_loss
