@@ -1,0 +1,96 @@
+"""`python -m fused_po info` and `selfcheck`: what is right passes, what is wrong is found, named and repeatable."""
+
+import json
+
+import pytest
+import torch
+
+import fused_po
+from fused_po import __main__ as command
+from fused_po import selfcheck
+
+SMALL = ("selfcheck", "--quick", "--device", "cpu", "--vocab", "211", "--hidden", "16")
+
+
+def run(capsys, *words) -> tuple[int, str]:
+    status = command.main(list(words))
+    return status, capsys.readouterr().out
+
+
+def test_all_pass_and_every_op_is_there(capsys):
+    status, out = run(capsys, *SMALL, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["failed"] == [], [r for r in found["results"] if not r["passed"]]
+    assert all(r["passed"] and 0 <= r["ours"] < 1e-2 and r["plain"] >= 0 for r in found["results"])
+    assert {r["dtype"] for r in found["results"]} == {"fp32", "bf16"}
+    checked = {r["check"].split(",")[0] for r in found["results"]}
+    ops = {"logps_from_logits", "linear_logps", "kl_from_logits", "linear_kl", "dpo_from_logits", "linear_dpo", "gae"}
+    assert checked == ops <= set(fused_po.__all__)
+
+
+@pytest.mark.parametrize("what", ("value", "gradient"))
+def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
+    right = fused_po.kl_from_logits
+
+    def wrong(logits, *args, **how):
+        stats, noise = right(logits, *args, **how), 1e-3 * logits.nan_to_num(neginf=0).square().mean(-1)
+        return stats._replace(kl=stats.kl + (noise.detach() if what == "value" else noise - noise.detach()))
+
+    monkeypatch.setattr(fused_po, "kl_from_logits", wrong)
+    status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", "5")
+    again = [line for line in out.splitlines() if line.startswith("to repeat: ")]
+    assert status == 1 and len(again) == 3 and "12 of 15 passed" in out
+    assert again[0].endswith("--dtype fp32 --vocab 211 --hidden 16 --seed 5 --only 'kl_from_logits, reverse' --quick")
+    words = again[0].removeprefix("to repeat: python -m fused_po ").replace("'kl_from_logits, reverse'", "?").split()
+    words[words.index("?")] = "kl_from_logits, reverse"
+    status, repeated = run(capsys, *words)
+    failed = [line for line in out.splitlines() if line.startswith("kl_from_logits, reverse")]
+    assert status == 1 and failed[0].strip() in repeated and "FAILED" in failed[0]
+    assert ("kl " if what == "value" else "d logits") in failed[0]
+
+
+def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(fused_po, "gae", broken)
+    status, out = run(capsys, *SMALL, "--dtype", "fp32")
+    assert status == 1 and "14 of 15 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
+
+
+def test_infinities_and_nan_do_not_pass():
+    t = selfcheck.problem(selfcheck.Size(64, 50, 8), torch.float32, "cpu", 0)
+    (check,) = [c for c in selfcheck.checks(None) if c.name == "gae"]
+    for bad in (torch.nan, torch.inf):
+        spoilt = check._replace(ours=lambda t, bad=bad: {"advantages": check.plain(t)["advantages"] + bad})
+        assert not selfcheck.compare(spoilt, t, "fp32").passed
+    assert selfcheck.compare(check, t, "fp32").passed
+
+
+def test_info(capsys, monkeypatch):
+    status, out = run(capsys, "info")
+    assert status == 0 and f"torch {torch.__version__}" in out and "reference: yes, chosen by backend=None" in out
+    monkeypatch.setattr(command, "version_of", lambda name: None)
+    assert "missing trl, for integrations.trl: pip install trl" in run(capsys, "info")[1]
+    found = json.loads(run(capsys, "info", "--json")[1])
+    assert set(found) == {"versions", "devices", "backends", "missing"} and "cpu" in found["devices"]
+    assert set(found["backends"]["cpu"]) == {"fp32", "bf16", "fp16", "fp64"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("selfcheck", "--vocab", "0"), "argument --vocab: got '0', allowed are integers above 0"),
+        (("selfcheck", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
+        ((), "the following arguments are required: command"),
+    ],
+)
+def test_bad_arguments(words, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(list(words))
+    assert message in capsys.readouterr().err
+
+
+def test_no_such_check():
+    with pytest.raises(SystemExit, match="--only: no check has 'cuda' in its name"):
+        command.main([*SMALL, "--only", "cuda"])
