@@ -17,6 +17,15 @@ FACTORS = {
 }  # fmt: skip
 
 
+def run_inside(mode: TorchDispatchMode, func, args: tuple, kwargs: dict):
+    """Run an operator; the function behind a torch.library.custom_op under the mode, which would not see into it."""
+    inside = OPDEFS.get(func._schema.name)
+    if inside is None:
+        return func(*args, **kwargs)
+    with mode:
+        return inside._init_fn(*args, **kwargs)
+
+
 class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of matrix products, those inside custom operators too.
 
@@ -35,11 +44,22 @@ class FlopCounter(TorchDispatchMode):
         if at is not None:
             a, b = (args[i] for i in at)
             self.flops += 2 * a.numel() * b.shape[-1]
-        inside = OPDEFS.get(func._schema.name)
-        if inside is None:
-            return func(*args, **kwargs)
-        with self:  # the function behind a torch.library.custom_op, whose products are not dispatched otherwise
-            return inside._init_fn(*args, **kwargs)
+        return run_inside(self, func, args, kwargs)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any one tensor that an operator returns, inside custom operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = run_inside(self, func, args, kwargs or {})
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
 
 
 def flops(call: Callable[[], object]) -> int:

@@ -75,21 +75,25 @@ def test_opcheck_logits(backend, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ("nothing", "product", "basis"))
 @pytest.mark.parametrize("compact", (True, False))
-def test_opcheck_linear(backend, keep, compact, seed):
-    hidden, weight, bias = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((6, 5), (37, 5), (37,)))
+@pytest.mark.parametrize("rank", (0, 2))
+def test_opcheck_linear(backend, keep, compact, rank, seed):
+    shapes = (6, 5 + rank), (37, 5), (37,), (37, rank)
+    hidden, *head = (torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes)
     if keep == "product":
-        weight, bias = weight.detach(), bias.detach()
+        head = [t.detach() for t in head]
+    weight, bias, low = head if rank else (*head[:2], None)
     labels = random_labels(6, 37, "some")
     rows = None if compact else torch.tensor([0, 3], device=DEVICE)
     fixed = (torch.float32, torch.float32, 1 << 20, 700, keep, backend, compact, False)  # room for 3 rows of the basis
-    first = (hidden, weight, bias, labels, rows)
+    first = (hidden, weight, bias, low, labels, rows)
     torch.library.opcheck(ops.linear_logps_fwd, (*first, 1.5, None, IGNORE, 3, *fixed))
-    torch.library.opcheck(ops.linear_logps_fwd, (hidden, weight, None, labels, rows, 1.5, 0.2, IGNORE, 1, *fixed))
-    operands = [t.detach() for t in (hidden, weight, bias)]
+    torch.library.opcheck(ops.linear_logps_fwd, (hidden, weight, None, low, labels, rows, 1.5, 0.2, IGNORE, 1, *fixed))
+    operands = [None if t is None else t.detach() for t in (hidden, weight, bias, low)]
     logps, entropy, _, _, stats, kept = ops.linear_logps_fwd(*operands, labels, rows, 1.5, None, IGNORE, 3, *fixed)
     g = torch.randn(6, device=DEVICE)
     saved = (*operands, labels, rows, stats, logps, entropy, kept, g, None, g, 1.5, None, IGNORE, 3)
-    torch.library.opcheck(ops.linear_logps_bwd, (*saved, *fixed, [True, keep != "product", keep != "product"]))
+    needs = [True, *(keep != "product" and t is not None for t in operands[1:])]
+    torch.library.opcheck(ops.linear_logps_bwd, (*saved, *fixed, needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

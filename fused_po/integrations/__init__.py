@@ -1,1 +1,1 @@
-"""A module for each library whose trainers can run on fused_po's log-probs. Nothing of it is imported before."""
+"""A module for each library whose trainers can run on fused_po. Nothing of it is imported before it is used."""

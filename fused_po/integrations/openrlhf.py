@@ -13,9 +13,9 @@ from typing import Optional
 
 from torch import Tensor
 
-import fused_po
 from fused_po import checks, losses, modules
 from fused_po.integrations.swap import Swap
+from fused_po.ops.logps import logps_from_logits
 
 FUNCTIONS = ("log_probs_from_logits", "compute_approx_kl")
 LOSSES = ("DPOLoss", "GPTLMLoss", "LogExpLoss", "PairWiseLoss", "PolicyLoss", "SFTLoss", "ValueLoss")
@@ -53,7 +53,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     Args:
         logits: [..., V], not changed. labels: [...], integers in [0, V), or -100: log-prob 0. temperature: > 0.
     """
-    return fused_po.logps_from_logits(logits, labels, temperature=temperature).logps
+    return logps_from_logits(logits, labels, temperature=temperature).logps
 
 
 def compute_approx_kl(

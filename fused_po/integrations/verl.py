@@ -14,9 +14,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-import fused_po
 from fused_po import checks, losses
 from fused_po.integrations.swap import Swap
+from fused_po.ops.linear_logps import linear_logps
+from fused_po.ops.logps import TokenStats, logps_from_logits
+from fused_po.schedule import Schedule
 
 REPLACED = {
     "logprobs_from_logits": "verl.utils.torch_functional",
@@ -56,7 +58,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         logits: [..., V]. labels: [...], integers in [0, V); at -100 the result is 0, as with flash-attn's kernel.
         inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's does in verl.
     """
-    return fused_po.logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward).logps
+    return logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward).logps
 
 
 def linear_cross_entropy(
@@ -113,12 +115,12 @@ class FusedLinearForPPO(nn.Module):
 
 def _score(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: Optional[int] = None
-) -> fused_po.TokenStats:
+) -> TokenStats:
     schedule = None
     if rows is not None:  # of fp32 logits, the widest a tile may be
-        schedule = fused_po.Schedule(tile_bytes=4 * rows * weight.shape[0])
+        schedule = Schedule(tile_bytes=4 * rows * weight.shape[0])
     labels, how = labels.long().view(hidden.shape[:-1]), dict(outputs=("logps", "entropy"), schedule=schedule)
-    return fused_po.linear_logps(hidden, weight, labels, temperature=float(temperature), **how)
+    return linear_logps(hidden, weight, labels, temperature=float(temperature), **how)
 
 
 def _clip(config: Any) -> dict[str, float]:

@@ -62,16 +62,35 @@ def head_slices(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype, 
     return spans(0, weight.shape[0], weight.shape[0] if weight.dtype == compute_dtype == dtype else block)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, out: Tensor, block: int):
-    """out [N, V] = hidden [N, H] @ weight [V, H]^T + bias [V]; a head to be cast is cast `block` rows at a time."""
+def project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, out: Tensor, block: int,
+    low: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out [N, V] = hidden [N, H] @ weight [V, H]^T + bias [V]; a head to be cast is cast `block` rows at a time.
+
+    With low [V, r], an operand already, hidden is [N, H + r]: [weight | low] without putting them side by side.
+    """
+    width = weight.shape[1]
     for columns in head_slices(weight, compute_dtype, hidden.dtype, block):
-        mm(hidden, operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
+        mm(hidden[:, :width], operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
+    if low is not None:
+        mm(hidden[:, width:], low.t(), out, add=True)
     if bias is not None:
         out += bias
 
 
-def back_project(d: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int, *, add: bool = False):
-    """out [N, H] = d [N, V] @ weight [V, H], or += with `add`; a head to be cast is cast `block` rows at a time."""
+def back_project(
+    d: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int, low: Tensor | None = None, *,
+    add: bool = False,
+) -> None:  # fmt: skip
+    """out [N, H] = d [N, V] @ weight [V, H], or += with `add`; a head to be cast is cast `block` rows at a time.
+
+    With low [V, r], out is [N, H + r]: see `project`.
+    """
+    width = weight.shape[1]
     factor = d.dtype if d.device.type == "cuda" else out.dtype  # see `mm`: a CPU would cast the whole head
     for columns in head_slices(weight, compute_dtype, factor, block):
-        mm(d[:, columns], operand(weight[columns], compute_dtype, factor), out, add=add or columns.start > 0)
+        add_this = add or columns.start > 0  # (a name for the cast block would keep it into the next round)
+        mm(d[:, columns], operand(weight[columns], compute_dtype, factor), out[:, :width], add=add_this)
+    if low is not None:
+        mm(d, low, out[:, width:], add=add)

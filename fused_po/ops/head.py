@@ -13,6 +13,9 @@ Forward tiles are rows x the whole vocabulary, and their grid follows from shape
 one backward GEMM: all that are kept, or a tile to be projected again. A recomputed tile is scored anew, since only the
 lse of the very logits at hand makes p sum to 1. Except where the gradient of a low-precision head needs fp32 room, a
 block of the vocabulary at a time: that block cannot know its rows' lse, and the rounding of D hides the difference.
+
+A low-rank addition to the head (LoRA: weight + low A) is `low` [V, r]; hidden is then [N, H + r], its last columns
+being hidden A^T. All of the above holds with [weight | low] for the weight, which never lie side by side.
 """
 
 from __future__ import annotations
@@ -61,9 +64,9 @@ class Head(NamedTuple):
 
     def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
         """Room for what is kept of n_rows scored tokens among hidden [N, H]."""
-        n_cols, width = weight.shape
         if self.keep == "product":
-            return hidden.new_empty(hidden.shape[0], width, dtype=stats_dtype(self.logits_dtype))
+            return hidden.new_empty(hidden.shape, dtype=stats_dtype(self.logits_dtype))
+        n_cols = weight.shape[0]
         gemm = self.gemm(hidden.device)
         rows = torch.sym_min(n_rows, self.rows_within_budget(n_cols, hidden.device)) if self.keep == "basis" else 0
         return hidden.new_empty(rows, padded(n_cols, gemm), dtype=gemm)
@@ -72,7 +75,7 @@ class Head(NamedTuple):
 class Saved(NamedTuple):
     """What a backward gets of its forward."""
 
-    hidden: Tensor  # [N, H]
+    hidden: Tensor  # [N, H], or [N, H + r]
     weight: Tensor
     bias: Optional[Tensor]
     labels: Tensor  # [N]
@@ -81,6 +84,7 @@ class Saved(NamedTuple):
     logps: Tensor
     entropy: Tensor
     kept: Tensor
+    low: Optional[Tensor] = None  # [V, r]
 
 
 def guarded(run: Callable) -> Callable:
@@ -138,9 +142,9 @@ class Buffers:
 @guarded
 def forward(
     head: Head, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor],
-    n_room: int,
+    n_room: int, low: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, entropy, lse, aux, saved, kept) of hidden [N, H], labels [N].
+    """(logps, entropy, lse, aux, saved, kept) of hidden [N, H], labels [N]; with low [V, r], hidden is [N, H + r].
 
     rows [n]: numbers of the rows that are scored, None for all. n_room: at least n, rows to hold room for in `kept`.
     """
@@ -155,6 +159,7 @@ def forward(
         results[4][1] = torch.inf
     hidden = operand(take_rows(hidden, rows), head.compute_dtype, head.gemm(hidden.device))
     labels = take_rows(labels, rows)
+    low = None if low is None else operand(low, head.compute_dtype, hidden.dtype)
     n_rows, step = len(hidden), head.tile_rows(n_cols, hidden.device)
     block = head_block(n_rows, *weight.shape, head.tile_bytes)
     buffers = Buffers(head, hidden, min(step, n_rows), n_cols)
@@ -163,7 +168,7 @@ def forward(
         d = buffers.basis(count, n_cols) if head.keep == "product" else kept[some, :n_cols]
         in_place = d.dtype == head.logits_dtype and len(d) == count
         logits = d if in_place else buffers.logits(count, n_cols)
-        project(hidden[some], weight, bias, head.compute_dtype, logits, block)
+        project(hidden[some], weight, bias, head.compute_dtype, logits, block, low)
         scaling = (head.outer, head.inner)
         basis = d[None] if len(d) == count else None
         stats = run.score(logits[None], labels[some], *scaling, head.ignore_index, head.outputs, basis)
@@ -176,7 +181,7 @@ def forward(
                 result[..., where] = value
         if head.keep == "product":
             product = kept[some] if rows is None else kept.new_empty(count, kept.shape[1])
-            back_project(d, weight, head.compute_dtype, product, block)
+            back_project(d, weight, head.compute_dtype, product, block, low)
             if rows is not None:
                 kept[where] = product
     return *results, kept
@@ -219,9 +224,9 @@ class HeadBackward:
     """One backward over rows of which the first n_kept have their basis kept; the rest project again."""
 
     def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], rows: Incoming, kept: Tensor,
-                 index: Optional[Tensor], n_kept: int) -> None:  # fmt: skip
-        """hidden [N, H] in the GEMMs' dtype. index [N]: numbers of the rows as the forward had them, None for all."""
-        self.head, self.hidden, self.weight, self.bias = head, hidden, weight, bias
+                 index: Optional[Tensor], n_kept: int, low: Optional[Tensor] = None) -> None:  # fmt: skip
+        """hidden, low in the GEMMs' dtype. index [N]: numbers of the rows as the forward had them, None for all."""
+        self.head, self.hidden, self.weight, self.bias, self.low = head, hidden, weight, bias, low
         self.rows, self.kept, self.index, self.n_kept = rows, kept[:, : weight.shape[0]], index, n_kept
         self.kept_as_is = index is None or n_kept == len(kept)  # no kept row was dropped
         self.run = backends.get(head.backend)
@@ -254,10 +259,10 @@ class HeadBackward:
     def recompute(self, some: slice, columns: slice, weight: Tensor, logits: Tensor, out: Tensor) -> Tensor:
         """The same by projecting again."""
         head, rows = self.head, self.rows.at(some)
-        bias = None if self.bias is None else self.bias[columns]
+        bias, low = (None if v is None else v[columns] for v in (self.bias, self.low))
         compute = head.compute_dtype if weight is self.weight else weight.dtype
         block = head_block(len(self.hidden), *self.weight.shape, head.tile_bytes)
-        project(self.hidden[some], weight, bias, compute, logits, block)
+        project(self.hidden[some], weight, bias, compute, logits, block, low)
         saved, entropy, scaling = rows.saved, rows.entropy, (head.outer, head.inner)
         if len(weight) == len(self.weight):  # whole rows: score them anew
             outputs, basis = 2 * (entropy is not None), out[None] if self.multiples else None
@@ -271,10 +276,10 @@ class HeadBackward:
         self.run.gradient(logits[None], rows.labels, saved, entropy, *grads, *scaling, out[None], columns.start)
         return out
 
-    def fill(self, grads: tuple[Tensor, Tensor, Tensor], needs: list[bool], add: bool) -> None:
-        """Write hidden's gradient [N, H], and write, or with `add` add to, those of weight and bias."""
+    def fill(self, grads: tuple[Tensor, ...], needs: list[bool], add: bool) -> None:
+        """Write the gradients of hidden and of low, and write, or with `add` add to, those of weight and bias."""
         head, weight, (n_cols, width), n_rows = self.head, self.weight, self.weight.shape, len(self.hidden)
-        need_hidden, need_weight, need_bias = needs
+        need_hidden, need_weight, need_bias, need_low = [*needs, False][:4]
         sums, gemm = stats_dtype(head.logits_dtype), self.hidden.dtype
         # A gradient is its own sum if it is as wide, or if one GEMM makes it.
         in_one = self.multiples and self.kept_as_is and self.n_kept == n_rows and weight.dtype == gemm
@@ -287,42 +292,50 @@ class HeadBackward:
         pieces = spans(0, self.n_kept, kept_step) + spans(self.n_kept, n_rows, step)
 
         g = self.factors[:, None] if self.multiples else torch.ones_like(self.rows.logps)[:, None]
-        scaled = (self.hidden * g).to(gemm) if need_weight and self.multiples else self.hidden
-        sum_bias = self.hidden.new_zeros(n_cols if need_bias else 0, 1, dtype=sums)
+        scaled = (self.hidden * g).to(gemm) if (need_weight or need_low) and self.multiples else self.hidden
+        thin = torch.cat([g.to(gemm)[:, :need_bias], scaled[:, width if need_low else self.hidden.shape[1] :]], 1)
+        sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=sums)  # of the bias, and of low
         if not pieces and need_weight and not add:
             grads[1].zero_()
         for columns in spans(0, n_cols, columns_at_once):
             part = weight if own_sums else operand(weight[columns], head.compute_dtype, gemm)
+            low = None if self.low is None else self.low[columns]
             total = grads[1] if own_sums else self.hidden.new_zeros(len(part), width, dtype=sums)
             for some in pieces:
                 d = self.tile(some, columns, part, buffers)
                 if need_hidden:
                     compute = head.compute_dtype if part is weight else gemm
-                    back_project(d, part, compute, grads[0][some], block, add=columns.start > 0)
+                    back_project(d, part, compute, grads[0][some], block, low, add=columns.start > 0)
                 if need_weight:
-                    mm(d.t(), scaled[some], total, add=some.start > 0 or not own_sums or add)
-                if need_bias:
-                    mm(d.t(), g[some].to(gemm), sum_bias[columns], add=True)
+                    mm(d.t(), scaled[some, :width], total, add=some.start > 0 or not own_sums or add)
+                if thin.shape[1]:
+                    mm(d.t(), thin[some], sum_thin[columns], add=True)
             if need_weight and not own_sums:
                 grads[1][columns] = total
         if need_hidden and self.multiples:
             grads[0].mul_(g)
         if need_bias:
-            grads[2].copy_(sum_bias[:, 0] + grads[2] if add else sum_bias[:, 0])
+            grads[2].copy_(sum_thin[:, 0] + grads[2] if add else sum_thin[:, 0])
+        if need_low:
+            grads[3].copy_(sum_thin[:, need_bias:])
 
 
 @guarded
 def backward(
     head: Head, tensors: Saved, g_logps: Optional[Tensor], g_entropy: Optional[Tensor], g_lse: Optional[Tensor],
     needs: list[bool], skip_zero_rows: bool, sums: Optional[tuple[Tensor, Tensor]] = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight, bias; without elements where not needed. sums: add the last two to these instead."""
-    hidden, weight, bias, labels, rows, saved, logps, entropy, kept = tensors
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of hidden, weight, bias (and low, if `needs` has four); without elements where not needed.
+
+    sums: add those of weight and bias to these instead; there is no low then.
+    """
+    hidden, weight, bias, labels, rows, saved, logps, entropy, kept, low = tensors
     entropy = None if g_entropy is None else entropy
     incoming = Incoming(labels, saved, logps, entropy, g_logps, g_entropy, g_lse)
     from_kept = head.inner is None or incoming.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == "product" and from_kept:
-        return product_gradient(head, hidden, weight, incoming, kept), weight.new_empty(0), weight.new_empty(0)
+        grad = product_gradient(head, hidden, (weight, low), incoming, kept)
+        return grad, *(weight.new_empty(0) for _ in needs[1:])
     incoming, live = incoming.at(rows).masked(head.ignore_index)
     kept = kept[: len(live) if head.keep == "basis" and from_kept else 0]
     n_kept, index = len(kept), None
@@ -335,8 +348,9 @@ def backward(
     h = operand(take_rows(hidden, rows), head.compute_dtype, head.gemm(hidden.device))
     wide = stats_dtype(head.logits_dtype)
     sum_hidden = hidden.new_empty((len(h), hidden.shape[1]) if needs[0] else 0, dtype=wide)
-    grads = empty_gradients((None, weight, bias), needs)[1:] if sums is None else sums
-    run = HeadBackward(head, h, weight, bias, incoming, kept, index, n_kept)
+    grads = empty_gradients((None, weight, bias, low), needs)[1:] if sums is None else sums
+    low = None if low is None else operand(low, head.compute_dtype, h.dtype)
+    run = HeadBackward(head, h, weight, bias, incoming, kept, index, n_kept, low)
     run.fill((sum_hidden, *grads), needs, sums is not None)
     if needs[0] and rows is not None:
         sum_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(
@@ -345,14 +359,19 @@ def backward(
     return sum_hidden.to(hidden.dtype), *grads
 
 
-def product_gradient(head: Head, hidden: Tensor, weight: Tensor, rows: Incoming, product: Tensor) -> Tensor:
-    """The gradient of hidden [N, H] from product = basis @ weight: no GEMM. d lse = slope of the label - d logp."""
+def product_gradient(
+    head: Head, hidden: Tensor, weights: tuple[Optional[Tensor], ...], rows: Incoming, product: Tensor
+) -> Tensor:
+    """The gradient of hidden from product = basis @ weights: no GEMM. d lse = slope of the label - d logp."""
     valid = rows.labels != head.ignore_index
     zero = torch.zeros_like(rows.saved[0])
     g_logps, g_lse = (zero if g is None else torch.where(valid, g, 0) for g in (rows.g_logps, rows.g_lse))
     grad = product * (g_logps - g_lse)[:, None]
     if rows.g_lse is not None:
-        label_rows = operand(weight[torch.where(valid, rows.labels, 0)], head.compute_dtype, hidden.dtype)
+        labels = torch.where(valid, rows.labels, 0)
+        label_rows = torch.cat(
+            [operand(w[labels], head.compute_dtype, hidden.dtype) for w in weights if w is not None], 1
+        )
         grad += (head.outer * g_lse)[:, None] * label_rows
     return grad.to(hidden.dtype)
 

@@ -28,19 +28,20 @@ from fused_po.schedule import Schedule, logits_budget
 
 @torch.library.custom_op("fused_po::linear_logps_fwd", mutates_args=())
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], outer: float,
-    inner: Optional[float], ignore_index: int, outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype,
-    tile_bytes: int, budget: int, keep: str, backend: str, compact: bool, skip_zero_rows: bool,
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
+    rows: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int, outputs: int,
+    compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str, backend: str,
+    compact: bool, skip_zero_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     checks.label_range(labels, weight.shape[0], ignore_index)
     head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
     n_room = labels.numel() if rows is None else rows.numel()
     rows = scored_rows(labels, ignore_index) if compact else rows
-    return schedules.forward(head, hidden, weight, bias, labels, rows, n_room)
+    return schedules.forward(head, hidden, weight, bias, labels, rows, n_room, low)
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, labels, rows, *how):
+def _(hidden, weight, bias, low, labels, rows, *how):
     head = Head(*how[:-2])
     results = fake_stats(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), head.outputs)
     return *results, head.empty_kept(hidden, labels.numel() if rows is None else rows.numel(), weight)
@@ -48,36 +49,36 @@ def _(hidden, weight, bias, labels, rows, *how):
 
 @torch.library.custom_op("fused_po::linear_logps_bwd", mutates_args=())
 def _backward(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], stats: Tensor,
-    logps: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor], g_entropy: Optional[Tensor],
-    g_lse: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int, outputs: int,
-    compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str, backend: str,
-    compact: bool, skip_zero_rows: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
+    rows: Optional[Tensor], stats: Tensor, logps: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor],
+    g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int,
+    outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str,
+    backend: str, compact: bool, skip_zero_rows: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
     rows = scored_rows(labels, ignore_index) if compact else rows
-    tensors = Saved(hidden, weight, bias, labels, rows, stats, logps, entropy, kept)
+    tensors = Saved(hidden, weight, bias, labels, rows, stats, logps, entropy, kept, low)
     grads = (dense(g) for g in (g_logps, g_entropy, g_lse))
     return schedules.backward(head, tensors, *grads, needs, skip_zero_rows)
 
 
 @_backward.register_fake
-def _(hidden, weight, bias, *others):
-    return schedules.empty_gradients((hidden, weight, bias), others[-1])
+def _(hidden, weight, bias, low, *others):
+    return schedules.empty_gradients((hidden, weight, bias, low), others[-1])
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, rows, *ctx.how = inputs
     logps, entropy, _, _, stats, kept = output
-    ctx.save_for_backward(hidden, weight, bias, labels, rows, stats, logps, entropy, kept)
+    ctx.save_for_backward(*inputs[:6], stats, logps, entropy, kept)
+    ctx.how = inputs[6:]
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
     given = requested((g_logps, g_entropy, g_lse), ctx.how[3])
     if all(g is None for g in given):
-        return (None,) * (5 + len(ctx.how))
-    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+        return (None,) * (6 + len(ctx.how))
+    needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     grads = torch.ops.fused_po.linear_logps_bwd(*ctx.saved_tensors, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (2 + len(ctx.how))
 
@@ -110,6 +111,7 @@ def linear_logps(
     softcap: Optional[float] = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logps",),
+    low_rank: Optional[tuple[Tensor, Tensor]] = None,
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> TokenStats:
@@ -127,6 +129,8 @@ def linear_logps(
         temperature, logit_scale, softcap: finite and > 0.
         ignore_index: label of positions that cost nothing and give exactly 0.
         outputs: names of TokenStats' fields.
+        low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw: LoRA on the head, with u = scaling * hidden @ A.T and
+            low = B, without the merged head. Of hidden's dtype; gradients flow to both. Costs r / H of each GEMM.
         backend: "triton" or "reference"; None chooses by device. See `backends`.
         schedule: how to compute it, see `Schedule`.
 
@@ -138,9 +142,17 @@ def linear_logps(
     """
     labels = check_operands(hidden, weight, labels, bias)
     schedule = schedule or Schedule()
-    bits = output_bits(outputs)
+    bits, low = output_bits(outputs), None
+    if low_rank is not None:
+        u, low = check_low_rank(low_rank, hidden, weight)
+        hidden = torch.cat((hidden, u), -1)
     head = make_head(
-        (hidden, weight, bias), bits, ignore_index, checks.scaling(temperature, logit_scale, softcap), backend, schedule
+        (hidden, weight, bias, low),
+        bits,
+        ignore_index,
+        checks.scaling(temperature, logit_scale, softcap),
+        backend,
+        schedule,
     )
     flat, rows, compact = labels.reshape(-1), None, schedule.compact
     excess = None
@@ -149,7 +161,7 @@ def linear_logps(
     elif compact and not torch.compiler.is_compiling():  # a graph's shapes must not depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
     results = _forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat, rows, *head, compact, schedule.skip_zero_rows
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, low, flat, rows, *head, compact, schedule.skip_zero_rows
     )
     if excess is not None:
         results = [value + excess for value in results]
@@ -177,15 +189,33 @@ def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optiona
     return checks.integer("labels", labels, hidden.shape[:-1], hidden.device, why)
 
 
+def check_low_rank(low_rank: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(u, low) once they fit hidden [..., H] and weight [V, H]."""
+    if not isinstance(low_rank, tuple) or len(low_rank) != 2:
+        raise TypeError(f"low_rank: got {type(low_rank).__name__}, expected a tuple (u [..., r], low [V, r])")
+    u, low = (checks.floating("low_rank", v) for v in low_rank)
+    rank = low.shape[-1] if low.ndim else 0
+    if rank < 1 or u.shape != (*hidden.shape[:-1], rank) or low.shape != (weight.shape[0], rank):
+        raise ValueError(
+            f"low_rank: got shapes {tuple(u.shape)} and {tuple(low.shape)}, expected {(*hidden.shape[:-1], 'r')} and "
+            f"{(weight.shape[0], 'r')} with r >= 1"
+        )
+    for v in (u, low):
+        checks.same_device("low_rank", v, hidden.device)
+        if v.dtype != hidden.dtype:
+            raise TypeError(f"low_rank: got dtype {v.dtype}, expected {hidden.dtype}, hidden's; cast it")
+    return u, low
+
+
 def make_head(operands: tuple, bits: int, ignore_index: int, scaling: tuple, backend, schedule: Schedule) -> Head:
-    """How to compute the projection of `operands` (hidden, weight, bias), and what to keep of it for its backward."""
-    hidden, weight, bias = operands
+    """How to compute the projection of `operands` (hidden, weight, ...), and what to keep of it for its backward."""
+    hidden, weight, *_ = operands
     dtype, device = compute_dtype(hidden, weight), hidden.device
     logits_dtype = schedule.logits_dtype_for(dtype)
     keep, budget = "nothing", 0
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in operands):
         entropy = bool(bits & 2) and schedule.entropy_grad
-        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        frozen = not any(v is not None and v.requires_grad for v in operands[1:])
         keep = "product" if frozen and not entropy else "basis"
         budget = logits_budget(schedule.logits_budget, device)
         bits |= 1  # the basis gives a gradient of entropy or lse with the log-prob beside it

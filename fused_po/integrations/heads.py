@@ -1,0 +1,95 @@
+"""What a model's LM head multiplies by: weight, bias, and the parts of a LoRA adapter on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadParts(NamedTuple):
+    """raw = hidden @ weight.T + bias, plus u @ low.T for low_rank = (u, low): what `linear_logps` takes."""
+
+    weight: Tensor  # [V, H]
+    bias: Optional[Tensor]  # [V]
+    low_rank: Optional[tuple[Tensor, Tensor]]  # ([..., r], [V, r])
+
+
+def read_head(head: nn.Module, hidden: Tensor) -> HeadParts:
+    """The parts of an LM head for these hidden states [..., H].
+
+    head: an nn.Linear, or what PEFT makes of one: LoRA (any number of active adapters, with dropout; merged or not) or
+        a copy trained in full (modules_to_save). The weight is never merged, copied or cast.
+
+    Raises:
+        TypeError: a head whose forward is something else, such as DoRA or a quantised layer.
+    """
+    if type(head).__module__.startswith("peft."):
+        return _read_adapter(head, hidden)
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"lm_head: got {_name(head)}, expected torch.nn.Linear, alone or under PEFT's LoRA or modules_to_save; "
+            "leave out fused=True for this model, or unfuse_lm_head(model)"
+        )
+    return HeadParts(_whole(head.weight), None if head.bias is None else _whole(head.bias), None)
+
+
+def _name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The parameter, if this process has all of it."""
+    sharded = hasattr(weight, "ds_id") and not weight.numel()
+    if sharded or hasattr(weight, "device_mesh"):
+        raise TypeError(
+            "lm_head: its parameters are sharded while the model's forward runs. Leave lm_head in the model's own FSDP "
+            "unit (fully_shard(model), not fully_shard(model.lm_head)), or use ZeRO-2"
+        )
+    return weight
+
+
+def _read_adapter(head: nn.Module, hidden: Tensor) -> HeadParts:
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(head, ModulesToSaveWrapper):
+        active = [] if head.disable_adapters else head.active_adapters
+        own = bool(active) and all(name in head.modules_to_save for name in active)
+        return read_head(head.modules_to_save[active[0]] if own else head.original_module, hidden)
+    if not isinstance(head, LoraLinear):
+        raise TypeError(f"lm_head: got {_name(head)}, expected PEFT's LoRA or modules_to_save on the head, or none")
+    base = read_head(head.base_layer, hidden)
+    active = (
+        [] if head.disable_adapters or head.merged else [name for name in head.active_adapters if name in head.lora_A]
+    )
+    if head.disable_adapters and head.merged:
+        raise TypeError("lm_head: its LoRA is merged and disabled at once; call unmerge_adapter() first")
+    if any(name in head.lora_variant for name in active):
+        raise TypeError(f"lm_head: got a variant of LoRA ({_name(head)}: DoRA or the like), expected plain LoRA")
+    if not active:
+        return base
+    us, lows, bias = [], [], base.bias
+    for name in active:
+        a, b, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
+        us.append(a(head.lora_dropout[name](hidden.to(a.weight.dtype))).to(hidden.dtype) * scaling)
+        lows.append(b.weight.to(hidden.dtype))
+        if b.bias is not None:
+            bias = b.bias * scaling if bias is None else bias + b.bias * scaling
+    return HeadParts(base.weight, bias, (torch.cat(us, -1), torch.cat(lows, -1)))
+
+
+@contextlib.contextmanager
+def loaded(head: nn.Module) -> Iterator[None]:
+    """Run what accelerate hooked to the head (device_map): weights kept elsewhere are brought in meanwhile."""
+    hooked = [module for module in head.modules() if hasattr(module, "_hf_hook")]
+    for module in hooked:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in hooked:
+            module._hf_hook.post_forward(module, None)
