@@ -103,7 +103,7 @@ RULES = {
         "transformers",
         "trl",
         "verl",
-    },  # when called: test_import_is_light
+    },  # test_import_is_light
     "fused_po.kernels": {"torch"},
     "fused_po.losses": COMMON | {"fused_po.losses"},
     "fused_po.modules": COMMON | {f"fused_po.{name}" for name in ("losses", "modules", "ops", "reduce")},
