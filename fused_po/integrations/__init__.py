@@ -1,1 +1,1 @@
-"""What puts fused_po under other people's trainers and models; each file imports its package when it is called."""
+"""One module for each library whose models or trainers run on our log-probs; none is imported before it is named."""
