@@ -48,7 +48,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any one tensor that an operator returns, inside custom operators too."""
+    """The most elements of any one tensor that an operator returns, views apart, inside custom operators too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = run_inside(self, func, args, kwargs or {})
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not func.is_view:
                 self.elements = max(self.elements, value.numel())
         return result
 
