@@ -63,7 +63,7 @@ BAD = [
     (lambda: linear(HIDDEN.long()), TypeError, "hidden: got dtype torch.int64"),
     (lambda: linear(w=WEIGHT.T), ValueError, r"weight: got shape \(5, 9\), expected \[V, H\]"),
     (lambda: linear(w=WEIGHT[:0]), ValueError, "weight: got shape .* with V >= 1"),
-    (lambda: linear(w=WEIGHT.bfloat16()), TypeError, "weight: got dtype torch.bfloat16, expected torch.float32"),
+    (lambda: linear(w=WEIGHT.double()), TypeError, "weight: got dtype torch.float64, expected torch.float32"),
     (lambda: linear(w=WEIGHT.to("meta")), ValueError, "weight: is on meta"),
     (lambda: linear(y=LABELS.flatten()), ValueError, r"labels: got shape \(12,\), expected \(4, 3\)"),
     (lambda: linear(y=LABELS + 9), ValueError, "labels: got 9 at flat position 0"),

@@ -88,14 +88,14 @@ refuse_second_derivative(_backward)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype autocast would give the projection, or the dtype both operands have."""
+    """The dtype autocast would give the projection, or hidden's: a head of lower precision is cast to it in blocks."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    if hidden.dtype != weight.dtype:
+    if torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
-            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's; cast one of them, "
-            "or run under torch.autocast"
+            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's, or a lower precision; cast one of "
+            "them, or run under torch.autocast"
         )
     return hidden.dtype
 
@@ -122,7 +122,7 @@ def linear_logps(
     With equal weights, labels and schedule two calls give bitwise equal results, whatever requires gradients.
 
     Args:
-        hidden: [..., H], the input of the head, of the head's dtype (or under autocast).
+        hidden: [..., H], the input of the head, of the head's dtype or wider (or under autocast).
         weight: [V, H], the head. bias: [V], of any floating dtype.
         labels: [...], integers in [0, V) or ignore_index, aligned with hidden: see `shift_labels`. On a GPU they are
             checked under FUSED_PO_DEBUG=1 only.

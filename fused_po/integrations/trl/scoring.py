@@ -1,0 +1,147 @@
+"""What stands in TRL's places: log-probs, entropies and the like of tokens, by fused_po."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po import checks
+from fused_po.integrations.trl.scored_logits import ScoredLogits
+from fused_po.ops.linear_logps import linear_logps
+from fused_po.ops.logps import logps_from_logits
+from fused_po.schedule import Schedule
+
+IGNORE = -100
+DEVICES = ("cpu", "cuda")  # elsewhere TRL's own code stays
+# TRL's names of what it asks for, in the order in which it takes them, and TokenStats' names of the same.
+OUTPUTS = {
+    "log_probs": "logps",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logits",
+    "is_top1": "is_top1",
+}
+
+
+class Request(NamedTuple):
+    """What a trainer that works with logits wants scored of the rows that reach the head. See experimental.py."""
+
+    labels: Tensor  # as many as rows, -100 where nothing but the mean logit is wanted
+    outputs: tuple[str, ...]
+
+
+REQUEST: ContextVar[Optional[Request]] = ContextVar("request", default=None)
+
+
+def why_stock(weight: Tensor) -> Optional[str]:
+    """Why a head stays with TRL, or None."""
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 takes the head away between forward and backward"
+    if weight.device.type not in DEVICES:
+        return f"the head is on {weight.device}, served are {' and '.join(DEVICES)}"
+    return None
+
+
+class Scoring:
+    """Log-probs for TRL, under the names TRL has for them; `stock` is its module of utilities before the patch."""
+
+    def __init__(self, utils: Any, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.stock_head = utils._ChunkedLogProbFunction
+        self.stock_logits = getattr(utils, "_fused_logprob_entropy", None)
+        self.stock_serves = utils._supports_trl_loss_kernel
+        self.stock_compacts = getattr(utils, "_use_triton", None)
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: Optional[float] = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = tuple(OUTPUTS),
+    ) -> tuple[Optional[Tensor], ...]:
+        """(log-probs, entropy, log sum p^2, mean logit, whether top 1), each [N] or None, as TRL's autograd function.
+
+        hidden [N, H], weight [V, H], bias [V], targets [N]; chunk_size is TRL's schedule; `self.schedule` is ours.
+        """
+        reason = why_stock(weight)
+        if reason is not None:
+            warnings.warn(f"fused_po: the log-probs stay with TRL's own kernel: {reason}", stacklevel=2)
+            return self.stock_head.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+            )
+        scaling = dict(temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping)
+        for name in outputs:
+            checks.choice("outputs", name, OUTPUTS)
+        request = REQUEST.get()
+        if request is not None:
+            targets, outputs = request.labels.reshape(-1).to(hidden.device), request.outputs
+        fields = {OUTPUTS[name] for name in outputs} | {"logps"}
+        if request is not None:
+            fields.discard("mean_logits")
+        narrow = hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype
+        low = torch.autocast(hidden.device.type, hidden.dtype) if narrow else contextlib.nullcontext()
+        with low:  # TRL projects in the dtype of the hidden states
+            stats = linear_logps(
+                hidden, weight, targets, bias, outputs=tuple(fields), schedule=self.schedule, **scaling
+            )
+        if request is not None and "mean_logits" in outputs:
+            stats = stats._replace(mean_logits=mean_of_all(hidden, weight, bias, scaling, self.schedule))
+        return tuple(getattr(stats, name) for name in OUTPUTS.values())
+
+    def compacts(self, device: torch.device) -> bool:
+        """Whether the head gets labelled tokens alone, in the place of `_use_triton`."""
+        return device.type in DEVICES or self.stock_compacts(device)
+
+    def serves_logits(
+        self, logits: Tensor | ScoredLogits, index: Optional[Tensor] = None, row_mask: Optional[Tensor] = None
+    ) -> bool:
+        """Whether `from_logits` takes these: logits [..., V], index and row_mask [...]; `_supports_trl_loss_kernel`."""
+        if not self._ours(logits):
+            return self.stock_logits is not None and self.stock_serves(logits, index, row_mask)
+        rows = [t for t in (index, row_mask) if t is not None]
+        return all(t.shape == logits.shape[:-1] and t.device == logits.device for t in rows)
+
+    def _ours(self, logits: Tensor | ScoredLogits) -> bool:
+        return isinstance(logits, ScoredLogits) or (
+            logits.device.type in DEVICES and logits.is_floating_point() and logits.ndim > 0 and logits.shape[-1] > 0
+        )
+
+    def from_logits(
+        self, logits: Tensor | ScoredLogits, index: Tensor, temperature: float = 1.0, row_mask: Optional[Tensor] = None
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropy), each [...], of logits [..., V] that exist; rows whose mask is 0 give 0."""
+        if not self._ours(logits):
+            return self.stock_logits(logits, index, temperature=temperature, row_mask=row_mask)
+        if isinstance(logits, ScoredLogits):
+            return logits.log_probs_and_entropy(index, temperature, row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, IGNORE)
+        stats = logps_from_logits(logits, labels, temperature=temperature, outputs=("logps", "entropy"))
+        return stats.logps, stats.entropy
+
+
+@torch.no_grad()
+def mean_of_all(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], scaling: dict, schedule: Schedule) -> Tensor:
+    """The mean logit [N] of every row, of ignored ones too: a product with the mean of the head's rows.
+
+    A softcap is not linear: there it costs one GEMM over all rows.
+    """
+    if scaling["softcap"] is not None:
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        outputs = ("mean_logits",)
+        return linear_logps(hidden, weight, labels, bias, outputs=outputs, schedule=schedule, **scaling).mean_logits
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.to(wide) @ weight.mean(0, dtype=wide)
+    if bias is not None:
+        mean = mean + bias.mean(dtype=wide)
+    return mean * (scaling["logit_scale"] / scaling["temperature"])
