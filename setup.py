@@ -17,7 +17,7 @@ backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init
 demo = ["transformers>=5.17", "tokenizers", "safetensors", "tqdm", "matplotlib"]
 data = ["datasets"]
 bench = ["pytest-benchmark", "matplotlib", "trl", "liger-kernel"]
-test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ninja", "trl", "peft"]
+test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ninja", "trl", "peft", "accelerate"]
 
 setup(
     name="fused-po",
