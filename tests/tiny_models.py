@@ -61,7 +61,7 @@ def spread(kind, config, seed=0):
     return model.eval()
 
 
-def vision_model(name):
+def vision_model(name, seed):
     """(a tiny vision-language model, what it takes beside ids for two images of 4 patches each, its image token)."""
     image = V - 1
     if name == "Llava":
@@ -71,7 +71,7 @@ def vision_model(name):
             vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1, image_seq_length=4
         )
         return (
-            spread(transformers.LlavaForConditionalGeneration, config),
+            spread(transformers.LlavaForConditionalGeneration, config, seed),
             dict(pixel_values=torch.randn(2, 3, 8, 8)),
             image,
         )
@@ -82,7 +82,7 @@ def vision_model(name):
     more = dict(pixel_values=torch.randn(32, 3 * 2 * 2 * 2), image_grid_thw=torch.tensor([[1, 4, 4]] * 2))
     more["mm_token_type_ids"] = torch.zeros(2, 12, dtype=torch.long)
     more["mm_token_type_ids"][:, 1:5] = 1
-    return spread(transformers.Qwen2VLForConditionalGeneration, config), more, image
+    return spread(transformers.Qwen2VLForConditionalGeneration, config, seed), more, image
 
 
 def batch(seed, rows=2, length=12):

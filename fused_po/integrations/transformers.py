@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
 from fused_po import checks
@@ -207,7 +208,8 @@ def fuse_lm_head(
     state = _State(always, backend, schedule)
     _install(base, state)
     try:
-        parts = read_head(state.head, next(state.head.parameters()).new_empty(0, state.head.in_features))
+        like = next(state.head.parameters(), torch.empty(0))
+        parts = read_head(state.head, like.new_empty(0, getattr(state.head, "in_features", 0)))
         if logit_scale is None:
             checks.only_with("softcap", softcap, None, False, "logit_scale")
             _measure(base, state, len(parts.weight))
