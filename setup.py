@@ -14,7 +14,7 @@ source = (root / "fused_po" / "__init__.py").read_text(encoding="utf-8")
 version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
 backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init__.py"))
 
-demo = ["transformers>=5.17", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+demo = ["transformers>=5.17", "tokenizers", "safetensors", "peft", "pyyaml", "tqdm", "matplotlib"]
 data = ["datasets"]
 bench = ["pytest-benchmark", "matplotlib", "trl", "liger-kernel"]
 test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ninja", "trl", "peft", "accelerate"]

@@ -21,7 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import common
-import dpo
+import dataset
+import loop
+import models
 
 import fused_po
 from fused_po import losses
@@ -30,42 +32,26 @@ ESTIMATES = ("k1", "k2", "k3")
 
 
 def load(run: Path, device: str):
-    """(policy, reference, tokenizer, held-out rows) of a finished run of examples/dpo.py."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    """(policy, reference, tokenizer, held-out rows, arguments) of a finished run of examples/dpo.py."""
     if not (run / "model").is_dir():
         common.fail(f"{run}: holds no finished run; python examples/dpo.py --output {run} makes one")
-    models = [AutoModelForCausalLM.from_pretrained(run / "model").to(device).eval() for _ in range(2)]
-    models[1].load_state_dict(common.load_checkpoint(run, device)["reference"])
-    tokenizer = AutoTokenizer.from_pretrained(run / "model", padding_side="left")
-    settings = json.loads((run / "arguments.json").read_text())
-    rows = common.read_pairs(settings["test_dataset"], "test")
-    rows = common.encode(rows, tokenizer, settings["max_prompt_length"], settings["max_length"])
-    return *models, tokenizer, rows
+    args = argparse.Namespace(**json.loads((run / "arguments.json").read_text()), device=device)
+    folders = run / "model", run / "sft" if args.sft_steps else args.model
+    policy, reference = (models.load("AutoModelForCausalLM", folder, args).eval() for folder in folders)
+    tokenizer = models.load_tokenizer(run / "model")
+    rows = dataset.read(args.test_dataset, "test")
+    return policy, reference, tokenizer, loop.encode(rows, tokenizer, args), args
 
 
 @torch.no_grad()
-def sample(policy, tokenizer, rows: list[dict], longest: int) -> list[dict]:
-    """The rows with an answer of the policy each, up to and with its end."""
-    device = policy.device
-    prompts = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in rows]}, return_tensors="pt").to(device)
-    prompts = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id)
-    out = policy.generate(**prompts, max_new_tokens=longest, **how)[:, prompts["input_ids"].shape[1] :].tolist()
-    end = tokenizer.eos_token_id
-    answers = [ids[: ids.index(end) + 1] if end in ids else ids for ids in out]
-    return [{**row, "answer_ids": answer} for row, answer in zip(rows, answers)]
-
-
-@torch.no_grad()
-def measure(policy, reference, rows: list[dict], pad: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def measure(
+    policy, reference, rows: list[dict], pad: int, args
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """By estimator: the rollouts' KLs [B], and the variance that the draws of their tokens add [B]; float64."""
-    batch = common.stack(rows, ("answer",), pad, str(policy.device))
+    batch = dataset.stack(rows, ("answer",), pad, args.device)
     labels = fused_po.shift_labels(batch["labels"])
-    mask = labels != common.IGNORE
-    hidden, ref_hidden = (dpo.hidden_states(model, batch).double() for model in (policy, reference))
+    mask = labels != dataset.IGNORE
+    hidden, ref_hidden = (models.hidden_states(model, batch, args).double() for model in (policy, reference))
     weight, ref_weight = (model.lm_head.weight.double() for model in (policy, reference))
     stats = fused_po.linear_kl(hidden, weight, ref_hidden, ref_weight, labels)
     values, added = {"exact": stats.kl.sum(1)}, {"exact": torch.zeros(len(rows), dtype=torch.float64)}
@@ -82,13 +68,13 @@ def measure(policy, reference, rows: list[dict], pad: int) -> tuple[dict[str, to
 
 def study(run: Path, rollouts: int, seed: int, longest: int = 24, device: str = "cpu"):
     """(values, added) as from `measure`, of all rollouts [rollouts], and the answers' lengths."""
-    policy, reference, tokenizer, rows = load(run, device)
+    policy, reference, tokenizer, rows, args = load(run, device)
     torch.manual_seed(seed)
     chosen = [rows[i] for i in torch.randint(len(rows), (rollouts,)).tolist()]
     parts, lengths = [], []
     for begin in range(0, rollouts, 200):
-        answered = sample(policy, tokenizer, chosen[begin : begin + 200], longest)
-        parts.append(measure(policy, reference, answered, tokenizer.pad_token_id))
+        answered = models.sample(policy, tokenizer, chosen[begin : begin + 200], args, longest)
+        parts.append(measure(policy, reference, answered, tokenizer.pad_token_id, args))
         lengths += [len(row["answer_ids"]) for row in answered]
     values, added = ({kind: torch.cat([part[i][kind] for part in parts]) for kind in parts[0][i]} for i in (0, 1))
     return values, added, torch.tensor(lengths, dtype=torch.float64)

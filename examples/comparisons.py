@@ -18,10 +18,14 @@ QUESTIONS = ("Which is larger, {} or {}?", "Name the larger of {} and {}.", "Is 
 ANSWERS = ("The {} number is larger.", "It is the {} one.")
 
 
+def is_question(prompt: str) -> bool:
+    """Whether the prompt is one that `is_correct` knows."""
+    return len(re.findall(r"\d+", prompt)) == 2 and "larger" in prompt
+
+
 def is_correct(prompt: str, answer: str) -> bool:
     """Whether the answer is a whole right answer to the prompt, up to white space around it."""
-    numbers = [int(n) for n in re.findall(r"\d+", prompt)]
-    return len(numbers) == 2 and "larger" in prompt and answer.strip() in answers(*numbers)
+    return is_question(prompt) and answer.strip() in answers(*map(int, re.findall(r"\d+", prompt)))
 
 
 def answers(first: int, second: int) -> list[str]:

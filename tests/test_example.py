@@ -16,7 +16,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import common  # noqa: E402
 import comparisons  # noqa: E402
+import dataset  # noqa: E402
 import dpo  # noqa: E402
+import models  # noqa: E402
 
 TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
 
@@ -81,15 +83,15 @@ def test_bad_data_file(text, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(SystemExit, match=message):
-        common.read_pairs(str(path), "train")
+        dataset.read(str(path), "train")
 
 
 def test_unreadable_data_file(tmp_path):
     with pytest.raises(SystemExit, match=r"none.jsonl: cannot be read"):
-        common.read_pairs(str(tmp_path / "none.jsonl"), "train")
+        dataset.read(str(tmp_path / "none.jsonl"), "train")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(SystemExit, match=r"latin.jsonl: cannot be read"):
-        common.read_pairs(str(tmp_path / "latin.jsonl"), "train")
+        dataset.read(str(tmp_path / "latin.jsonl"), "train")
 
 
 BAD_ARGUMENTS = [
@@ -108,34 +110,34 @@ def test_bad_arguments(words, message):
 
 
 def test_prompts_longer_than_the_limit_are_counted(capsys):
-    rows = common.read_pairs(str(comparisons.TEST), "test")[:5]
+    rows = dataset.read(str(comparisons.TEST), "test")[:5]
     rows[1] = {**rows[1], "prompt": "1 " * 50}
-    tokenizer = common.train_tokenizer(text for row in rows for text in row.values())
-    kept = common.encode(rows, tokenizer, 30, 34)
+    tokenizer = models.train_tokenizer(text for row in rows for text in row.values())
+    kept = dataset.encode(rows, tokenizer, 30, 34)
     said = capsys.readouterr().err
     assert len(kept) == 4
-    assert "1 of 5 pairs left out: prompt longer than --max-prompt-length 30 tokens" in said
-    with pytest.raises(SystemExit, match="no pair is left"):
-        common.encode(rows, tokenizer, 2, 34)
+    assert "1 of 5 rows left out: prompt longer than --max-prompt-length 30 tokens" in said
+    with pytest.raises(SystemExit, match="no row is left"):
+        dataset.encode(rows, tokenizer, 2, 34)
 
 
 def test_answers_round_trip_through_the_tokenizer():
-    rows = common.read_pairs(str(comparisons.TEST), "test")[:20]
-    tokenizer = common.train_tokenizer(text for row in rows for text in row.values())
-    for row in common.encode(rows, tokenizer, 100, 200):
+    rows = dataset.read(str(comparisons.TEST), "test")[:20]
+    tokenizer = models.train_tokenizer(text for row in rows for text in row.values())
+    for row in dataset.encode(rows, tokenizer, 100, 200):
         assert tokenizer.decode(row["chosen_ids"], skip_special_tokens=True).strip() == row["chosen"]
 
 
 def test_batches_follow_from_the_step_alone_and_cover_an_epoch():
     rows = [{"n": i} for i in range(10)]
-    seen = [row["n"] for step in range(5) for row in common.batch_at(rows, step, 4, seed=7)]
+    seen = [row["n"] for step in range(5) for row in dataset.batch_at(rows, step, 4, seed=7)]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
 
 
 def test_resume_is_bit_for_bit(small_data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    dpo.train(arguments(small_data, whole))
+    uninterrupted = dpo.train(arguments(small_data, whole))
     for stop in (2, 5):  # once in the supervised stage, once in DPO
 
         def interrupt(folder, step, state, keep=2, stop=stop, save=common.save_checkpoint):
@@ -147,11 +149,11 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
             patch.setattr(common, "save_checkpoint", interrupt)
             dpo.train(arguments(small_data, broken, *(["--resume"] if stop > 2 else [])))
     shares = dpo.train(arguments(small_data, broken, "--resume"))
+    assert shares == uninterrupted
     states = [common.load_checkpoint(folder, "cpu") for folder in (whole, broken)]
     assert states[0]["step"] == states[1]["step"] == 7
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
-    assert shares["before"] == states[0]["shares"]["before"]
     metrics = [common.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(7))
     for name in ("model/model.safetensors", "model/tokenizer.json", "curves.png", "arguments.json"):

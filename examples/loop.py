@@ -1,0 +1,369 @@
+"""The loop that the examples share.
+
+    parser(script, doc)             the flags of every script; add your own, then
+    parse(parser, argv)             -> args: YAML (--config) under the command line, checked
+    load_rows(args, "preference")   -> (training rows, held-out rows): texts; then
+    start(args, rows)               -> (model, tokenizer, training rows, held-out rows), encoded
+    learner(model, lr, steps)       -> Learner(model, optimizer, schedule): AdamW, warm-up, cosine
+    update(learner, rows, loss_of, args)
+                                    one optimizer step over `rows`, --micro-batch-size of them at a time;
+                                    `loss_of(part)` gives (loss, metrics), each the part's *share of the step's*:
+                                    divided by the counts of all rows, so that shares add up. Returns the step's
+                                    metrics as numbers
+    with Run(args, panels) as run:  the folder of a run: arguments.json, metrics.jsonl, checkpoint-*.pt
+        run.train(stage, learner, steps, one_step, evaluate=None, state=None)
+                                    `one_step(number)` does a step and returns its metrics; `number` goes on over the
+                                    stages. `evaluate()` gives metrics every --eval-every steps; `state` names what else
+                                    has state_dict and load_state_dict (a KL controller). Resumes by itself
+        run.skip(steps)             instead of train, where what a stage made is on disk already (see sft.warm_up)
+        run.finish(...)             model, picture, table
+    main(train, args)               train(args), with messages in place of tracebacks for Ctrl-C
+
+A step is a function of its number, the weights and torch's generator, which each stage seeds anew: that is why a run
+that was killed ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import comparisons
+import dataset
+import models
+import torch
+from tqdm import tqdm
+
+NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard")
+POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")
+NATURAL = ("sft_steps", "micro_batch_size", "eval_every")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each flag, the description as it is written."""
+
+
+def parser(script: str, doc: str, *, warm_up: int = 100, **defaults) -> argparse.ArgumentParser:
+    """The flags of every script; `script` names its folder under runs/, `defaults` are its own.
+
+    warm_up: the supervised steps before, where there is no --model.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    add, flag = made.add_argument, argparse.BooleanOptionalAction
+    add("--config", help="YAML file of flags (steps: 100, lora: true); the command line goes before it")
+    add("--model", help="Hub id or folder of a causal LM; without it a tiny Llama is built and trained here")
+    add(
+        "--dataset", default=str(comparisons.TRAIN), help=".jsonl file, datasets folder or Hub id, in a format of TRL's"
+    )
+    add("--test-dataset", help="the held-out rows; without it the shipped ones, or split 'test' of --dataset")
+    add("--output", help="folder for the run; without it runs/<script>, or the next free runs/<script>-N")
+    add("--resume", action="store_true", help="continue the run in --output (or runs/<script>), bit for bit")
+    told = f"supervised steps before; 0: the model as it is. Without it {warm_up}, 0 with --model"
+    add("--sft-steps", type=int, help=told)
+    add("--sft-lr", type=float, default=1e-3, help="learning rate of the supervised steps")
+    add("--steps", type=int, default=800, help="optimizer steps")
+    add("--lr", type=float, default=1e-3, help="highest learning rate: up over a tenth of the steps, down a cosine")
+    add("--batch-size", type=int, default=32, help="rows an optimizer step")
+    add("--micro-batch-size", type=int, default=0, help="rows at once; gradients add up to a whole batch's. 0: all")
+    add("--max-grad-norm", type=float, default=1.0, help="longer gradients are cut to this length")
+    add("--max-prompt-length", type=int, default=512, help="tokens; rows with longer prompts are left out")
+    add("--max-length", type=int, default=1024, help="tokens of prompt and answer; longer answers are cut")
+    add("--padding-free", action=flag, default=False, help="sequences end to end, positions anew for each, no padding")
+    add(
+        "--lora",
+        action=flag,
+        default=False,
+        help="train adapters (takes peft); the reference is the model without them",
+    )
+    add("--lora-r", type=int, default=16, help="rank of the adapters")
+    add("--gradient-checkpointing", action=flag, default=False, help="recompute activations in the backward")
+    add("--bf16", action=flag, help="autocast to bf16; without it on a GPU only")
+    add("--eval-every", type=int, default=0, help="steps from one evaluation to the next; 0: before and after only")
+    add("--checkpoint-every", type=int, default=200, help="steps from one checkpoint to the next")
+    add("--tensorboard", action=flag, default=False, help="write events for TensorBoard into the folder, too")
+    add("--seed", type=int, default=0, help="of weights, order and draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    made.set_defaults(script=script, warm_up=warm_up, **defaults)
+    return made
+
+
+def from_yaml(made: argparse.ArgumentParser, path: str) -> dict:
+    """The flags of a YAML file, as the command line would read them."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        common.fail(f"--config: {path} cannot be read ({error})")
+    if not isinstance(found, dict):
+        common.fail(f"--config: {path} holds a {type(found).__name__}, expected lines such as `steps: 100`")
+    actions = {action.dest: action for action in made._actions if action.dest not in ("help", "config")}
+    values = {}
+    for key, value in found.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            common.fail(f"--config: {path} has {key!r}, which is no flag; allowed are {', '.join(sorted(actions))}")
+        if (action.nargs == 0) != isinstance(value, bool):
+            common.fail(
+                f"--config: {path} has {key}: {value!r}, expected {'true or false' if action.nargs == 0 else 'a value'}"
+            )
+        try:
+            value = value if action.nargs == 0 or action.type is None else action.type(str(value))
+        except ValueError:
+            common.fail(f"--config: {path} has {key}: {value!r}, expected {action.type.__name__}")
+        if action.choices and value not in action.choices:
+            common.fail(f"--config: {path} has {key}: {value!r}, allowed are {', '.join(map(str, action.choices))}")
+        values[action.dest] = value
+    return values
+
+
+def parse(
+    made: argparse.ArgumentParser, argv: list[str] | None, positive: tuple[str, ...] = (), natural: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """The flags, checked; `positive` and `natural` name the script's own that must be above 0, or not below."""
+    config = made.parse_args(argv).config
+    if config:
+        made.set_defaults(**from_yaml(made, config))
+    args = made.parse_args(argv)
+    args.sft_steps = (0 if args.model else args.warm_up) if args.sft_steps is None else args.sft_steps
+    args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
+    for names, allowed, wanted in (
+        (POSITIVE + positive, lambda v: 0 < v < math.inf, "a number above 0"),
+        (NATURAL + natural, lambda v: 0 <= v < math.inf, "0 or more"),
+    ):
+        for name in names:
+            if not allowed(getattr(args, name)):
+                common.fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected {wanted}")
+    if args.max_length <= args.max_prompt_length:
+        common.fail(f"--max-length: got {args.max_length}, expected more than --max-prompt-length")
+    if args.test_dataset is None:
+        args.test_dataset = str(comparisons.TEST) if args.dataset == str(comparisons.TRAIN) else args.dataset
+    if args.test_dataset == args.dataset and args.dataset.endswith(".jsonl"):
+        common.fail("--test-dataset: missing; rows to measure on must not be those to train on")
+    return args
+
+
+def load_rows(args, want: str) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows) of --dataset and --test-dataset, as `dataset.read` has them."""
+    return dataset.read(args.dataset, "train", want), dataset.read(args.test_dataset, "test", want)
+
+
+def start(args, texts: tuple[list[dict], list[dict]]):
+    """(model, tokenizer, training rows, held-out rows): the policy before training; the rows of `load_rows` encoded."""
+    model, tokenizer = models.build(args, dataset.texts_of(texts[0]))
+    return model, tokenizer, *(encode(rows, tokenizer, args) for rows in texts)
+
+
+def encode(rows: list[dict], tokenizer, args) -> list[dict]:
+    """Rows with token ids, within --max-prompt-length and --max-length."""
+    return dataset.encode(rows, tokenizer, args.max_prompt_length, args.max_length)
+
+
+class Learner(NamedTuple):
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
+def learner(model: torch.nn.Module, lr: float, steps: int) -> Learner:
+    """AdamW on what requires grad; warm-up over a tenth of the steps, then down a cosine to a tenth of lr."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warm = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+    return Learner(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+
+
+def update(learner: Learner, rows: list, loss_of: Callable, args) -> dict[str, float]:
+    """One optimizer step over all rows; metrics as numbers, with grad_norm and learning_rate.
+
+    Args:
+        loss_of: part of the rows -> (loss, metrics): 0-dim tensors, shares of the step's that add up over the parts.
+    """
+    size = args.micro_batch_size or len(rows)
+    total: dict[str, torch.Tensor] = {}
+    for begin in range(0, len(rows), size):
+        loss, report = loss_of(rows[begin : begin + size])
+        loss.backward()
+        for name, value in ({"loss": loss} | report).items():
+            total[name] = total.get(name, 0) + value.detach()
+    trained = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+    if not torch.isfinite(norm):
+        common.fail(
+            f"loss {float(total['loss'])}, gradient norm {float(norm)}: the weights stay as they are; lower --lr"
+        )
+    rate = learner.schedule.get_last_lr()[0]
+    learner.optimizer.step()
+    learner.schedule.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return {name: float(value) for name, value in total.items()} | {"grad_norm": float(norm), "learning_rate": rate}
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the parameters that are trained; tied ones once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts a `trained_state` back."""
+    for name, parameter in trained_state(model).items():
+        parameter.copy_(state[name])
+
+
+def generator_state() -> dict[str, torch.Tensor]:
+    """Of torch's generators."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+
+
+class Run:
+    """A run's folder: its arguments, its metrics, its checkpoints; stages come one after another."""
+
+    def __init__(self, args, panels: dict[str, str]):
+        """panels: metrics for the bar and the picture, by name, with their titles."""
+        self.args, self.panels, self.begun, self.saved = args, panels, 0, None
+        self.folder = self._folder()
+        settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+        path = self.folder / "arguments.json"
+        if args.resume:
+            self.saved = common.load_checkpoint(self.folder, args.device)
+            if (old := json.loads(path.read_text())) != settings:
+                names = [name for name in old | settings if old.get(name) != settings.get(name)]
+                changed = ", ".join(f"{name}: {old.get(name)} then, {settings.get(name)} now" for name in names)
+                common.fail(f"--resume: the run in {self.folder} was started with other arguments ({changed})")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        common.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+        self.kept = self.saved["step"] if self.saved else None  # the step of the last whole checkpoint
+        rows = common.read_metrics(self.folder / "metrics.jsonl") if args.resume else []
+        self.history = [row for row in rows if row["step"] < self.kept]
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        common.write_whole(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+        self.log = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, closed in __exit__
+        self.board = self._board() if args.tensorboard else None
+
+    def _folder(self) -> Path:
+        """An old run is continued or left alone, never mixed with a new one."""
+        default = Path("runs") / self.args.script
+        if not (self.args.resume or self.args.output):
+            names = (default.with_name(f"{default.name}-{n}" if n > 1 else default.name) for n in range(1, 10**6))
+            return next(folder for folder in names if not folder.exists())
+        folder = Path(self.args.output or default)
+        if not self.args.resume and (folder / "arguments.json").exists():
+            common.fail(
+                f"--output: {folder} holds a run already; --resume continues it, another folder leaves it alone"
+            )
+        return folder
+
+    def _board(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            common.fail("--tensorboard takes TensorBoard: pip install tensorboard")
+        return SummaryWriter(self.folder, purge_step=self.kept)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Whatever ends a run, the last checkpoint is whole; says where it is."""
+        try:
+            self.log.close()
+        except OSError as full:
+            error = error or full
+        if self.board is not None:
+            self.board.close()
+        if error is None:
+            return
+        left = "There is no checkpoint yet."
+        if self.kept:
+            left = f"The last checkpoint is whole: --resume --output {self.folder} continues from step {self.kept}"
+        if isinstance(error, OSError) and error.errno in FULL:
+            common.fail(f"{self.folder}: {error.strerror}; make room. {left}")
+        print(f"stopped. {left}", file=sys.stderr)
+        if kind is None:
+            raise error
+
+    def skip(self, steps: int) -> None:
+        """A stage whose result is on disk."""
+        self.begun += steps
+
+    def train(
+        self,
+        stage: str,
+        learner: Learner,
+        steps: int,
+        one_step: Callable[[int], dict[str, float]],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        state: dict | None = None,
+    ) -> None:
+        """One stage, from its beginning or from the checkpoint that lies in it, to its end."""
+        first, self.begun = self.begun, self.begun + steps
+        parts = {"optimizer": learner.optimizer, "schedule": learner.schedule, **(state or {})}
+        step = first
+        torch.manual_seed(self.args.seed + first)
+        if self.saved is not None and self.saved["step"] > self.begun:
+            common.fail(f"--resume: {self.folder} is past {stage}, but what that stage made is gone; start anew")
+        if self.saved is not None and self.saved["step"] > first:
+            step = self.saved["step"]
+            restore(learner.model, self.saved["model"])
+            for name, part in parts.items():
+                part.load_state_dict(self.saved["parts"][name])
+            torch.set_rng_state(self.saved["rng"]["cpu"].cpu())
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(self.saved["rng"]["cuda"].cpu())
+        learner.model.train()
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=steps, initial=step - first, desc=stage, disable=quiet) as bar:
+            while step < self.begun:
+                row = {"step": step, "stage": stage, **one_step(step)}
+                step += 1
+                every = self.args.eval_every
+                if evaluate is not None and every and ((step - first) % every == 0):
+                    row |= {f"eval_{name}": value for name, value in evaluate().items()}
+                self._write(row)
+                bar.set_postfix({name.split("/")[-1]: f"{row[name]:.3f}" for name in self.panels if name in row})
+                bar.update()
+                if step % self.args.checkpoint_every == 0 or step == self.begun:
+                    self._checkpoint(stage, step, learner.model, parts)
+
+    def _write(self, row: dict) -> None:
+        self.history.append(row)
+        self.log.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['stage']}/{name}", value, row["step"])
+
+    def _checkpoint(self, stage: str, step: int, model, parts: dict) -> None:
+        self.log.flush()
+        state = {"stage": stage, "step": step, "rng": generator_state(), "model": trained_state(model)}
+        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
+        common.save_checkpoint(self.folder, step, state)
+        self.kept = step
+
+    def finish(self, model, tokenizer, title: str, labels: dict[str, str], columns: dict[str, dict]) -> None:
+        """Saves the model, draws the panels, prints the table (see common.print_table)."""
+        models.save(self.folder / "model", model, tokenizer)
+        common.plot_metrics(self.history, self.panels, self.folder / "curves.png", title)
+        common.print_table("held-out", labels, columns)
+        print(f"\nmodel, metrics.jsonl and curves.png are in {self.folder}")
+
+
+def main(train: Callable, args) -> None:
+    """train(args); Ctrl-C ends it with the message of `Run`, as shells expect."""
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

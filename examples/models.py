@@ -1,0 +1,300 @@
+"""Models of the examples: building, LoRA, references, log-probs and rewards of batches, answers, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import comparisons
+import dataset
+import torch
+from common import fail, write_whole
+from torch import Tensor
+
+import fused_po
+
+MASKED = ("sdpa", "eager", "flex_attention")  # attention that keeps packed sequences apart by a mask
+FLASH = ("flash_attention_2", "flash_attention_3")  # and by cu_seqlens, which transformers reads off the positions
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 512):
+    """A BPE tokenizer of the texts' own words and numbers, as transformers wants it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    split = [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
+
+
+def quiet():
+    """transformers, without bars and news of new heads."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def load(kind: str, path: str | Path, args, **how):
+    """A pretrained model of transformers' Auto class `kind`, in fp32, on args.device."""
+    transformers = quiet()
+    try:
+        return getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, **how).to(args.device)
+    except (OSError, ValueError) as error:
+        fail(f"--model: {str(path)!r} cannot be loaded ({error})")
+
+
+def load_tokenizer(path: str | Path):
+    """A pretrained tokenizer; it pads on the left, for `sample`."""
+    try:
+        tokenizer = quiet().AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError) as error:
+        fail(f"--model: the tokenizer of {str(path)!r} cannot be loaded ({error})")
+    if tokenizer.eos_token is None:
+        fail(f"--model: the tokenizer of {str(path)!r} has no eos_token, which ends an answer")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def build(args, texts: list[str]):
+    """(model, tokenizer): the ones of --model, or a tiny Llama with a tokenizer trained on the texts."""
+    torch.manual_seed(args.seed)
+    if args.model:
+        model, tokenizer = load("AutoModelForCausalLM", args.model, args), load_tokenizer(args.model)
+    else:
+        tokenizer = train_tokenizer(texts)
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+        transformers = quiet()
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=args.max_length, **shape, **ends
+        )
+        model = transformers.LlamaForCausalLM(config).to(args.device)
+    return checkpointed(model, args), tokenizer
+
+
+def checkpointed(model, args):
+    """The model, recomputing activations in its backward with --gradient-checkpointing."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def adapt(model, args):
+    """The model, or with --lora adapters on all its linear layers but the LM head, everything else frozen."""
+    if not args.lora:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora takes peft: pip install peft")
+    torch.manual_seed(args.seed)
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    how = dict(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear", task_type=task)
+    return get_peft_model(model, LoraConfig(**how))
+
+
+def freeze(model, args):
+    """The reference: a frozen copy of the model, or None with --lora, where it is the model without its adapters."""
+    return None if args.lora else copy.deepcopy(model).requires_grad_(False)
+
+
+@contextlib.contextmanager
+def reference(model, frozen) -> Iterator:
+    """What `freeze` stands for, without gradients: the frozen copy, or the model with its adapters switched off."""
+    scorer = model if frozen is None else frozen
+    with torch.no_grad(), evaluating(scorer), scorer.disable_adapter() if frozen is None else contextlib.nullcontext():
+        yield scorer
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator:
+    """model.eval() inside, as it was after."""
+    was = model.training
+    model.eval()
+    yield
+    model.train(was)
+
+
+def autocast(args):
+    """bf16 under --bf16."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+
+
+def pack(lengths: list[int], room: int) -> list[list[int]]:
+    """Sequences' numbers in rows of at most `room` tokens: the longest first, each where it first fits."""
+    rows, left = [], []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((i for i, free in enumerate(left) if free >= lengths[number]), None)
+        if at is None:
+            at = len(rows)
+            rows.append([])
+            left.append(room)
+        rows[at].append(number)
+        left[at] -= lengths[number]
+    return rows
+
+
+def packed_places(mask: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """(places, positions) [R, L] of packed rows: where each token stands in mask.flatten(), -1 for filling; and its
+
+    number in its sequence. mask: [B, T], True on tokens."""
+    tokens = [row.nonzero().squeeze(-1) + i * mask.shape[1] for i, row in enumerate(mask)]
+    rows = [[tokens[i] for i in row] for row in pack([len(t) for t in tokens], room)]
+    fill = torch.nn.utils.rnn.pad_sequence
+    places = fill([torch.cat(row) for row in rows], batch_first=True, padding_value=-1)
+    counts = [torch.cat([torch.arange(len(t), device=mask.device) for t in row]) for row in rows]
+    return places, fill(counts, batch_first=True)
+
+
+def hidden_states(model, batch: dict[str, Tensor], args) -> Tensor:
+    """[B, T, H], what the LM head would be given, of a batch of `dataset.stack`; zeros on padding with --padding-free.
+
+    With --padding-free the sequences lie end to end in rows, without padding, positions beginning anew with each:
+    transformers keeps them apart by a block-diagonal mask, or by cu_seqlens in flash-attention.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    decoder = model.get_decoder()
+    with autocast(args):
+        if not args.padding_free:
+            return decoder(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+        attention = model.config._attn_implementation
+        if attention not in MASKED + FLASH:
+            fail(f"--padding-free: not with attention {attention!r}, which mixes packed sequences; leave it out")
+        # a mask costs the square of a row's length, flash-attention the sum of its sequences' squares
+        room = mask.numel() if attention in FLASH else max(mask.shape[1], 256)
+        places, positions = packed_places(mask, room)
+        packed = ids.flatten()[places.clamp(min=0)]
+        hidden = decoder(input_ids=packed, position_ids=positions, use_cache=False).last_hidden_state
+    there = places >= 0
+    out = hidden.new_zeros(mask.numel(), hidden.shape[-1])
+    return out.index_put((places[there],), hidden[there]).view(*mask.shape, -1)
+
+
+def head(model) -> dict:
+    """The LM head as `linear_logps` takes it: weight, bias, logit_scale, softcap."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return dict(weight=layer.weight, bias=getattr(layer, "bias", None), logit_scale=scale, softcap=softcap)
+
+
+def token_stats(model, batch: dict[str, Tensor], args, outputs: tuple[str, ...] = ("logps",)) -> fused_po.TokenStats:
+    """Log-probs (and what else `outputs` names) of a stacked batch's labels, [B, T], at the places that predict them.
+
+    `fused_po.shift_labels(batch["labels"]) != dataset.IGNORE` is their mask.
+    """
+    hidden, labels = hidden_states(model, batch, args), fused_po.shift_labels(batch["labels"])
+    with autocast(args):
+        return fused_po.linear_logps(hidden, labels=labels, outputs=outputs, **head(model))
+
+
+def answer_logps(model, batch: dict[str, Tensor], args, average: bool = False) -> Tensor:
+    """[B] log-probs of whole answers, or their means over tokens."""
+    mask = fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
+    return fused_po.sequence_logps(token_stats(model, batch, args).logps, mask, average=average)
+
+
+def scores(model, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """[B]: the scalar head `score` on the hidden state of each sequence's last token."""
+    steps = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (batch["attention_mask"] * steps).argmax(1)
+    ends = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return model.score(ends.to(model.score.weight.dtype)).squeeze(-1)
+
+
+def rewards(model, batch: dict[str, Tensor], args) -> Tensor:
+    """[B] rewards of whole sequences, prompt and answer with its end.
+
+    model: transformers' ...ForSequenceClassification with one label. A run of reward.py saves one:
+    `load("AutoModelForSequenceClassification", "runs/reward/model", args, num_labels=1)`.
+    """
+    return scores(model, hidden_states(model, batch, args), batch)
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those that the model names (chat models have several)."""
+    named = model.generation_config.eos_token_id
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+@contextlib.contextmanager
+def plain_draws(model, ends: list[int]) -> Iterator[None]:
+    """Inside, `generate` draws from the model's own probabilities, whatever penalties its generation_config has."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, base.generation_config = base.generation_config, GenerationConfig(eos_token_id=ends)
+    try:
+        yield
+    finally:
+        base.generation_config = kept
+
+
+@torch.no_grad()
+def sample(
+    model, tokenizer, rows: list[dict], args, longest: int, *, temperature: float = 1.0, seed: int | None = None
+) -> list[dict]:
+    """The rows with an answer each: its ids up to and with its end (answer_ids), and its text (answer).
+
+    Args:
+        rows: with prompt_ids. longest: tokens of an answer. temperature: 0 takes the most probable tokens.
+        seed: of the draws, which then leave the generator as it was; None: they go on from where it is.
+    """
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    answered, ends = [], end_ids(model, tokenizer)
+    with torch.random.fork_rng(enabled=seed is not None), evaluating(model), autocast(args), plain_draws(model, ends):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for begin in range(0, len(rows), 300):
+            part = rows[begin : begin + 300]
+            prompts = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in part]}, return_tensors="pt")
+            prompts = {name: prompts[name].to(args.device) for name in ("input_ids", "attention_mask")}
+            out = model.generate(**prompts, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **how)
+            for row, ids in zip(part, out[:, prompts["input_ids"].shape[1] :].tolist()):
+                ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+                answered.append({**row, "answer_ids": ids, "answer": tokenizer.decode(ids, skip_special_tokens=True)})
+    return answered
+
+
+def share_correct(model, tokenizer, rows: list[dict], args, longest: int = 24) -> float:
+    """Of the questions that the checking program knows, how many the most probable answers get right; or NaN."""
+    known = [row for row in rows if comparisons.is_question(dataset.text_of(row["prompt"]))]
+    answered = sample(model, tokenizer, known, args, longest, temperature=0)
+    right = sum(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer"]) for row in answered)
+    return right / len(known) if known else math.nan
+
+
+def sampled_pairs(model, tokenizer, rows: list[dict], args, *, samples: int, longest: int, seed: int) -> list[dict]:
+    """Preference rows from the model's own answers, as the checking program judges them.
+
+    Of each prompt `samples` answers are drawn at temperature 1; every wrong one is paired with a right one, both once.
+    """
+    pairs = []
+    drawn = [sample(model, tokenizer, rows, args, longest, seed=seed + i) for i in range(samples)]
+    for answers in zip(*drawn):
+        prompt = answers[0]["prompt"]
+        right, wrong = [], []
+        for row in answers:
+            (right if comparisons.is_correct(dataset.text_of(prompt), row["answer"]) else wrong).append(row["answer"])
+        pairs += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in zip(right, wrong) if b.strip()]
+    if not pairs:
+        fail(f"no pair: of {len(rows)} prompts none got a right answer and a wrong one in {samples} samples")
+    return pairs
+
+
+def save(path: Path, model, tokenizer) -> None:
+    """Model and tokenizer as transformers loads them; adapters are merged into the weights (of a copy)."""
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    write_whole(path, lambda folder: [part.save_pretrained(folder) for part in (model, tokenizer)])

@@ -1,0 +1,88 @@
+"""The reference's log-probs, scored once and kept on disk: training then pays no forward of the reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import common
+import dataset
+import models
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fused_po
+
+
+def add_flags(parser) -> None:
+    """--precompute-ref and --ref-cache."""
+    add = parser.add_argument
+    add("--precompute-ref", action="store_true", help="score the reference once, keep its log-probs in --ref-cache")
+    add("--ref-cache", default="runs/reference", help="folder for such log-probs, a file a model and data")
+
+
+def key_of(model, rows: list[dict], fields: tuple[str, ...], args) -> str:
+    """A hash of all that the log-probs depend on: weights, tokens, precision."""
+    digest = hashlib.sha256(json.dumps([fields, args.bf16, torch.__version__]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" not in name:  # the reference is the model without its adapters
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for row in rows:
+        digest.update(json.dumps([row["prompt_ids"], *(row[f"{field}_ids"] for field in fields)]).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def score(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, args) -> dict[str, Tensor]:
+    """By field, the reference's log-probs of all scored tokens, one row after the other."""
+    parts: dict[str, list[Tensor]] = {field: [] for field in fields}
+    size = args.micro_batch_size or args.batch_size
+    with models.reference(model, frozen) as scorer:
+        for begin in tqdm(range(0, len(rows), size), desc="reference", disable=None):
+            for field in fields:
+                batch = dataset.stack(rows[begin : begin + size], (field,), tokenizer.pad_token_id, args.device)
+                mask = fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
+                parts[field].append(models.token_stats(scorer, batch, args).logps[mask].cpu())
+    return {field: torch.cat(part) for field, part in parts.items()}
+
+
+def scored(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, args) -> list[dict]:
+    """The rows with the reference's log-probs of each answer's tokens (<field>_ref [n]), from --ref-cache if there."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    key = key_of(model if frozen is None else frozen, rows, fields, args)
+    path = Path(args.ref_cache) / f"{key[:32]}.safetensors"
+    lengths = {field: [len(row[f"{field}_ids"]) - (not row["prompt_ids"]) for row in rows] for field in fields}
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                found, logps = (file.metadata() or {}).get("key"), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            common.fail(f"--ref-cache: {path} cannot be read ({error}); delete it, and it is made anew")
+        good = {name: len(value) for name, value in logps.items()} == {name: sum(v) for name, v in lengths.items()}
+        if found != key or not good or not all(value.isfinite().all() for value in logps.values()):
+            common.fail(f"--ref-cache: {path} is not what it is named after; delete it, and it is made anew")
+    else:
+        logps = score(model, frozen, rows, fields, tokenizer, args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = save(logps, metadata={"key": key})
+        common.write_whole(path, lambda temporary: temporary.write_bytes(whole))
+    split = {field: logps[field].split(lengths[field]) for field in fields}
+    return [{**row, **{f"{field}_ref": split[field][i] for field in fields}} for i, row in enumerate(rows)]
+
+
+def logps_of(model, frozen, rows: list[dict], fields: tuple[str, ...], batch: dict[str, Tensor], args) -> Tensor:
+    """[len(fields) * B, T] log-probs of `dataset.stack(rows, fields, ...)` under the reference.
+
+    Those that `scored` left in the rows, or else the reference's forward, by `models.reference`.
+    """
+    if f"{fields[0]}_ref" not in rows[0]:
+        with models.reference(model, frozen) as scorer:
+            return models.token_stats(scorer, batch, args).logps
+    mask = fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
+    flat = torch.cat([row[f"{field}_ref"] for field in fields for row in rows]).to(mask.device)
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device).masked_scatter(mask, flat)

@@ -1,0 +1,304 @@
+"""What the loops that sample share: answers of the policy, their rewards, what is known of their tokens.
+
+    parse(parser, argv)                        the flags below, beside those of loop.py
+    train(args, panels, stage, train_steps)    the whole run around a script's own steps
+    begin(run, args, texts)                    -> (policy, frozen reference, tokenizer, prompts, held-out prompts)
+    judge = judge_of(args, tokenizer, prompts) rewards of answers, by a program, a function or a reward model
+    rollout(model, tokenizer, prompts, args, judge)
+                                               rows with answer_ids, answer, ended, reward
+    annotated(rows, tokenizer, args, values_of)
+                                               rows with values of their answers' tokens, scored without gradients
+    stacked(rows, name, mask)                  such values as [B, T], for a loss
+    measure(...)                               held out: correct answers, reward, exact KL to the reference
+
+An answer's tokens are those up to and with its end; nothing after it exists in a row, so nothing after it is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import numbers
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import comparisons
+import dataset
+import loop
+import models
+import sft
+import torch
+from common import fail
+from torch import Tensor
+
+import fused_po
+
+FIELDS = ("answer",)
+SHARES = {
+    "correct": "greedy answers that are correct",
+    "reward": "reward of sampled answers",
+    "kl": "exact KL to the reference, nats an answer",
+}
+Judge = Callable[[list[dict]], list[float]]
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, positive: tuple[str, ...], natural: tuple[str, ...]
+) -> argparse.Namespace:
+    """The script's flags and those of sampling and rewards, checked."""
+    add = parser.add_argument
+    add("--max-completion-length", type=int, default=16, help="tokens of an answer, its end included")
+    add("--temperature", type=float, default=1.0, help="of the draws, and of the log-probs that are trained")
+    add("--reward-model", help="folder of a run of reward.py (runs/reward/model), in place of the checking program")
+    called = "FILE.py:NAME, called as TRL calls its reward functions: prompts=, completions=, the data's other columns"
+    add("--reward-function", help=f"{called}; returns a list of numbers; in place of the checking program")
+    add("--missing-eos-penalty", type=float, default=1.0, help="taken off the reward of an answer that does not end")
+    add("--sft-batch-size", type=int, default=32, help="rows of a supervised step")
+    positive += ("max_completion_length", "temperature", "sft_batch_size")
+    args = loop.parse(parser, argv, positive, (*natural, "missing_eos_penalty"))
+    if args.reward_model and args.reward_function:
+        fail("--reward-function: given beside --reward-model; one of them rewards")
+    if args.max_prompt_length + args.max_completion_length > args.max_length:
+        lengths = f"{args.max_prompt_length} + {args.max_completion_length}"
+        fail(f"--max-length: got {args.max_length}, less than a prompt and its answer may have, {lengths} tokens")
+    return args
+
+
+def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
+    """(policy, frozen reference or None, tokenizer, prompts, held-out prompts), after the supervised steps."""
+    model, tokenizer, prompts, held_out = loop.start(args, texts)
+    if args.sft_steps and not all("chosen_ids" in row for row in prompts):
+        fail("--sft-steps: the data set has prompts alone, nothing to imitate; give --model and --sft-steps 0")
+    shape = argparse.Namespace(**{**vars(args), "batch_size": args.sft_batch_size})
+    sft.warm_up(run, model, tokenizer, prompts, shape)
+    frozen = models.freeze(model, args)
+    return models.adapt(model, args), frozen, tokenizer, prompts, held_out
+
+
+def by_program(rows: list[dict]) -> list[float]:
+    """1 for an answer that the checking program finds right, 0 for others."""
+    return [float(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer"])) for row in rows]
+
+
+def by_function(spec: str) -> Judge:
+    """The rewards of a function in a file."""
+    path, _, name = spec.rpartition(":")
+    found = importlib.util.spec_from_file_location("reward_function", path)
+    if found is None or not Path(path).is_file():
+        fail(f"--reward-function: got {spec!r}, expected FILE.py:NAME with a file that exists")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # whatever a user's file may raise
+        fail(f"--reward-function: {spec} cannot be loaded ({type(error).__name__}: {error})")
+
+    def judge(rows: list[dict]) -> list[float]:
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if not name.endswith("_ids")}
+        answers, prompts = columns.pop("answer"), columns.pop("prompt")
+        columns.pop("completion", None)
+        chats = [not isinstance(prompt, str) for prompt in prompts]
+        said = [[{"role": "assistant", "content": a}] if chat else a for a, chat in zip(answers, chats)]
+        try:
+            return function(prompts=prompts, completions=said, **columns)
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            fail(f"--reward-function: {spec} raised {type(error).__name__}: {error} (line {line})")
+
+    return judge
+
+
+def by_model(folder: str, tokenizer, args) -> Judge:
+    """The rewards of a reward model with the policy's tokenizer."""
+    if not (Path(folder) / "config.json").is_file():
+        fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
+    model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1).eval().requires_grad_(False)
+    if models.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
+
+    @torch.no_grad()
+    def judge(rows: list[dict]) -> list[float]:
+        scores = []
+        for begin in range(0, len(rows), 100):
+            batch = dataset.stack(rows[begin : begin + 100], FIELDS, tokenizer.pad_token_id, args.device)
+            scores += models.rewards(model, batch, args).tolist()
+        return scores
+
+    return judge
+
+
+def checked(judge: Judge, what: str) -> Judge:
+    """The judge, or an error where its rewards are no finite numbers, one for each answer."""
+
+    def judged(rows: list[dict]) -> list[float]:
+        rewards = judge(rows)
+        rewards = rewards.tolist() if isinstance(rewards, Tensor) else rewards
+        if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
+            got = f"{len(rewards)} rewards" if isinstance(rewards, (list, tuple)) else type(rewards).__name__
+            fail(f"{what}: returned {got}, expected a list of {len(rows)} numbers, one for each answer")
+        for reward, row in zip(rewards, rows):
+            if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+                asked = f"for {row['answer']!r} to {dataset.text_of(row['prompt'])!r}"
+                fail(f"{what}: returned {reward!r} {asked}; a reward is a finite number")
+        return [float(reward) for reward in rewards]
+
+    return judged
+
+
+def judge_of(args, tokenizer, prompts: list[dict]) -> Judge:
+    """What rewards answers: --reward-model, --reward-function, or the program that checks the shipped questions."""
+    if args.reward_model:
+        return checked(by_model(args.reward_model, tokenizer, args), f"--reward-model {args.reward_model}")
+    if args.reward_function:
+        return checked(by_function(args.reward_function), f"--reward-function {args.reward_function}")
+    other = next((row for row in prompts if not comparisons.is_question(dataset.text_of(row["prompt"]))), None)
+    if other is not None:
+        asked = dataset.text_of(other["prompt"])
+        fail(f"the checking program does not know {asked!r}; give --reward-model or --reward-function")
+    return by_program
+
+
+def rollout(
+    model, tokenizer, prompts: list[dict], args, judge: Judge, *, samples: int = 1, seed: int | None = None
+) -> list[dict]:
+    """The prompts with `samples` answers each, one after the other: answer_ids, answer, ended, reward.
+
+    seed: of the draws, which then leave torch's generator as it was.
+    """
+    asked = [row for row in prompts for _ in range(samples)]
+    how = dict(temperature=args.temperature, seed=seed)
+    rows = models.sample(model, tokenizer, asked, args, args.max_completion_length, **how)
+    ends = models.end_ids(model, tokenizer)
+    ended = [row["answer_ids"][-1] in ends for row in rows]
+    rewards = [r - (0.0 if end else args.missing_eos_penalty) for r, end in zip(judge(rows), ended)]
+    return [{**row, "ended": end, "reward": reward} for row, end, reward in zip(rows, ended, rewards)]
+
+
+def column(rows: list[dict], name: str) -> Tensor:
+    """[N] of the rows' numbers, float64, on the CPU."""
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+
+
+def stack(rows: list[dict], tokenizer, args) -> tuple[dict[str, Tensor], Tensor]:
+    """(batch, mask [B, T]): the mask is true where a token of an answer is predicted."""
+    batch = dataset.stack(rows, FIELDS, tokenizer.pad_token_id, args.device)
+    return batch, fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
+
+
+def logps_of(model, hidden: Tensor, batch: dict[str, Tensor], args, outputs: tuple[str, ...] = ("logps",)):
+    """TokenStats [B, T] of a batch's labels, at the temperature of the draws."""
+    labels = fused_po.shift_labels(batch["labels"])
+    how = dict(temperature=args.temperature, outputs=outputs)
+    with models.autocast(args):
+        return fused_po.linear_logps(hidden, labels=labels, **how, **models.head(model))
+
+
+def exact_kl(model, frozen, hidden: Tensor, batch: dict[str, Tensor], args) -> fused_po.KLStats:
+    """KLStats [B, T]: the exact KL to the reference at each token of the answers, and its log-prob, with gradients."""
+    labels = fused_po.shift_labels(batch["labels"])
+    with models.reference(model, frozen) as scorer:
+        head = models.head(scorer)
+        ref = dict(ref_hidden=models.hidden_states(scorer, batch, args), ref_weight=head["weight"])
+        ref |= dict(ref_bias=head["bias"])
+    with models.autocast(args):
+        return fused_po.linear_kl(hidden, labels=labels, **ref, **models.head(model), temperature=args.temperature)
+
+
+def split(values: dict[str, Tensor], mask: Tensor, rows: list[dict]) -> list[dict]:
+    """The rows, each with its answer's part [n] of values [B, T]."""
+    lengths = mask.sum(1).tolist()
+    parts = {name: value[mask].split(lengths) for name, value in values.items()}
+    return [{**row, **{name: part[i] for name, part in parts.items()}} for i, row in enumerate(rows)]
+
+
+def stacked(rows: list[dict], name: str, mask: Tensor) -> Tensor:
+    """[B, T] of what the rows hold for their answers' tokens; 0 elsewhere."""
+    flat = torch.cat([row[name] for row in rows])
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+@torch.no_grad()
+def annotated(rows: list[dict], tokenizer, args, values_of: Callable[[dict], dict[str, Tensor]]) -> list[dict]:
+    """The rows with values of their answers' tokens, scored as in training, but without gradients.
+
+    values_of: a stacked batch -> values [B, T] by name.
+    """
+    size, out = args.micro_batch_size or len(rows), []
+    for begin in range(0, len(rows), size):
+        batch, mask = stack(rows[begin : begin + size], tokenizer, args)
+        out += split(values_of(batch), mask, rows[begin : begin + size])
+    return out
+
+
+def with_old_logps(model, rows: list[dict], tokenizer, args) -> list[dict]:
+    """The rows with old_logps and entropy, the policy's own before an update."""
+
+    def values_of(batch):
+        hidden = models.hidden_states(model, batch, args)
+        stats = logps_of(model, hidden, batch, args, ("logps", "entropy"))
+        return {"old_logps": stats.logps, "entropy": stats.entropy}
+
+    return annotated(rows, tokenizer, args, values_of)
+
+
+def with_ref_logps(model, frozen, rows: list[dict], tokenizer, args) -> list[dict]:
+    """The rows with ref_logps, the reference's."""
+    with models.reference(model, frozen) as scorer:
+
+        def values_of(batch):
+            return {"ref_logps": logps_of(scorer, models.hidden_states(scorer, batch, args), batch, args).logps}
+
+        return annotated(rows, tokenizer, args, values_of)
+
+
+def mean_of(rows: list[dict], name: str) -> float:
+    """Of the values of all answers' tokens."""
+    return torch.cat([row[name] for row in rows]).mean().item()
+
+
+def sampling_metrics(rows: list[dict]) -> dict[str, float]:
+    """Under TRL's names: rewards, lengths, answers without an end."""
+    rewards = column(rows, "reward")
+    lengths = [len(row["answer_ids"]) for row in rows]
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(unbiased=False).item(),
+        "completions/mean_length": sum(lengths) / len(rows),
+        "completions/clipped_ratio": sum(not row["ended"] for row in rows) / len(rows),
+    }
+
+
+@torch.no_grad()
+def measure(model, frozen, tokenizer, prompts: list[dict], args, judge: Judge) -> dict[str, float]:
+    """Held out: share of correct greedy answers (NaN for unknown questions), reward and exact KL of sampled ones.
+
+    The KL is that to the reference, summed over an answer's tokens: nats an answer.
+    """
+    rows = rollout(model, tokenizer, prompts, args, judge, seed=args.seed)
+    nats = 0.0
+    with models.evaluating(model):
+        for begin in range(0, len(rows), 100):
+            batch, _ = stack(rows[begin : begin + 100], tokenizer, args)
+            nats += exact_kl(model, frozen, models.hidden_states(model, batch, args), batch, args).kl.sum().item()
+    correct = models.share_correct(model, tokenizer, prompts, args, longest=args.max_completion_length)
+    return {"correct": correct, "reward": column(rows, "reward").mean().item(), "kl": nats / len(rows)}
+
+
+def train(args, panels: dict[str, str], stage: str, train_steps: Callable) -> dict[str, dict[str, float]]:
+    """A whole run around a script's `train_steps`; returns what `measure` gave before and after."""
+    texts = loop.load_rows(args, "prompt")
+    with loop.Run(args, panels) as run:
+        model, frozen, tokenizer, prompts, held_out = begin(run, args, texts)
+        judge = judge_of(args, tokenizer, prompts + held_out)
+
+        def evaluate() -> dict[str, float]:
+            return measure(model, frozen, tokenizer, held_out, args, judge)
+
+        shares = {"before": evaluate()}
+        train_steps(run, model, frozen, tokenizer, prompts, args, judge, evaluate)
+        shares["after"] = evaluate()
+        title = f"Supervised training, then {stage}"
+        run.finish(model, tokenizer, title, SHARES, {"reference": shares["before"], "after": shares["after"]})
+    return shares
