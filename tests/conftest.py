@@ -1,13 +1,12 @@
 """Where the tests run: on the GPU if there is one, else on the CPU with Triton's kernels under its interpreter."""
 
 import os
-import random
-import zlib
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
 
 import pytest
 import torch
+from helpers import fresh_seed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -28,14 +27,8 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 
 @pytest.fixture
 def seed(request):
-    """A fresh seed a run, printed when the test fails; FUSED_PO_SEED repeats it.
-
-    Where CI is set each test has a seed of its own, always the same: thousands of bounds that hold for all but one
-    problem in a hundred thousand would fail a run in a few, and red must mean that the change is wrong.
-    """
-    own = zlib.crc32(request.node.nodeid.encode()) % 2**31
-    fresh = own if os.environ.get("CI") else random.SystemRandom().randrange(2**31)
-    value = int(os.environ.get("FUSED_PO_SEED", fresh))
+    """See `helpers.fresh_seed`; printed when the test fails."""
+    value = fresh_seed(request.node.nodeid)
     torch.manual_seed(value)
     request.node.user_properties.append(("seed", value))
     return value

@@ -2,12 +2,10 @@
 
 import functools
 import importlib
-import os
-import random
 
 import pytest
 import torch
-from helpers import DEVICE, IGNORE, Scaling, assert_close, count_launches, oracle, plain, random_labels
+from helpers import DEVICE, IGNORE, Scaling, assert_close, count_launches, fresh_seed, oracle, plain, random_labels
 
 import fused_po
 
@@ -24,7 +22,7 @@ PLAIN, SOFTCAP = Scaling(), Scaling(temperature=1.3, logit_scale=0.5, softcap=5.
 
 @functools.cache
 def shared_seed() -> int:
-    return int(os.environ.get("FUSED_PO_SEED", random.SystemRandom().randrange(2**31)))
+    return fresh_seed("test_small_batches.py")
 
 
 @pytest.fixture
