@@ -23,6 +23,8 @@ from trl_source import compared_names, function
 from trl_source import trainer as source
 from trl_tiny import ARGS, assert_equal_training, model, reward, rows, say, tokenizer
 
+from fused_po.integrations.trl import PaddingFreeDPOTrainer
+
 
 def losses_of(file: str, name: str) -> list[str]:
     """The trainer's loss_type names, as its source compares with them."""
@@ -61,6 +63,10 @@ PAIRS = ("prompt", "chosen", "rejected")
 
 def dpo(tmp_path, **args):
     return maker(tmp_path, DPOTrainer, DPOConfig, PAIRS, reference="peft_config" not in args, **args)
+
+
+def padding_free(tmp_path, **args):
+    return maker(tmp_path, PaddingFreeDPOTrainer, DPOConfig, PAIRS, reference="peft_config" not in args, **args)
 
 
 def kto(tmp_path, **args):

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import pytest
 import torch
@@ -144,23 +144,32 @@ def plain_head():
     utils._ChunkedLogProbFunction = stock
 
 
-def three_runs(make: Callable[[torch.dtype], object]) -> tuple[Run, Run, Run]:
-    """(stock, patched, truth): `make(dtype)` gives a fresh trainer, its weights drawn in fp32 and cast to dtype."""
+def three_runs(make: Callable[[torch.dtype], object], ours: Optional[Callable] = None) -> tuple[Run, Run, Run]:
+    """(stock, patched, truth): `make(dtype)` gives a fresh trainer, its weights drawn in fp32 and cast to dtype.
+
+    ours: makes the patched run's, if that is another.
+    """
     stock = train(make(torch.float32))
     with patched():
-        ours = train(make(torch.float32))
+        ours = train((ours or make)(torch.float32))
     with plain_head():
         truth = train(make(torch.float64))
     return stock, ours, truth
 
 
-def assert_equal_training(make: Callable[[torch.dtype], object]) -> tuple[Run, Run, Run]:
-    """Our error may be twice stock's, in the largest of all steps, plus a rounding.
+def assert_equal_training(make: Callable, ours: Optional[Callable] = None) -> tuple[Run, Run, Run]:
+    """The three runs, ours no further from the truth than `assert_equal_runs` allows."""
+    runs = three_runs(make, ours)
+    assert_equal_runs(*runs)
+    return runs
+
+
+def assert_equal_runs(*runs: Run) -> None:
+    """Of (stock, ours, truth): our error may be twice stock's, in the largest of all steps, plus a rounding.
 
     The rounding of a metric is that of the largest one logged, since many are differences of summed log-probs. One
     tensor's error is luck: gradients and weights are held against stock's largest, relative to the tensor.
     """
-    runs = three_runs(make)
     eps = torch.finfo(torch.float32).eps
     for kind, stock, ours, truth in zip(Run._fields, *runs):
         assert stock.keys() == ours.keys() == truth.keys(), kind
@@ -175,4 +184,3 @@ def assert_equal_training(make: Callable[[torch.dtype], object]) -> tuple[Run, R
         for name, error in errors[1].items():
             allowed = bound.get(name, 0)
             assert error <= allowed, f"{kind} {name}: off by {error:.2e}, allowed {allowed:.2e}"
-    return runs

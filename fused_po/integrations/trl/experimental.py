@@ -150,19 +150,25 @@ class ScoringModel:
             logits=ScoredLogits(n_vocab, {"labels": labels.to(out.log_probs.device), **rows}), aux_loss=out.aux_loss
         )
 
-    @contextlib.contextmanager
-    def _fused_forward(self) -> Iterator[None]:
+    def _fused_forward(self) -> contextlib.AbstractContextManager:
         """TRL's fused head on the model, for this call: nothing is left on it for others to copy or save."""
         base, made = self._base, vars(self._trainer).setdefault("_fused_po_forwards", {})
-        before = vars(base).get("forward")
         if id(base) not in made:  # the same object each time, or torch.compile would begin anew
-            self._add_fused_lm_head(base)
-            made[id(base)] = base.forward
-        base.forward = made[id(base)]
-        try:
-            yield
-        finally:
-            if before is None:
-                del base.forward
-            else:
-                base.forward = before
+            with swapped_forward(base, base.forward):
+                self._add_fused_lm_head(base)
+                made[id(base)] = base.forward
+        return swapped_forward(base, made[id(base)])
+
+
+@contextlib.contextmanager
+def swapped_forward(model: nn.Module, forward: Callable) -> Iterator[None]:
+    """`model.forward = forward` inside the block; afterwards as before, be that its own or its class's."""
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, Optional
 
 from fused_po.integrations.trl.experimental import HELPERS, score_in_helper
@@ -87,16 +88,32 @@ def patched(schedule: Optional[Schedule] = None, *, any_version: bool = False) -
             patch(before)
 
 
-def _places(any_version: bool) -> tuple[Any, type]:
-    """(trl.trainer.utils, the class under all trainers), once the version and the places to change are known."""
+def require_patch(who: str) -> None:
+    """RuntimeError unless `patch` is in force."""
+    if _installed is None:
+        raise RuntimeError(
+            f"{who} scores tokens with fused_po: call fused_po.integrations.trl.patch() before, or build it and train "
+            "inside `with patched():`"
+        )
+
+
+def import_trl() -> ModuleType:
+    """TRL's package, or an error that says which version to install."""
     try:
         import trl
-        from packaging.version import Version
-        from trl.trainer import base_trainer, utils
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ModuleNotFoundError(f"fused_po.integrations.trl needs TRL: {ASK}", name="trl") from None
+    return trl
+
+
+def _places(any_version: bool) -> tuple[Any, type]:
+    """(trl.trainer.utils, the class under all trainers), once the version and the places to change are known."""
+    trl = import_trl()
+    from packaging.version import Version
+    from trl.trainer import base_trainer, utils
+
     version = Version(trl.__version__)
     if not any_version and not Version(FIRST) <= version < Version(BEYOND):
         raise RuntimeError(
