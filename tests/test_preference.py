@@ -73,8 +73,12 @@ def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
             (out["loss"] * 2 + out["losses"].sum() - out["rejected_logps"].sum() * 0.1).backward()
             sides.append({**{k: v.detach() for k, v in out.items()}, "gradient": x.grad})
         scale = unit(sides[1]["gradient"])
+        if kl:  # k3 is an exponential: a large one is off by as much as it is steep
+            steep = (1 + sides[1]["kl_per_token"].abs()).log2().round().exp2().float()
         for side in sides:
             side["gradient"] = side["gradient"] / scale
+            if kl:
+                side["kl_per_token"] = side["kl_per_token"] / steep
         problems.append(sides)
         if i < 4:
             x = logits.detach().requires_grad_()
@@ -82,6 +86,8 @@ def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
             ours = fused_po.dpo_from_logits(x, labels, ref_logits, **settings)
             (ours.loss * 2 + ours.losses.sum() - ours.rejected_logps.sum() * 0.1).backward()
             ours_too.append({**ours._asdict(), "gradient": x.grad / scale})
+            if kl:
+                ours_too[-1]["kl_per_token"] = ours.kl_per_token / steep
             ours_labels = labels
     for name in problems[0][1]:
         got = torch.cat([o[name].detach().flatten() for o in ours_too])
