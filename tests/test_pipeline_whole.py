@@ -90,6 +90,6 @@ def test_the_whole_pipeline(whole, tmp_path):
     compared = whole.train(whole.parse(["--output", str(tmp_path / "run")]))
     assert time.time() - begin < 12 * MINUTES
     assert compared[-1][0] > 0.1 and max(compared[-1][1].values()) > 0.7
-    for name in ("ppo", "dpo"):
+    for name, nats in (("ppo", 1.5), ("dpo", 6)):  # only PPO's KL is held by its reward
         points = whole.curve(tmp_path / "run" / name)
-        assert max(share for _, share in points) >= 0.65 and all(kl < 3 for kl, _ in points)
+        assert max(share for _, share in points) >= 0.65 and all(kl < nats for kl, _ in points)
