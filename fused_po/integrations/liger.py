@@ -61,14 +61,7 @@ def install() -> None:
         ImportError: Liger is not installed.
         RuntimeError: it lacks a class that is replaced. Nothing is changed then.
     """
-    if _swap:
-        return
-    try:
-        for cls in CLASSES:
-            _swap.put("liger_kernel.chunked_loss", cls.__name__, cls)
-    except BaseException:
-        _swap.undo()
-        raise
+    _swap.replace(("liger_kernel.chunked_loss", cls.__name__, cls) for cls in CLASSES)
 
 
 def uninstall() -> None:

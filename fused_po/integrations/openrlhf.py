@@ -30,16 +30,8 @@ def install() -> None:
         ImportError: OpenRLHF is not installed, or its modules cannot be imported here.
         RuntimeError: it lacks a name that is replaced. Nothing is changed then.
     """
-    if _swap:
-        return
-    try:
-        for name in FUNCTIONS:
-            _swap.put("openrlhf.models.utils", name, globals()[name])
-        for name in LOSSES:
-            _swap.put("openrlhf.models.loss", name, getattr(modules, name))
-    except BaseException:
-        _swap.undo()
-        raise
+    functions = [("openrlhf.models.utils", name, globals()[name]) for name in FUNCTIONS]
+    _swap.replace(functions + [("openrlhf.models.loss", name, getattr(modules, name)) for name in LOSSES])
 
 
 def uninstall() -> None:

@@ -33,17 +33,10 @@ def install() -> None:
 
     Raises:
         ImportError: verl is not installed, or its modules cannot be imported here.
-        RuntimeError: verl lacks a name that is replaced. Nothing is changed then.
+        RuntimeError: verl lacks a name that is replaced. Nothing is replaced then.
     """
-    if _swap:
-        return
-    try:
-        for name, module in REPLACED.items():
-            _swap.put(module, name, globals()[name])
-        register_policy_losses()
-    except BaseException:
-        _swap.undo()
-        raise
+    register_policy_losses()
+    _swap.replace((module, name, globals()[name]) for name, module in REPLACED.items())
 
 
 def uninstall() -> None:

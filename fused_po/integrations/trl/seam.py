@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Optional
 
+from fused_po.integrations.swap import Swap
 from fused_po.integrations.trl.experimental import HELPERS, score_in_helper
 from fused_po.integrations.trl.scoring import Scoring
 from fused_po.schedule import Schedule
@@ -16,20 +17,10 @@ ASK = f"`pip install 'trl>={FIRST},<{BEYOND}'`"
 NEEDED = ("_ChunkedLogProbFunction", "_supports_trl_loss_kernel", "add_fused_lm_head")
 
 
-class _Installed:
-    """The names that were changed, with what stood there before, and the scoring that stands there now."""
+class _Installed(Swap):
+    """The names that were changed, and the scoring that stands there now."""
 
-    def __init__(self) -> None:
-        self.undo = contextlib.ExitStack()
-        self.scoring: Optional[Scoring] = None
-
-    def put(self, owner: Any, name: str, value: object) -> None:
-        """owner.name = value, until `undo` is closed."""
-        if name in vars(owner):
-            self.undo.callback(setattr, owner, name, vars(owner)[name])
-        else:
-            self.undo.callback(delattr, owner, name)
-        setattr(owner, name, value)
+    scoring: Optional[Scoring] = None
 
 
 _installed: Optional[_Installed] = None
@@ -61,7 +52,7 @@ def patch(schedule: Optional[Schedule] = None, *, any_version: bool = False) -> 
     try:
         _install(installed, utils, base_trainer, schedule)
     except BaseException:
-        installed.undo.close()
+        installed.undo()
         raise
     _installed = installed
 
@@ -71,7 +62,7 @@ def unpatch() -> None:
     global _installed
     if _installed is not None:
         installed, _installed = _installed, None
-        installed.undo.close()
+        installed.undo()
 
 
 @contextlib.contextmanager
