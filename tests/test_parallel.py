@@ -110,6 +110,13 @@ def test_one_all_gather_a_tile(groups, n_ranks, outputs, tile_rows, tiles):
             assert sum(size for _, size in backward) == 20 * rank_cases.H, backward
 
 
+def test_what_is_said_is_said_under_a_product(groups):
+    """A tile's all_gather travels while the next tile is projected, the sum of hidden's gradient under the head's."""
+    for forward, backward in groups(2).run(rank_cases.overlap):
+        assert forward == ["mm", "say", "mm", "say", "heard", "mm", "say", "heard", "heard"]
+        assert backward == ["mm", "say", "mm"]
+
+
 @pytest.mark.parametrize("direction, times", (("reverse", 1), ("forward", 1), ("js", 2)))
 def test_the_divergence_gathers_once_or_twice(groups, direction, times):
     for said in groups(2).run(rank_cases.divergence, direction):
