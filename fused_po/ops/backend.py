@@ -46,13 +46,26 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
 resolve._dynamo_marked_constant = True
 
 
+def _device(device: object) -> torch.device:
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: got {type(device).__name__}, expected a str, a torch.device or None")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected one such as 'cpu', 'cuda' or 'cuda:1'") from error
+
+
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     """What would run on tensors of this device (default: the GPU if there is one) and dtype, and why the rest not.
 
     >>> fused_po.backends("cpu")
     {'triton': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype such as torch.bfloat16")
     chosen = resolve(None, device, dtype)
     said = {}
     for name in NAMES:

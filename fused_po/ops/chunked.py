@@ -177,9 +177,9 @@ def chunked_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
     labels = check_operands(hidden, weight, labels, bias)
-    checks.label_range(labels, weight.shape[0], ignore_index)
+    checks.label_range(labels, weight.shape[0], checks.whole("ignore_index", ignore_index))
     groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
-    schedule, bits = schedule or Schedule(), output_bits(outputs)
+    schedule, bits = Schedule.of(schedule), output_bits(outputs)
     if schedule.num_scored is not None or not schedule.compact:
         raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
     scaling = checks.scaling(temperature, logit_scale, softcap)

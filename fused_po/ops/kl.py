@@ -91,6 +91,7 @@ def counted_labels(
 ) -> Tensor:
     """Labels in the shape of like [..., *] without its last dimension, ignore_index where a token does not count."""
     shape, why = like.shape[:-1], f"{name}'s shape without its last dimension"
+    checks.whole("ignore_index", ignore_index)
     if labels is None:
         labels = torch.zeros(shape, dtype=torch.int64, device=like.device)
         if ignore_index == 0:
@@ -240,6 +241,7 @@ def kl_from_logits(
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
     checks.alike(logits=logits, ref_logits=ref_logits)
+    checks.flags(inplace_backward=inplace_backward)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
     how = direction_of(direction, js_weight)

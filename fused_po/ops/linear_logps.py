@@ -141,7 +141,8 @@ def linear_logps(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
     labels = check_operands(hidden, weight, labels, bias)
-    schedule = schedule or Schedule()
+    schedule = Schedule.of(schedule)
+    checks.whole("ignore_index", ignore_index)
     bits, low = output_bits(outputs), None
     if low_rank is not None:
         u, low = check_low_rank(low_rank, hidden, weight)
