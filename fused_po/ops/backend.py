@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -15,15 +16,18 @@ from fused_po import kernels, reference
 NAMES = (*kernels.NAMES, "reference")
 ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None takes it even if Triton's interpreter could run: that is slow
 
+_interpreting = threading.Lock()  # Triton's interpreter swaps functions of the language while a kernel runs
+
 
 def _launcher(name: str, function: Callable) -> Callable:
     """A backend's function, run with the device of its first tensor current: kernels launch on the current device."""
 
     @functools.wraps(function)
-    def launch(tensor: torch.Tensor, *arguments):
+    def launch(tensor: torch.Tensor, *arguments, **options):
+        alone = _interpreting if tensor.device.type == "cpu" else contextlib.nullcontext()
         try:
-            with torch.cuda.device_of(tensor):
-                return function(tensor, *arguments)
+            with alone, torch.cuda.device_of(tensor):
+                return function(tensor, *arguments, **options)
         except (OSError, ValueError) as error:  # folders that cannot be written, files that were cut: nothing of ours
             raise RuntimeError(
                 f"fused_po: backend {name!r} cannot compile or load a kernel ({type(error).__name__}: {error}). If its "
