@@ -68,7 +68,7 @@ def scored(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, 
             common.fail(f"--ref-cache: {path} is not what it is named after; delete it, and it is made anew")
     else:
         logps = score(model, frozen, rows, fields, tokenizer, args)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        common.make_folder(path.parent, "--ref-cache")
         whole = save(logps, metadata={"key": key})
         common.write_whole(path, lambda temporary: temporary.write_bytes(whole))
     split = {field: logps[field].split(lengths[field]) for field in fields}

@@ -114,8 +114,10 @@ def by_model(folder: str, tokenizer, args) -> Judge:
     """The rewards of a reward model with the policy's tokenizer."""
     if not (Path(folder) / "config.json").is_file():
         fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
-    model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1).eval().requires_grad_(False)
-    if models.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+    flag = "--reward-model"
+    model = models.load("AutoModelForSequenceClassification", folder, args, flag, num_labels=1)
+    model = model.eval().requires_grad_(False)
+    if models.load_tokenizer(folder, flag).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
 
     @torch.no_grad()
