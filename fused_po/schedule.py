@@ -108,5 +108,6 @@ class Schedule:
         default = torch.float64 if dtype == torch.float64 else torch.float32
         chosen = self.logits_dtype or default
         if chosen not in (default, dtype):
-            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs are {default} and {dtype}")
+            allowed = " and ".join(map(str, dict.fromkeys((default, dtype))))
+            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs: {allowed}")
         return chosen
