@@ -59,14 +59,15 @@ def run(name: str, seed: int, **how) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_at_once(backend):
     """Each thread has its own problems and forwards and backwards; all of them as if it were alone."""
-    times = 20 if backend == "reference" or DEVICE == "cuda" else 2
-    alone = {(name, seed): run(name, seed, backend=backend) for name in OPS for seed in range(2)}
+    interpreted = backend == "triton" and DEVICE == "cpu"  # takes seconds
+    names, times = (["logps_from_logits", "linear_logps"], 1) if interpreted else (list(OPS), 20)
+    alone = {(name, seed): run(name, seed, backend=backend) for name in names for seed in range(2)}
     wrong, start = [], threading.Barrier(2)
 
     def work(seed: int) -> None:
         start.wait()
         try:
-            for name in [*OPS] * times:
+            for name in names * times:
                 found = run(name, seed, backend=backend)
                 wrong.extend(name for a, b in zip(found, alone[name, seed], strict=True) if not torch.equal(a, b))
         except BaseException as error:  # a thread's errors are no test's
@@ -97,24 +98,29 @@ FORK = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 import test_faults_process as here
-if {warm}:
-    before = [t.cpu() for name in here.OPS for t in here.run(name, 0)]
-child = os.fork()
-if child == 0:
-    here.DEVICE, here.LABELS = "cpu", here.LABELS.cpu()
-    found = [t for name in here.OPS for t in here.run(name, 0)]
-    good = not {warm} or all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, before))
-    os._exit(0 if good and len(found) == 9 else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+def child():
+    number = os.fork()
+    if number == 0:
+        here.DEVICE, here.LABELS = "cpu", here.LABELS.cpu()
+        torch.save([t for name in here.OPS for t in here.run(name, 0)], sys.argv[1])
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), torch.load(sys.argv[1], weights_only=True)
+
+unused = child()
+used = [t.cpu() for name in here.OPS for t in here.run(name, 0)]
+again = child()
+assert unused[0] == again[0] == 0 and len(used) == 9
+for a, b, c in zip(unused[1], again[1], used, strict=True):
+    assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize("warm", (False, True), ids=("import", "import and use"))
-def test_fork_after(warm):
+def test_fork_after_import_and_after_use(tmp_path):
     """The child computes on the CPU, as the workers of a data loader do, whatever the parent has used."""
-    code = FORK.format(tests=os.path.dirname(__file__), warm=warm)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.split() == ["0"], done.stderr
+    command = [sys.executable, "-c", FORK.format(tests=os.path.dirname(__file__)), str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_spawned_processes_take_what_is_sent_to_them():
