@@ -166,6 +166,57 @@ def test_a_checkpoint(hidden_in, trained, ran, tmp_path):
         run("dpo", words, tmp_path / "run", "--resume")
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def others(path: Path) -> None:
+    """A checkpoint of a model of other shapes, which would be broadcast into this one."""
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"model": {name: value[:1] for name, value in state["model"].items()}}, path)
+
+
+def without_model(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    del state["model"]
+    torch.save(state, path)
+
+
+DAMAGE = [
+    ("checkpoint-00000001.pt", cut, r"checkpoint-00000001.pt is damaged or no checkpoint"),
+    (
+        "checkpoint-00000001.pt",
+        lambda path: path.write_bytes(b""),
+        r"is damaged or no checkpoint \(EOFError\); delete it",
+    ),
+    ("checkpoint-00000001.pt", lambda path: torch.save([1], path), "is none of these scripts'"),
+    ("checkpoint-00000001.pt", without_model, "is none of these scripts'"),
+    ("checkpoint-00000001.pt", others, r"does not fit this run \(it holds other parameters than the model\)"),
+    ("arguments.json", lambda path: path.unlink(), r"arguments.json cannot be read .*; start anew in another folder"),
+    ("arguments.json", cut, "arguments.json cannot be read"),
+    ("arguments.json", lambda path: path.write_text("[]"), "was started with other arguments"),
+]
+
+
+@pytest.mark.parametrize("name, damage, message", DAMAGE)
+def test_a_damaged_run_is_a_message(name, damage, message, trained, tmp_path):
+    words, folder = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    damage(tmp_path / "run" / name)
+    with pytest.raises(SystemExit, match=f"error: --resume: .*{message}"):
+        run("dpo", [*words, "--steps", "1"], tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "\xff\xfe", '{"step": "1", "stage": "DPO"}'])
+def test_metrics_that_are_none_are_left_out(text, trained, tmp_path):
+    words, folder = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    good = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes((good + text + "\n").encode("latin-1"))
+    run("dpo", words, tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == good
+
+
 def test_a_cache_of_log_probs(trained, ran, tmp_path):
     """Neither a pickle under its name, nor another cache's content, nor one that was changed without its key."""
     from safetensors import safe_open
