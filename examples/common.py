@@ -17,6 +17,17 @@ def fail(message: str) -> None:
     raise SystemExit(f"error: {message}")
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, or that no training runs on."""
+    try:
+        if torch.empty(0, device=device).device.type != "meta":
+            return
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+        reason = str(error).splitlines()[0][:100]
+    fail(f"--device: got {device!r}, expected cpu, cuda or cuda:1 ({reason})")
+
+
 def remove(path: Path) -> None:
     """A file or a folder, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -49,22 +60,39 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None
         old.unlink()
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """The folder that a flag names, if it can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{flag}: {folder} cannot be made ({error.strerror}); name another folder")
+
+
 def load_checkpoint(folder: Path, device: str) -> dict:
-    """The newest checkpoint's state."""
+    """The newest checkpoint's state. Tensors, numbers and strings alone: no code in a checkpoint is run."""
     found = sorted(folder.glob("checkpoint-*.pt"))
     if not found:
         fail(f"{folder}: no checkpoint to resume from; leave out --resume to start anew")
-    return torch.load(found[-1], map_location=device, weights_only=True)
+    try:
+        return torch.load(found[-1], map_location=device, weights_only=True)
+    except Exception as error:  # whatever a file that was cut, or is no checkpoint, makes torch raise
+        fail(
+            f"--resume: {found[-1]} is damaged or no checkpoint ({type(error).__name__}); delete it, and the one "
+            "before is taken"
+        )
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line that an interruption cut short is left out."""
+    """Rows of a metrics file up to the first that is none: the last may have been cut short by an interruption."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int) and "stage" in row):
+            break
+        rows.append(row)
     return rows
 
 

@@ -43,7 +43,9 @@ from tqdm import tqdm
 
 NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard")
 POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")
-NATURAL = ("sft_steps", "micro_batch_size", "eval_every")
+NATURAL = ("sft_steps", "micro_batch_size", "eval_every", "seed")
+UNIT = ("gamma", "lam")  # of the scripts that have them
+CHECKPOINT = {"stage", "step", "rng", "model", "parts"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -133,15 +135,21 @@ def parse(
     if config:
         made.set_defaults(**from_yaml(made, config))
     args = made.parse_args(argv)
+    if args.model == "":
+        common.fail("--model: got an empty name, expected a Hub id or a folder; without the flag a tiny Llama is built")
+    common.check_device(args.device)
     args.sft_steps = (0 if args.model else args.warm_up) if args.sft_steps is None else args.sft_steps
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
     for names, allowed, wanted in (
         (POSITIVE + positive, lambda v: 0 < v < math.inf, "a number above 0"),
         (NATURAL + natural, lambda v: 0 <= v < math.inf, "0 or more"),
+        ([name for name in UNIT if name in args], lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     ):
         for name in names:
             if not allowed(getattr(args, name)):
                 common.fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected {wanted}")
+    if args.seed >= 2**31:
+        common.fail(f"--seed: got {args.seed}, expected less than 2**31")
     if args.max_length <= args.max_prompt_length:
         common.fail(f"--max-length: got {args.max_length}, expected more than --max-prompt-length")
     if args.test_dataset is None:
@@ -218,8 +226,11 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts a `trained_state` back."""
-    for name, parameter in trained_state(model).items():
+    """Puts a `trained_state` back; a ValueError if it is another model's."""
+    here = trained_state(model)
+    if {name: p.shape for name, p in here.items()} != {name: p.shape for name, p in state.items()}:
+        raise ValueError("it holds other parameters than the model")
+    for name, parameter in here.items():
         parameter.copy_(state[name])
 
 
@@ -239,11 +250,13 @@ class Run:
         path = self.folder / "arguments.json"
         if args.resume:
             self.saved = common.load_checkpoint(self.folder, args.device)
-            if (old := json.loads(path.read_text())) != settings:
+            if not isinstance(self.saved, dict) or CHECKPOINT - set(self.saved):
+                common.fail(f"--resume: the newest checkpoint in {self.folder} is none of these scripts'; delete it")
+            if (old := self._arguments(path)) != settings:
                 names = [name for name in old | settings if old.get(name) != settings.get(name)]
                 changed = ", ".join(f"{name}: {old.get(name)} then, {settings.get(name)} now" for name in names)
                 common.fail(f"--resume: the run in {self.folder} was started with other arguments ({changed})")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        common.make_folder(self.folder, "--output")
         common.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
         self.kept = self.saved["step"] if self.saved else None  # the step of the last whole checkpoint
         rows = common.read_metrics(self.folder / "metrics.jsonl") if args.resume else []
@@ -265,6 +278,13 @@ class Run:
                 f"--output: {folder} holds a run already; --resume continues it, another folder leaves it alone"
             )
         return folder
+
+    def _arguments(self, path: Path) -> dict:
+        """Those that the run was started with."""
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            common.fail(f"--resume: {path} cannot be read ({error}); start anew in another folder")
 
     def _board(self):
         try:
@@ -317,9 +337,14 @@ class Run:
             common.fail(f"--resume: {self.folder} is past {stage}, but what that stage made is gone; start anew")
         if self.saved is not None and self.saved["step"] > first:
             step = self.saved["step"]
-            restore(learner.model, self.saved["model"])
-            for name, part in parts.items():
-                part.load_state_dict(self.saved["parts"][name])
+            try:
+                restore(learner.model, self.saved["model"])
+                for name, part in parts.items():
+                    part.load_state_dict(self.saved["parts"][name])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                common.fail(
+                    f"--resume: the newest checkpoint in {self.folder} does not fit this run ({error}); delete it"
+                )
             torch.set_rng_state(self.saved["rng"]["cpu"].cpu())
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state(self.saved["rng"]["cuda"].cpu())

@@ -87,13 +87,18 @@ class Schedule:
                 raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in {unit}, or None")
             if value < low:
                 raise ValueError(f"{name}: got {value}, allowed are ints >= {low}, in {unit}, or None")
-        for name in ("entropy_grad", "skip_zero_rows", "compact"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        checks.flags(entropy_grad=self.entropy_grad, skip_zero_rows=self.skip_zero_rows, compact=self.compact)
         if self.num_scored is not None and not self.compact:
             raise ValueError("num_scored: got it with compact=False, which computes every token; leave out one of them")
         if self.logits_dtype is not None:
             checks.choice("logits_dtype", self.logits_dtype, checks.FLOATS)
+
+    @staticmethod
+    def of(schedule: Schedule | None) -> Schedule:
+        """The one asked for, or the default."""
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: got {type(schedule).__name__}, expected a fused_po.Schedule, or None")
+        return schedule or Schedule()
 
     def tile_bytes_on(self, device: torch.device) -> int:
         """The tile's bound on this device."""
@@ -104,5 +109,6 @@ class Schedule:
         default = torch.float64 if dtype == torch.float64 else torch.float32
         chosen = self.logits_dtype or default
         if chosen not in (default, dtype):
-            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs are {default} and {dtype}")
+            allowed = " and ".join(map(str, dict.fromkeys((default, dtype))))
+            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs: {allowed}")
         return chosen

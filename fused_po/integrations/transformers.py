@@ -205,7 +205,8 @@ def fuse_lm_head(
     base = _base(model)
     if STATE in vars(base):
         unfuse_lm_head(base)
-    state = _State(always, backend, schedule)
+    checks.flags(always=always)
+    state = _State(always, backend, Schedule.of(schedule))
     _install(base, state)
     try:
         like = next(state.head.parameters(), torch.empty(0))

@@ -57,6 +57,7 @@ def gspo(
     bound = ratio_bound(high, None, delta)
     t = tokens(logps, old_logps, advantages, mask)
     ratio = importance_ratio(sequence_mean(t.log_ratio, t.mask), log_ratio_clamp)
+    checks.flags(token_level=token_level)
     if token_level:
         ratio = ratio.detach() * (t.logps - t.logps.detach()).exp()
     return unreduced(clipped_surrogate(ratio, t.advantages, low, high, bound), t.mask)
@@ -182,6 +183,7 @@ def vespo_weight(
         if checks.floating("weights", weights).shape not in (mask.shape, mask[:, :1].shape):
             shapes = f"{tuple(mask.shape)} or {tuple(mask[:, :1].shape)}"
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {shapes}")
+        checks.same_device("weights", weights, mask.device)
         log_weights = weights.detach().log().clamp(LOWEST, 20.0)
         counted = mask if weights.shape == mask.shape else mask.any(-1, keepdim=True)
         log_w = log_w + torch.where(counted, log_weights, 0).sum(-1, keepdim=True)

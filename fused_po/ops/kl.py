@@ -92,6 +92,7 @@ def counted_labels(
 ) -> Tensor:
     """Labels in the shape of like [..., *] without its last dimension, ignore_index where a token does not count."""
     shape, why = like.shape[:-1], f"{name}'s shape without its last dimension"
+    checks.whole("ignore_index", ignore_index)
     if labels is None:
         labels = torch.zeros(shape, dtype=torch.int64, device=like.device)
         if ignore_index == 0:
@@ -245,6 +246,7 @@ def kl_from_logits(
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
     checks.alike(logits=logits, ref_logits=ref_logits)
+    checks.flags(inplace_backward=inplace_backward)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
     how = direction_of(direction, js_weight)

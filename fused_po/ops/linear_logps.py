@@ -150,7 +150,8 @@ def linear_logps(
     """
     hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
-    schedule = schedule or Schedule()
+    schedule = Schedule.of(schedule)
+    checks.whole("ignore_index", ignore_index)
     bits, low = output_bits(outputs), None
     if low_rank is not None:
         u, low = check_low_rank(low_rank, hidden, weight)
