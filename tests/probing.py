@@ -49,6 +49,7 @@ GOOD = {
     "log_p": normal(B, V).log_softmax(-1), "log_q": normal(B, V).log_softmax(-1), "threshold": 0.5, "coef": 0.1,
     "alpha": 0.5, "beta": 0.1, "kl_coef": 0.1, "init_kl_coef": 0.1, "target_kl": 6.0, "horizon": 100.0,
     "current_kl": 3.0, "n_steps": 4, "prob_desirable": torch.full((B,), 0.4), "loss_mask": torch.ones(B, T),
+    "group": torch.distributed.ProcessGroup(torch.distributed.HashStore(), 0, 1),
     "state": {"mean": torch.zeros(()), "count": 2}, "mask": torch.ones(B, T),
 }  # fmt: skip
 OWN = {  # where a name means something else, or a good call takes more than what has no default
