@@ -208,9 +208,12 @@ class _Backward(HeadBackward):
         )
         g_kl, *others = (g[some].contiguous() for g in self.grads)
         rows = self.rows.at(some)
-        self.run.from_basis(
-            d_logp, rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out, columns.start
-        )
+        if self.active[2]:  # there is no softcap then: see `backward`
+            self.run.from_basis(
+                d_logp, rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out, columns.start
+            )
+        else:
+            torch.mul(d_logp, others[0][:, None], out=out)
         return out.addcmul_(d, g_kl[:, None])
 
     def recompute(self, some: slice, columns: slice, weight: Tensor, logits: Tensor, out: Tensor) -> Tensor:
