@@ -114,9 +114,9 @@ def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: lis
 def assert_within(
     name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0
 ) -> tuple[float, float]:
-    """`assert_close` from plain PyTorch's errors alone; returns (what of our largest error no rounding explains, theirs).
+    """`assert_close` from plain PyTorch's errors; unit: a number whose rounding is let pass too.
 
-    The first of the two is at most twice the second. unit: a number whose rounding is let pass too.
+    Returns (our largest error beyond rounding, theirs); the first is at most twice the second.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     infinite = ~exact.isfinite()

@@ -38,7 +38,7 @@ def test_the_kl_of_no_tokens_has_a_gradient(backend, seed):
 @pytest.mark.parametrize("share", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("dead", (False, True), ids=("all rows", "rows without gradient"))
 def test_gradients_of_the_kl_and_of_log_probs_together_under_a_softcap(dead, share, backend, seed):
-    """linear_kl, head trainable, basis kept: the label's entry had the log-prob's gradient without the softcap's slope."""
+    """linear_kl with the basis kept: the label's entry took the log-prob's gradient without the softcap's slope."""
     n, v, cap = 8, 40, 3.0
     dtype = torch.float64 if backend == "reference" else torch.float32
     hidden, ref_hidden = (torch.randn(n, 6, dtype=dtype, device=DEVICE) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What must not change a result: constants, orders, splits, packing, schedules, layouts; and what must change it just so.
+"""What must not change a result (constants, orders, splits, packing, schedules, layouts), and what must just so.
 
 In float64, where nothing but rounding may differ, and bit for bit where not even that.
 """

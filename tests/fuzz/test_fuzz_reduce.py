@@ -40,7 +40,7 @@ TOKENS = st.builds(
 
 
 def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict]:
-    """(values [copies, tokens], mask [tokens], the numbers of each sequence's counted tokens, cu_seqlens or nothing)."""
+    """(values [copies, tokens], mask [tokens], places of each sequence's counted tokens, cu_seqlens or nothing)."""
     generator = generator_of(case.seed)
     n = 2 * case.n if pairs else case.n
     lengths = (
