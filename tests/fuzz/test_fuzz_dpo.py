@@ -98,7 +98,7 @@ def dpo_cases(draw) -> DPOCase:
 def dpo_tensors(case: DPOCase, generator: torch.Generator) -> Values:
     """[copies, ...] of what goes in: logits, or hidden states and weight; the reference beside it."""
     dtype, tokens = DTYPES[case.dtype], (2 * case.pairs, case.length)
-    n_copies = max(8, min(SAMPLES, 2_000_000 // max(1, tokens[0] * tokens[1] * case.v)))
+    n_copies = max(8, min(SAMPLES, 500_000 // max(1, tokens[0] * tokens[1] * case.v)))
     shapes = {"logits": ((*tokens, case.v), case.size)}
     if case.width:
         shapes = {"hidden": ((*tokens, case.width), case.size), "weight": ((case.v, case.width), case.width**-0.5)}

@@ -75,10 +75,13 @@ def kl_cases(draw) -> KLCase:
     )
     labels = draw(st.sampled_from(("labels", "labels and mask", "mask")))
     names = DIFFERENTIABLE if labels != "mask" else ("kl",)
+    scales = draw(scalings()), draw(scalings())
+    forbidden = draw(st.sampled_from((0.0, 0.0, 0.4)))
+    if scales[0].softcap or scales[1].softcap:  # a capped -inf may be said again
+        found, forbidden = found._replace(masked=0.0), 0.0
     low = "fp64" if found.dtype == "fp64" else draw(st.sampled_from(("fp32", "bf16", found.dtype)))
     return KLCase(
-        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), draw(st.sampled_from((0.0, 0.0, 0.4))), draw(DIRECTIONS),
-        (draw(scalings()), draw(scalings())), low, draw(incoming(names, found.dtype)), labels,
+        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low, draw(incoming(names, found.dtype)), labels,
         (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))), draw(st.booleans()), backend,
     )  # fmt: skip
 
@@ -184,7 +187,7 @@ def heads_cases(draw) -> HeadsCase:
 
 def heads_tensors(case: HeadsCase, generator: torch.Generator) -> Values:
     """[copies, ...] of each; with equal widths the reference is `distance` away from the policy."""
-    dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 300_000 // ((case.n + 1) * case.v)))
+    dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 150_000 // ((case.n + 1) * case.v)))
     slope, tensors = max(s.steepest for s in case.scalings), {}
     for prefix, width in zip(("", "ref_"), case.widths):
         shapes = {"hidden": ((case.n, width), case.size), "weight": ((case.v, width), width**-0.5)}
@@ -234,4 +237,4 @@ def check_linear_kl(case: HeadsCase) -> None:
     judge("linear_kl", found, errors, exact, units)
 
 
-test_linear_kl = fuzz(0.05, heads_cases())(check_linear_kl)
+test_linear_kl = fuzz(0.04, heads_cases())(check_linear_kl)

@@ -120,7 +120,7 @@ def evaluate_view(run, logits: torch.Tensor, leaves: tuple[str, ...], g: Values)
     return found
 
 
-test_logps_from_logits = fuzz(0.16, logits_cases())(check_logits)
+test_logps_from_logits = fuzz(0.15, logits_cases())(check_logits)
 
 
 class HeadCase(NamedTuple):
@@ -170,7 +170,7 @@ def head_cases(draw) -> HeadCase:
 
 def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:
     """[copies, ...] of each; raw logits are of about `size`."""
-    dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 400_000 // ((case.n + 1) * case.v)))
+    dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 200_000 // ((case.n + 1) * case.v)))
     shapes = {"hidden": ((case.n, case.width), case.size), "weight": ((case.v, case.width), case.width**-0.5)}
     if case.bias:
         shapes["bias"] = (case.v,), case.size
@@ -272,4 +272,4 @@ def chunked_cases(draw) -> HeadCase:
     return case._replace(rank=0, trained=trained)
 
 
-test_chunked_loss = fuzz(0.05, chunked_cases(), st.integers(1, 6))(check_chunked)
+test_chunked_loss = fuzz(0.04, chunked_cases(), st.integers(1, 6))(check_chunked)

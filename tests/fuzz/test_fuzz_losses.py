@@ -9,7 +9,7 @@ from problems import SEEDS, laid_out
 from test_zoo import TABLE, backward
 from zoo import Row
 
-COPIES = 48
+COPIES = 24
 NAMES = {row.id: row for row in TABLE}
 EXTREME = {row.id: row for row in TABLE if row.extremes}
 
@@ -64,7 +64,7 @@ def check_loss(name: str, size: float, lay: bool, seed: int) -> None:
     judge("losses", named(value, grads, row.grads), {key: torch.cat(errors) for key, errors in theirs.items()}, exact)
 
 
-test_losses = fuzz(0.14, st.sampled_from(sorted(NAMES)), st.sampled_from((0.1, 1.0, 1.0, 2.0)), st.booleans(), SEEDS)(
+test_losses = fuzz(0.1, st.sampled_from(sorted(NAMES)), st.sampled_from((0.1, 1.0, 1.0, 2.0)), st.booleans(), SEEDS)(
     check_loss
 )
 
@@ -80,4 +80,4 @@ def check_far(name: str, distance: float) -> None:
 DISTANCES = st.floats(-1e4, 1e4, allow_subnormal=False) | st.floats(-200, 200, allow_subnormal=False)
 
 
-test_far_from_the_reference = fuzz(0.07, st.sampled_from(sorted(EXTREME)), DISTANCES)(check_far)
+test_far_from_the_reference = fuzz(0.12, st.sampled_from(sorted(EXTREME)), DISTANCES)(check_far)

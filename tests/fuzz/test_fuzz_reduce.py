@@ -98,7 +98,7 @@ def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> Non
     check("sequence_logps", case, plainly, ours, values, (len(places),))
 
 
-test_sequence_logps = fuzz(0.08, TOKENS, st.booleans(), st.none() | st.sampled_from((0.0, 0.3, 1.0)))(check_sequences)
+test_sequence_logps = fuzz(0.1, TOKENS, st.booleans(), st.none() | st.sampled_from((0.0, 0.3, 1.0)))(check_sequences)
 
 
 def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None, ranks: int) -> None:
@@ -122,7 +122,7 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
 COUNTS = st.none() | st.tuples(st.integers(1, 1000), st.integers(1, 100))
 
 
-test_aggregate = fuzz(0.08, TOKENS, st.sampled_from(MODES), COUNTS, st.integers(1, 8))(check_aggregate)
+test_aggregate = fuzz(0.1, TOKENS, st.sampled_from(MODES), COUNTS, st.integers(1, 8))(check_aggregate)
 
 
 class StepsCase(NamedTuple):
@@ -145,7 +145,7 @@ STEPS = st.builds(
     st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 0.95)), st.booleans(), st.booleans(),
     st.sampled_from((0.0, 1.0)) | st.floats(0, 1), st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
     st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
-    st.sampled_from(BACKENDS), SEEDS,
+    st.sampled_from(("reference", "reference", *BACKENDS)), SEEDS,
 )  # fmt: skip
 
 
@@ -177,4 +177,4 @@ def check_gae(case: StepsCase) -> None:
     judge("gae", ours({name: t[0] for name, t in tensors.items()}), errors, exact)
 
 
-test_gae = fuzz(0.08, STEPS)(check_gae)
+test_gae = fuzz(0.06, STEPS)(check_gae)
