@@ -1,7 +1,7 @@
 """How a fuzzed case is run, judged and counted.
 
 A case is a NamedTuple of plain numbers and names; all its tensors follow from them, so that what Hypothesis prints of a
-failure is a line that repeats it: test_found.py is made of such lines. A problem's tensors have a leading dimension of
+failure is a line that repeats it. A problem's tensors have a leading dimension of
 copies: the first is the problem, the others differ from it by some per cent. We are run on the first, plain PyTorch on
 all, and its errors over all of them bound ours: one problem's error is luck.
 """
@@ -29,7 +29,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 SAMPLES = 256  # of plain PyTorch's errors, at least
 # float64 can't be seen to err against float64. Its errors are taken to be those of fp32 by the ratio of the epsilons,
 # and the truth, computed in float64 too, errs as plain PyTorch does: 2 x plain + 1 x plain is 1.5 times the bound.
-AS_FLOAT64 = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+FP64, FP32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
+AS_FLOAT64 = 1.5 * FP64 / FP32
 
 SHRUNK = 2000  # runs of fewer cases stop at a failure, and Hypothesis looks for the simplest like it; longer ones go on
 QUIET = [
@@ -159,7 +160,10 @@ def judge(op: str, ours: Values, errors: Values, exact: Values, units: dict[str,
     """Hold every value against its bound, and count the case; units: see `one_nat`."""
     worst = 0.0
     for name, value in ours.items():
-        where, unit = judged(exact[name], value.dtype), (units or {}).get(name, 0.0)
+        where = judged(exact[name], value.dtype)
+        unit = (units or {}).get(name, 0.0) * min(
+            1.0, FP32 / torch.finfo(value.dtype).eps
+        )  # nothing is computed in less
         both = (torch.where(where, v, 0) for v in (value, exact[name]))
         beyond, most = assert_within(name, *both, errors[name], unit)
         worst = max(worst, beyond / most if beyond else 0.0)
@@ -179,8 +183,7 @@ def one_nat(
     kernels work in base 2: where one token has all of the probability plain PyTorch is exact, and they are off by the
     rounding of that probability. For float64 the truth is rounded as we are. Else it is good to float64's rounding.
     """
-    eps = {width: torch.finfo(width).eps for width in (torch.float64, torch.float32)}
-    scale = 1.0 if backend == "triton" or dtype == "fp64" else 4 * eps[torch.float64] / eps[torch.float32]
+    scale = 1.0 if backend == "triton" or dtype == "fp64" else 4 * FP64 / FP32
     largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
     sizes = {name: float(f.abs().sum(-1).max()) if f.numel() else 0.0 for name, f in factors.items()}
     units = {name: 4.0 if name == "log_sum_sq_probs" else 1.0 for name in names}  # a log, and twice a log

@@ -81,7 +81,8 @@ def kl_cases(draw) -> KLCase:
         found, forbidden = found._replace(masked=0.0), 0.0
     low = "fp64" if found.dtype == "fp64" else draw(st.sampled_from(("fp32", "bf16", found.dtype)))
     return KLCase(
-        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low, draw(incoming(names, found.dtype)), labels,
+        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low,
+        draw(incoming(names, found.dtype)), labels,
         (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))), draw(st.booleans()), backend,
     )  # fmt: skip
 
