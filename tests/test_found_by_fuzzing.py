@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE
+from helpers import BACKENDS, DEVICE, IGNORE, assert_close
 from test_kl import in_torch
 
 import fused_po
-from fused_po import Schedule
+from fused_po import Schedule, losses
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,3 +88,27 @@ def test_logits_beyond_two_to_the_31_by_the_kernels():
     labels = logits.argmax(-1)
     assert fused_po.logps_from_logits(logits, labels, backend="reference").logps.isfinite().all()
     assert fused_po.logps_from_logits(logits, labels, backend="triton").logps.isfinite().all()
+
+
+def test_the_slope_of_sapos_gate_where_it_closes(seed):
+    """The sigmoid's own backward, s (1 - s), loses 1 - s to rounding."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        logps = torch.linspace(1, 2.5, 1024).to(dtype)[:, None].requires_grad_()
+        one = torch.ones_like(logps).detach()
+        rho = torch.exp(logps)
+        (plain,) = torch.autograd.grad((-4 / (1 + torch.exp(1 - rho))).sum(), logps)
+        (ours,) = torch.autograd.grad(losses.sapo(logps, 0 * one, one, one.bool(), temperature_pos=1.0).sum(), logps)
+        found[dtype] = ours, plain
+    (ours, theirs), (_, exact) = found[torch.float32], found[torch.float64]
+    assert_close("gradient", ours, exact, [(theirs, exact)])
+
+
+def test_vespos_weight_of_small_sampler_weights(seed):
+    """k log w is a large number where many weights are small, and phi had its rounding."""
+    weights = 0.05 + 0.1 * torch.rand(1024, 5)
+    logps, mask, one = -torch.ones(1024, 5), torch.ones(1024, 5, dtype=torch.bool), torch.ones(1024)
+    ours = losses.vespo(logps, logps, one, mask, weights)
+    plain, exact = (v.prod(1) ** 2 * torch.exp(3 - 3 * v.prod(1)) for v in (weights, weights.double()))
+    plain, exact = (v[:, None].expand(-1, 5) * 1e8 for v in (plain, exact))
+    assert_close("phi", ours * 1e8, exact, [(plain, exact)])
