@@ -80,4 +80,4 @@ def check_far(name: str, distance: float) -> None:
 DISTANCES = st.floats(-1e4, 1e4, allow_subnormal=False) | st.floats(-200, 200, allow_subnormal=False)
 
 
-test_far_from_the_reference = fuzz(0.12, st.sampled_from(sorted(EXTREME)), DISTANCES)(check_far)
+test_far_from_the_reference = fuzz(0.14, st.sampled_from(sorted(EXTREME)), DISTANCES)(check_far)
