@@ -51,6 +51,24 @@ def collectives(tile_rows: int, kept_rows: int, frozen: bool, outputs: tuple, n:
     return forward.calls, backward.calls
 
 
+def frozen(rows: int, bias: bool) -> None:
+    """A head without gradients: those of hidden through log-probs and lse, which its labels' rows are part of."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem()
+    schedule = Schedule(tile_bytes=rows * 2 * LINE)
+    found = []
+    for part in (slice(0, V), slice(rank * V // n_ranks, (rank + 1) * V // n_ranks)):
+        h, group = hidden.clone().requires_grad_(), dist.group.WORLD if part != slice(0, V) else None
+        b = weight[part, 0] if bias else None
+        how = {"outputs": ("logps", "lse"), "process_group": group, "schedule": schedule}
+        stats = fused_po.linear_logps(h, weight[part], labels, b, **how)
+        (stats.logps * g + stats.lse * g.roll(1)).sum().backward()
+        found.append((stats.logps.detach(), stats.lse.detach(), h.grad))
+    for ours, expected in zip(*reversed(found)):
+        torch.testing.assert_close(ours, expected)
+    same_everywhere(*found[1])
+
+
 class Order(TorchDispatchMode):
     """Products and collectives in the order they are begun, "mm" and "say"; "heard": what others have said has come."""
 

@@ -117,6 +117,12 @@ def test_what_is_said_is_said_under_a_product(groups):
         assert backward == ["mm", "say", "mm"]
 
 
+@pytest.mark.parametrize("n_ranks", (2, 4))
+@pytest.mark.parametrize("rows, bias", ((100, False), (3, True)), ids=("one tile", "many tiles, bias"))
+def test_a_frozen_head(groups, n_ranks, rows, bias):
+    groups(n_ranks).run(rank_cases.frozen, rows, bias)
+
+
 @pytest.mark.parametrize("direction, times", (("reverse", 1), ("forward", 1), ("js", 2)))
 def test_the_divergence_gathers_once_or_twice(groups, direction, times):
     for said in groups(2).run(rank_cases.divergence, direction):

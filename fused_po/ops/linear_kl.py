@@ -90,7 +90,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
-    given = [None if g is None or not g.numel() else g for g in (g_kl, g_logps, g_entropy)]
+    with_labels = ctx.how[-3]
+    given = (g_kl, g_logps, g_entropy) if with_labels else (g_kl, None, None)
     if all(g is None for g in given):
         return (None,) * (8 + len(ctx.how))
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]

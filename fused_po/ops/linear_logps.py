@@ -251,5 +251,6 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
     if (cheap or checks.debug()) and count > bound:
         raise ValueError(f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}")
     rows = torch.nonzero_static(scored, size=bound, fill_value=-1).squeeze(1)
-    rows = torch.where(rows < 0, scored.int().argmin(), rows)
+    if bound:  # no labels, no argmin
+        rows = torch.where(rows < 0, scored.int().argmin(), rows)
     return rows, torch.where(count > bound, torch.nan, 0.0)
