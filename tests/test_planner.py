@@ -99,7 +99,6 @@ def test_peak_is_the_counted_one(how, dtype, seed, monkeypatch):
     case()  # what is allocated once for all
     counted = counting.peak_bytes(lambda: kept.append(case()), DEVICE)
     planned = ours(case.work)
-    print({k: sum(v.values()) for k, v in planned.moments.items()}, counted, planned.peak - counted)
     assert planned.peak - case.work.tokens * 64 <= counted <= planned.peak + SCRATCH
     results = sum(g.nbytes for g in kept[0])
     assert counted - results <= allocation_bound(case.work)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from fused_po.planner.work import Step, Work
 
-FIELDS = 3  # shift, norm and the label's log-prob, of each token
-KL_FIELDS = 9  # both sides' and the divergence's
+FIELDS = 3  # of a token's record: shift, norm and the label's log-prob; one more for each other output
+KL_FIELDS = {1: 5, 2: 8}  # the same of both sides and the divergence, by the bases kept of a token
 
 
 def all_gather_bytes(rows: int, tile_rows: int, fields: int, ranks: int) -> int:
-    """Bytes a rank sends for the statistics of `rows` tokens: a tile's [fields + 1 header, n] fp32 to all others."""
-    tiles = [min(tile_rows, rows - at) for at in range(0, rows, tile_rows)]
-    return (ranks - 1) * 4 * sum((fields + 1) * n for n in tiles)
+    """Bytes a rank sends for the statistics of `rows` tokens: of each tile of n fp32 [fields, n + 1] to all others.
+
+    The last column is a number in which the ranks must agree.
+    """
+    tiles = -(-rows // tile_rows)
+    return (ranks - 1) * 4 * fields * (rows + tiles)
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:
@@ -45,14 +48,15 @@ def steps_of(work: Work, tile_rows: int) -> list[Step]:
     steps = []
     if work.tp > 1:
         tiles = -(-work.scored // tile_rows)
-        fields = KL_FIELDS if work.kl_bases else FIELDS + work.entropy
+        fields = KL_FIELDS.get(work.kl_bases, FIELDS + work.entropy)
         sent = all_gather_bytes(work.scored, tile_rows, fields, work.tp)
         steps.append(Step("statistics gathered", "tp", sent=sent, count=tiles, hidden_by="scores" if tiles > 1 else ""))
         if work.live_reference:
             sent = all_gather_bytes(work.scored, tile_rows, FIELDS, work.tp)
             steps.append(Step("reference's statistics gathered", "tp", sent=sent, count=tiles))
         if work.needs[0]:
-            sent = all_reduce_bytes(work.scored * work.hidden * 4, work.tp)
+            rows = work.tokens if work.keep == "product" else work.scored
+            sent = all_reduce_bytes(rows * work.hidden * 4, work.tp)
             under = "head's gradient" if work.needs[1] else ""
             steps.append(Step("hidden's gradient summed", "tp", sent=sent, rounds=2, hidden_by=under))
     return steps + data_parallel_steps(work, work.columns)

@@ -49,6 +49,12 @@ class Plan:
         # Where a row's gradient is no multiple of one basis, a tile is made of the kept ones too.
         self.multiples = not w.entropy and w.kl_bases < 2
 
+    @property
+    def basis_row(self) -> int:
+        """Bytes of what a budget keeps of a token."""
+        columns = padded(self.work.columns, self.head.gemm(self.work.device))
+        return max(1, self.work.kl_bases) * columns * self.factor
+
     def rows_at_once(self, columns: int) -> int:
         """Rows of a tile of so many columns."""
         if self.kl:
@@ -115,8 +121,7 @@ def forward_moments(plan: Plan) -> dict[str, dict[str, int]]:
     if keep == "product":
         lasting["kept: basis x head, fp32"] = max(1, w.kl_bases) * w.tokens * w.hidden * wide
     elif plan.kept:
-        row = padded(w.columns, plan.head.gemm(w.device)) * plan.factor
-        lasting["kept: basis"] = max(1, w.kl_bases) * plan.kept * row
+        lasting["kept: basis"] = plan.kept * plan.basis_row
     copies = (plan.subset or plan.cast) * n * plan.factor
     passing = {"hidden, scored tokens": copies * (w.hidden + plan.kl * w.ref_hidden)}
     in_place = keep == "basis" and plan.kept == n and plan.factor == wide and not plan.kl
@@ -143,9 +148,11 @@ def backward_moments(plan: Plan, lasting: dict[str, int]) -> dict[str, dict[str,
     d_hidden = w.tokens * w.hidden * own * w.needs[0]
     narrower = own != wide
     if w.keep == "product":
-        product = w.tokens * w.hidden * wide * (1 + (w.kl_bases > 1))
+        one = w.tokens * w.hidden * wide
+        if plan.kl:  # g u of each basis, and their sum so far
+            return {"backward": lasting | {"hidden's gradient, fp32": (1 + w.kl_bases) * one}}
         return {
-            "backward": lasting | {"hidden's gradient, fp32": product, "result: hidden's gradient": narrower * d_hidden}
+            "backward": lasting | {"hidden's gradient, fp32": one, "result: hidden's gradient": narrower * d_hidden}
         }
     start = lasting | {
         "hidden, scored tokens": (plan.subset or plan.cast) * n * plan.factor * w.hidden,

@@ -46,7 +46,7 @@ STATED = {
     ),
 }  # fmt: skip
 
-# Seconds a collective takes whatever its size, NCCL's own model (src/graph/tuning.cc, ring, Simple): base, and each hop.
+# Seconds a collective takes whatever its size: base and each hop, as NCCL has them (src/graph/tuning.cc, ring, Simple).
 BASE_LATENCY, LINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6
 
 
