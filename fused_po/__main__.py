@@ -1,4 +1,4 @@
-"""`python -m fused_po info`: what is here and what would run; `selfcheck`: is it right, here; `plan`: what will it cost."""
+"""`python -m fused_po info`: what is here and would run; `selfcheck`: is it right, here; `plan`: what will it cost."""
 
 from __future__ import annotations
 

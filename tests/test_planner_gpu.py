@@ -1,7 +1,7 @@
 """What the head allocates on a GPU, counted without one: meta tensors, and GEMMs and kernels that fill nothing.
 
-On a GPU the factors of the GEMMs and the basis are narrower than the logits; GEMMs write into buffers that are there, and
-the kernels allocate nothing but statistics.
+On a GPU the factors of the GEMMs and the basis are narrower than the logits; GEMMs write into buffers that are there,
+and the kernels allocate nothing but statistics.
 """
 
 import contextlib

@@ -16,8 +16,19 @@ from fused_po.planner.report import report
 from fused_po.planner.work import LOSSES, Work
 from fused_po.schedule import CPU_TILE_BYTES, GPU_TILE_BYTES, default_budget
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-GEMM_ROWS = 2048  # at most, of the product that --measure times
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+GEMM_ROWS, GEMM_COLUMNS = 2048, 2**15  # at most, of the product that --measure times
 
 
 def count(text: str) -> int:
@@ -62,20 +73,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--scored", type=share, default=1.0, help="share of the tokens that are no prompt or padding")
     about = "logps: no reference, or its cached log-probs; dpo: its head runs too; kl: exact KL; dpo-kl: both in one"
     batch.add_argument("--loss", choices=[*LOSSES], default="dpo", help=about)
-    batch.add_argument(
-        "--entropy", action="store_true", help="a gradient flows through the entropy too; with logps, dpo"
-    )
+    batch.add_argument("--entropy", action="store_true", help="a gradient flows through the entropy too; with logps")
     ranks = parser.add_argument_group("the ranks")
     ranks.add_argument("--tp", type=count, default=1, help="ranks over which the vocabulary is cut")
     ranks.add_argument("--dp", type=count, default=1, help="ranks with batches of their own")
     about = "what data-parallel ranks do with the head: copies, or shards gathered once (fsdp) or twice (zero3) a step"
     ranks.add_argument("--dp-mode", choices=("ddp", "fsdp", "zero3"), default="ddp", help=about)
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--budget",
-        type=size,
-        help="Schedule.logits_budget, such as 2GiB; if left out 1/32 of the device's memory (1GiB on a CPU), whatever the environment's FUSED_PO_LOGITS_BUDGET says",
-    )
+    about = "Schedule.logits_budget, such as 2GiB; 1/32 of the device's memory (1GiB on a CPU), whatever "
+    about += "FUSED_PO_LOGITS_BUDGET says"
+    how.add_argument("--budget", type=size, help=about)
     how.add_argument("--tile", type=size, help="Schedule.tile_bytes; 512MiB, 128MiB on a CPU")
     how.add_argument("--device", choices=[*STATED], default="h100", help="whose stated ceilings count; h100")
     how.add_argument("--measure", action="store_true", help="time a GEMM and a copy here, and plan for this machine")
@@ -108,14 +115,14 @@ def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
     if sys.stderr.isatty():
         print(f"measuring a GEMM and a copy on {kind} ...", file=sys.stderr)
     dtype = gemm_dtype(kind, head.dtype, torch.float32)
-    rows, columns = min(GEMM_ROWS, args.tokens), min(-(-head.vocab // args.tp), 2**15)
-    return measured((rows, head.hidden, columns), dtype, stated)
+    rows, columns = min(GEMM_ROWS, args.tokens), min(-(-head.vocab // args.tp), GEMM_COLUMNS)
+    return measured((rows, head.hidden, columns), dtype, kind, stated)
 
 
 def chosen_work(args: argparse.Namespace, head: HeadShape, device: Device) -> Work:
     """What one rank does in a step."""
-    if args.entropy and args.loss in ("kl", "dpo-kl"):
-        raise ValueError(f"--entropy: not with --loss {args.loss}, whose passes give the entropy anyway; leave it out")
+    if args.entropy and args.loss != "logps":
+        raise ValueError(f"--entropy: got it with --loss {args.loss}, but only --loss logps reads it; leave it out")
     if args.tp > head.vocab:
         raise ValueError(f"--tp: got {args.tp}, allowed are 1 to {head.vocab}, the rows of the head")
     budget = default_budget(torch.device(device.kind), device.memory) if args.budget is None else args.budget

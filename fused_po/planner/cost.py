@@ -208,12 +208,3 @@ def ours(work: Work) -> Cost:
     lasting = {key: value for key, value in moments["forward"].items() if key.startswith(("kept", "tokens"))}
     moments |= backward_moments(plan, lasting)
     return Cost("fused_po", steps + collectives(work, plan.tile_rows), held_by(work), moments)
-
-
-def allocation_bound(work: Work) -> int:
-    """The rule: bytes beyond the results at most budget + one tile + fp32 for a block of the head + O(tokens x H)."""
-    plan = Plan(work)
-    widest = max(work.hidden, work.ref_hidden)
-    block = 4 * plan.block * widest * (1 + 2 * plan.cast)
-    small = work.tokens * (8 * 4 * widest + TOKEN_BYTES)
-    return work.budget + (1 + plan.kl) * plan.head.tile_bytes + block + small

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,8 +66,8 @@ def collective_seconds(device: Device, sent: int, ranks: int, stride: int, round
     return count * (BASE_LATENCY + hops) + sent / (device.link if inside else device.network)
 
 
-def median_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> float:
-    """Median time of a call, the first one left out."""
+def best_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> float:
+    """The shortest of some calls after a first: what the machine can do, whatever else runs on it."""
     taken = []
     for _ in range(times + 1):
         begin = time.perf_counter()
@@ -76,14 +75,14 @@ def median_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> f
         if on_gpu:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])
+    return min(taken[1:])
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy of random numbers."""
     source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device.type == "cuda")
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device.type == "cuda")
 
 
 def gemm_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
@@ -91,18 +90,20 @@ def gemm_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.d
     m, k, n = shape
     a, b = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k)))
     out = torch.empty(m, n, device=device, dtype=dtype)
-    return 2 * m * k * n / median_seconds(lambda: torch.mm(a, b.t(), out=out), device.type == "cuda")
+    return 2 * m * k * n / best_seconds(lambda: torch.mm(a, b.t(), out=out), device.type == "cuda")
 
 
-def measured(shape: tuple[int, int, int], dtype: torch.dtype, like: Device) -> Device:
-    """This machine: a GEMM of the plan's own shape and dtype and a large copy, timed now. Links are those of `like`."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind)
-    name = torch.cuda.get_device_name() if kind == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    rate = gemm_flops(shape, device, dtype)
-    m, k, n = shape
-    source = f"measured now: GEMM [{m}, {k}] x [{k}, {n}] in {dtype}, copy; links of {like.name}, stated"
-    bandwidth, memory = copy_bandwidth(device), device_memory(device)
-    return like._replace(
-        name=name, kind=kind, flops={rate_name(dtype): rate}, bandwidth=bandwidth, memory=memory, source=source
-    )
+def better(one: Device, other: Device) -> Device:
+    """The higher ceilings of two measurements of one machine: what else ran meanwhile lowers them."""
+    rates = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
+    return one._replace(flops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
+
+
+def measured(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, like: Device) -> Device:
+    """This machine's device: a GEMM [m, k] @ [k, n] in `dtype` and a large copy, timed now. Links are `like`'s."""
+    on_gpu, (m, k, n) = device.type == "cuda", shape
+    name = torch.cuda.get_device_name(device) if on_gpu else f"this CPU, {torch.get_num_threads()} threads"
+    rates, bandwidth = {rate_name(dtype): gemm_flops(shape, device, dtype)}, copy_bandwidth(device)
+    source = f"measured now: GEMM [{m}, {k}] x [{k}, {n}] in {dtype}, and a copy; links of {like.name}, stated"
+    here = like._replace(name=name, kind=device.type, flops=rates, bandwidth=bandwidth)
+    return here._replace(memory=device_memory(device), source=source)

@@ -11,10 +11,26 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-# Where models of several parts keep the language model's configuration, and the decoder's.
-NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
-WIDTHS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "dim")
-BIASED = {"gptj", "codegen", "phi"}  # the head has a bias, and no field says so
+# Where models of several parts keep the language model's configuration, or the decoder's.
+NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "decoder_config")
+# What the head's two sizes are called; the first that is there counts.
+VOCABS = ("padded_vocab_size", "vocab_size", "tgt_vocab_size")
+WIDTHS = (
+    "output_embedding_size",
+    "embedding_size",
+    "word_embed_proj_dim",
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "emb_dim",
+    "embed_dim",
+)
+# Whose head has a bias, though no field says so; tests/test_planner_model.py holds them to transformers' models.
+BIASED = {
+    "bert", "bert-generation", "big_bird", "camembert", "codegen", "ctrl", "data2vec-text", "electra", "ernie", "git",
+    "gptj", "megatron-bert", "modernbert-decoder", "phi", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+    "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+}  # fmt: skip
 WITHOUT_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|\w*Embedding|RewardModel)$")
 INSTEAD = "--vocab and --hidden plan any head"
 
@@ -88,8 +104,8 @@ def head_of(config: dict, name: str) -> HeadShape:
     if text is None:
         kind = config.get("model_type", "unknown")
         raise ValueError(
-            f"--model: {name} (model_type {kind!r}) has no LM head: nothing in its configuration names a vocab_size "
-            f"with one of {', '.join(WIDTHS)}; {INSTEAD}"
+            f"--model: {name} (model_type {kind!r}) has no LM head: no part of its configuration has both one of "
+            f"{', '.join(VOCABS)} and one of {', '.join(WIDTHS)}; {INSTEAD}"
         )
     bare = [a for a in architectures if a.endswith("Model") and "LMHead" not in a and "auto_map" not in config]
     note = f"{bare[0]} may have no LM head; planned as if it had" if bare else ""
@@ -101,8 +117,7 @@ def head_of(config: dict, name: str) -> HeadShape:
 
 def _sizes(config: dict) -> tuple[int, int]:
     """(vocabulary, hidden width), 0 for what is absent."""
-    width = next((config[key] for key in WIDTHS if config.get(key)), 0)
-    sizes = config.get("padded_vocab_size") or config.get("vocab_size") or 0, width
+    sizes = (next((config[key] for key in names if config.get(key)), 0) for names in (VOCABS, WIDTHS))
     return tuple(s if isinstance(s, int) and not isinstance(s, bool) and s > 0 else 0 for s in sizes)
 
 
