@@ -17,7 +17,7 @@ from providers import PROVIDERS, Provider, ours
 from fused_po.ops.gemm import gemm_dtype
 from fused_po.planner import cost, peers
 from fused_po.planner.command import GEMM_COLUMNS, GEMM_ROWS, human, seconds
-from fused_po.planner.devices import STATED, best_seconds, better, measured
+from fused_po.planner.devices import STATED, Device, best_seconds, measured
 from fused_po.planner.report import times_of
 from fused_po.planner.work import Cost, Work
 from fused_po.schedule import Schedule, logits_budget
@@ -40,6 +40,12 @@ def contenders(p: Problem) -> list[tuple[Provider, Callable[[Work], Cost], int |
     """Who is run, who plans it, and the budget."""
     found = [(ours("fused_po"), cost.ours, None), (EAGER, peers.eager, None)]
     return [*found, (NONE, cost.ours, 0)] if p.weight.requires_grad else found
+
+
+def better(one: Device, other: Device) -> Device:
+    """The higher ceilings of two measurements of one machine: what else ran meanwhile lowers them."""
+    rates = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
+    return one._replace(flops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
 
 
 def line(case: Case, p: Problem, who: Provider, plan: Callable[[Work], Cost], work: Work) -> str:

@@ -80,7 +80,7 @@ def best_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> flo
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy of random numbers."""
-    source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
+    source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device.type == "cuda")
 
@@ -91,12 +91,6 @@ def gemm_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.d
     a, b = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k)))
     out = torch.empty(m, n, device=device, dtype=dtype)
     return 2 * m * k * n / best_seconds(lambda: torch.mm(a, b.t(), out=out), device.type == "cuda")
-
-
-def better(one: Device, other: Device) -> Device:
-    """The higher ceilings of two measurements of one machine: what else ran meanwhile lowers them."""
-    rates = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
-    return one._replace(flops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
 
 
 def measured(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, like: Device) -> Device:

@@ -91,33 +91,51 @@ def smallest_tp(work: Work, free: int) -> Optional[int]:
     return None
 
 
+def largest_budget(work: Work, free: int) -> Optional[int]:
+    """The most MiB of budget, up to the work's, with which it fits; None where it does not with none either."""
+    if not fits(work._replace(budget=0), free):
+        return None
+    low, high = 0, work.budget >> 20
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(work._replace(budget=middle << 20), free) else (low, middle - 1)
+    return low << 20
+
+
+def tokens_that_fit(work: Work, free: int) -> int:
+    """How many tokens, of an ever halved batch, fit at a time; 0 where none do."""
+    share = 1.0
+    while share * work.tokens >= 1:
+        if fits(with_tokens(work, share), free):
+            return with_tokens(work, share).tokens
+        share /= 2
+    return 0
+
+
 def advice(work: Work, device: Device, free: int, size) -> list[str]:
     """What to change, most telling first. size: writes bytes for people."""
     cost, plan, said = ours(work), Plan(work), []
     if cost.total > free:
         said.append(f"does not fit: {size(cost.total)} needed, {size(free)} there")
-        if work.kept_rows and fits(work._replace(budget=0), free):
-            fixed = ours(work._replace(budget=0)).total
-            said.append(f"--budget {size(max(0, (free - fixed) // 2**20 * 2**20))} fits: tokens beyond it cost a GEMM")
-        tp = smallest_tp(work, free)
+        budget, tp, tokens = largest_budget(work, free), smallest_tp(work, free), tokens_that_fit(work, free)
+        if work.kept_rows and budget is not None:
+            said.append(f"--budget {budget >> 20}MiB fits: tokens beyond it cost a GEMM")
         if tp:
             said.append(f"--tp {tp} fits: each rank then holds {-(-work.vocab // tp)} rows of the head")
-        share = 1.0
-        while share > 1e-4 and not fits(with_tokens(work, share), free):
-            share /= 2
-        if share > 1e-4:
-            said.append(f"{share:.2%} of the tokens at a time fit ({with_tokens(work, share).tokens})")
-        if not tp and share <= 1e-4:
-            said.append("the head alone is too large for the device: --tp, or a device with more memory")
+        if tokens:
+            said.append(f"{tokens} of the {work.tokens} tokens fit at a time: fewer pairs, and gradients accumulated")
+        if len(said) == 1:
+            said.append("the head and the tokens are too much together: --tp and fewer pairs, or a larger device")
     elif work.keep == "basis" and work.kept_rows < work.scored:
-        needed = plan.basis_row * work.scored
-        whole = work._replace(budget=needed)
+        whole = work._replace(budget=-(-plan.basis_row * work.scored >> 20) << 20)
+        needed = f"{whole.budget >> 20}MiB"
         if fits(whole, free):
             saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
-            said.append(f"--budget {size(needed)} keeps every token and fits: {saved * 1e3:.3g} ms a step less")
+            said.append(f"--budget {needed} keeps every token and fits: {saved * 1e3:.3g} ms a step less")
         else:
             said.append(
-                f"all tokens kept would take --budget {size(needed)}, which does not fit; chunked_loss needs none"
+                f"all tokens kept would take --budget {needed}, which does not fit; chunked_loss scores nothing "
+                "twice within any budget, for an fp32 sum of the head's gradient"
             )
     waits = [s for s in cost.steps if s.kind == "gemm" and s.moved / device.bandwidth > s.flops / rate_of(work, device)]
     if any(s.name.endswith(("scores", "scores again")) for s in waits) and plan.tile_rows < work.scored:
