@@ -1,7 +1,9 @@
 """`python -m fused_po plan`: what it says, and what it says of bad flags."""
 
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fused_po.planner import communication, devices, report
 from fused_po.planner.command import chosen_head, chosen_work, human, size
 from fused_po.planner.cost import ours
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = ("--vocab", "32000", "--hidden", "2048")
 QWEN = ("--vocab", "151936", "--hidden", "4096")
 LLAMA = ("--vocab", "128256", "--hidden", "16384")
@@ -139,6 +142,16 @@ def test_rings():
     near, far = (devices.collective_seconds(h100, 10**9, 8, stride, 1, 1) for stride in (1, 8))
     assert near == pytest.approx(1e9 / 450e9 + 8.4e-6 + 7 * 3.4e-6)
     assert far == pytest.approx(1e9 / 50e9 + 8.4e-6 + 7 * 14e-6)
+
+
+def test_the_tables_of_the_page():
+    """docs/scaling.md shows what the planner says today: python docs/make_scaling_tables.py."""
+    spec = importlib.util.spec_from_file_location("make_scaling_tables", DOCS / "make_scaling_tables.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    page = (DOCS / "scaling.md").read_text(encoding="utf-8")
+    for table in make.tables():
+        assert "\n".join(table) in page
 
 
 @pytest.mark.parametrize("text, value", [("0", 0), ("512MiB", 2**29), ("2 gib", 2**31), ("1.5GB", 1500000000)])
