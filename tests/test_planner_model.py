@@ -32,6 +32,7 @@ THINKER = {"text_config": {"vocab_size": 152064, "hidden_size": 3584}, "audio_co
         ({"thinker_config": THINKER, "talker_config": {"vocab_size": 8448, "hidden_size": 896}}, dict(vocab=152064)),
         (LLAMA | {"final_logit_softcapping": 30.0}, dict(softcap=30.0)),
         (LLAMA | {"model_type": "phi"}, dict(bias=True)),
+        (LLAMA | {"lm_head_bias": True}, dict(bias=True)),
         (LLAMA | {"torch_dtype": "float8_e4m3fn"}, dict(dtype=None)),
         (LLAMA | {"architectures": ["LlamaModel"]}, dict(note="LlamaModel may have no LM head; planned as if it had")),
         (LLAMA | {"architectures": ["ChatModel"], "auto_map": {}}, dict(note="")),

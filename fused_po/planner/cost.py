@@ -72,27 +72,28 @@ class Plan:
         return found
 
 
-def forward_steps(plan: Plan, columns: int, keep: str) -> list[Step]:
-    """GEMMs and row passes of a forward that keeps this."""
+def forward_steps(plan: Plan) -> list[Step]:
+    """GEMMs and row passes of a forward."""
     w, n, read = plan.work, plan.work.scored, tiles_of(plan.work.scored, plan.tile_rows)
-    own, f, l = w.dtype.itemsize, plan.factor, plan.logit
+    columns, own, f, l = w.columns, w.dtype.itemsize, plan.factor, plan.logit
     steps = [gemm("scores", (n, w.hidden, columns), read, (f, own, l))]
     if plan.kl:
         steps.append(gemm("reference's scores", (n, w.ref_hidden, columns), read, (f, own, l)))
     sides, bases = 1 + plan.kl, max(1, w.kl_bases)
-    formed = {"nothing": 0, "product": n, "basis": plan.kept}[keep]
+    formed = {"nothing": 0, "product": n, "basis": plan.kept}[w.keep]
     again = plan.kl * sides * formed * l  # the KL's bases are formed by a pass after that of the statistics
     moved = columns * (sides * n * l + bases * formed * f + again)
     steps.append(Step("statistics and basis" if formed else "statistics", "pass", 0, moved, count=read))
-    if keep == "product":
+    if w.keep == "product":
         steps += [gemm("basis x head", (n, columns, w.hidden), read, (f, own, l)) for _ in range(bases)]
     return steps
 
 
-def backward_steps(plan: Plan, columns: int) -> list[Step]:
+def backward_steps(plan: Plan) -> list[Step]:
     """GEMMs and row passes of a backward from kept bases, and of what is computed again."""
     w, n, kept = plan.work, plan.work.scored, plan.kept
-    anew, own, f, l = n - kept, w.dtype.itemsize, plan.factor, plan.logit
+    columns, own, f, l = w.columns, w.dtype.itemsize, plan.factor, plan.logit
+    anew = n - kept
     again, sides = tiles_of(anew, plan.back_rows), 1 + plan.kl
     pieces = again + (1 if plan.multiples else tiles_of(kept, plan.back_rows)) * (kept > 0)
     steps = []
@@ -135,8 +136,7 @@ def forward_moments(plan: Plan) -> dict[str, dict[str, int]]:
     passing["head, cast block, or the next tile's product"] = cast
     moments = {"forward": lasting | passing}
     if w.live_reference:
-        ref = Plan(w._replace(hidden=w.ref_hidden, needs=(False, False), entropy=False, loss="logps"))
-        moments["reference's forward"] = forward_moments(ref)["forward"] | lasting
+        moments["reference's forward"] = forward_moments(Plan(w.reference))["forward"] | lasting
     return moments
 
 
@@ -197,13 +197,11 @@ def held_by(work: Work) -> dict[str, int]:
 def ours(work: Work) -> Cost:
     """What fused_po costs on the rank that has most rows of the head."""
     plan = Plan(work)
-    steps = forward_steps(plan, work.columns, work.keep)
+    steps = forward_steps(plan)
     if work.live_reference:
-        ref = Plan(work._replace(hidden=work.ref_hidden, needs=(False, False), entropy=False, loss="logps"))
-        alone = forward_steps(ref, work.columns, "nothing")
-        steps += [step._replace(name=f"reference's {step.name}") for step in alone]
+        steps += [step._replace(name=f"reference's {step.name}") for step in forward_steps(Plan(work.reference))]
     if work.keep == "basis":
-        steps += backward_steps(plan, work.columns)
+        steps += backward_steps(plan)
     moments = forward_moments(plan)
     lasting = {key: value for key, value in moments["forward"].items() if key.startswith(("kept", "tokens"))}
     moments |= backward_moments(plan, lasting)

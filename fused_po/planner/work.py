@@ -49,6 +49,11 @@ class Work(NamedTuple):
         return LOSSES[self.loss][0]
 
     @property
+    def reference(self) -> Work:
+        """The reference's pass of its own."""
+        return self._replace(hidden=self.ref_hidden, needs=(False, False), entropy=False, loss="logps")
+
+    @property
     def kl_bases(self) -> int:
         """How many bases a token of `linear_kl` has; 0 where `linear_logps` runs."""
         return LOSSES[self.loss][1]
@@ -79,11 +84,6 @@ class Work(NamedTuple):
             return 0
         head = self.head._replace(budget=self.budget // max(1, self.kl_bases))
         return min(self.scored, head.rows_within_budget(self.columns, self.device))
-
-    @property
-    def unit(self) -> int:
-        """FLOPs of one GEMM of the policy's whole head over all scored tokens."""
-        return 2 * self.scored * self.hidden * self.vocab
 
 
 class Step(NamedTuple):
