@@ -1,14 +1,16 @@
-"""The tables of docs/scaling.md, out of the planner: `python docs/make_scaling_tables.py`."""
+"""Puts the planner's tables into docs/scaling.md: `python docs/make_scaling_tables.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+from pathlib import Path
 
 from fused_po.__main__ import main as command
 from fused_po.planner.command import human, seconds
 
+PAGE = Path(__file__).with_name("scaling.md")
 HEADS = {
     "Qwen3-0.6B": (151936, 1024),
     "Qwen3-8B": (151936, 4096),
@@ -94,5 +96,13 @@ def tables() -> list[list[str]]:
     return [heads(), vocabulary_or_batch(), thousands()]
 
 
+def written(page: str) -> str:
+    """The page with today's tables in the place of those that begin with the same line."""
+    for lines in tables():
+        begin = page.index(lines[0])
+        page = page[:begin] + "\n".join(lines) + page[page.index("\n\n", begin) :]
+    return page
+
+
 if __name__ == "__main__":
-    print("\n\n".join("\n".join(lines) for lines in tables()))
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -17,34 +17,52 @@ SCRATCH = 10 * ROW  # what such a pass may hold: less than the smallest thing th
 class Case:
     """A small batch and what is planned for it."""
 
-    def __init__(self, dtype=torch.float32, share=1.0, n=96, h=512, v=2048, tile=1 << 18, scored=0.5, **how):
+    def __init__(
+        self, dtype=torch.float32, share=1.0, n=96, h=512, v=2048, tile=1 << 18, scored=0.5, group=None, **how
+    ):
+        """group: over whose ranks the vocabulary is cut, evenly."""
         self.how = dict(loss="logps", needs=(True, True), entropy=False, bias=False) | how
-        self.scored = int(n * scored)
-        row = 4 * v * max(1, {"kl": 1, "dpo-kl": 2}.get(self.how["loss"], 1))
+        self.scored, self.group = int(n * scored), group
+        tp, rank = (group.size(), group.rank()) if group else (1, 0)
+        row = 4 * v // tp * max(1, {"kl": 1, "dpo-kl": 2}.get(self.how["loss"], 1))
         budget = int(share * self.scored) * row
         sizes = (n, self.scored, v, h, h, dtype)
         device = torch.device(DEVICE)
         self.work = Work(
-            *sizes, self.how["bias"], self.how["loss"], self.how["needs"], self.how["entropy"], tile, budget, device
+            *sizes,
+            self.how["bias"],
+            self.how["loss"],
+            self.how["needs"],
+            self.how["entropy"],
+            tile,
+            budget,
+            device,
+            tp=tp,
         )
         self.schedule = Schedule(logits_budget=budget, tile_bytes=tile)
         needs = self.how["needs"]
         self.hidden = torch.randn(n, h, device=DEVICE).to(dtype).requires_grad_(needs[0])
-        self.weight = (torch.randn(v, h, device=DEVICE) / h**0.5).to(dtype).requires_grad_(needs[1])
+        whole = (torch.randn(v, h, device=DEVICE) / h**0.5).to(dtype)
+        self.weight = whole.chunk(tp)[rank].clone().requires_grad_(needs[1])
         self.ref_hidden, self.ref_weight = self.hidden.detach() + 0.1, self.weight.detach() * 0.9
-        self.bias = torch.zeros(v, device=DEVICE, dtype=dtype).requires_grad_(needs[1]) if self.how["bias"] else None
+        self.bias = (
+            torch.zeros(v // tp, device=DEVICE, dtype=dtype).requires_grad_(needs[1]) if self.how["bias"] else None
+        )
         self.labels = torch.randint(v, (n,), device=DEVICE)
         self.labels[torch.randperm(n, device=DEVICE)[: n - self.scored]] = IGNORE
 
     def __call__(self):
         """One forward, and a backward where something requires a gradient; the gradients."""
         own = self.hidden, self.weight
-        settings = dict(bias=self.bias, schedule=self.schedule)
+        settings = dict(bias=self.bias, schedule=self.schedule) | ({"process_group": self.group} if self.group else {})
         loss = self.how["loss"]
         if loss == "logps":
             outputs = ("logps", "entropy") if self.how["entropy"] else ("logps",)
             stats = fused_po.linear_logps(*own, self.labels, **settings, outputs=outputs)
             value = stats.logps.sum() + (stats.entropy.sum() if self.how["entropy"] else 0)
+        elif loss == "dpo" and self.group:
+            sides = own, (self.ref_hidden, self.ref_weight)
+            value = sum(fused_po.linear_logps(*side, self.labels, **settings).logps.sum() for side in sides)
         elif loss == "dpo":
             pairs = [x.view(2, -1, x.shape[-1]) for x in (self.hidden, self.ref_hidden)]
             labels = self.labels.view(2, -1)
@@ -87,6 +105,7 @@ CASES = {
     "kl, head frozen": dict(loss="kl", needs=(True, False)),
     "kl, no gradients": dict(loss="kl", needs=(False, False)),
     "dpo-kl": dict(loss="dpo-kl"),
+    "dpo-kl, half kept": dict(loss="dpo-kl", share=0.5),
     "dpo-kl, nothing kept": dict(loss="dpo-kl", share=0.0),
     "dpo-kl, head frozen": dict(loss="dpo-kl", needs=(True, False)),
 }

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_po.ops import gemm, kl_head
+from fused_po.ops import gemm, head_backward, kl_head
 from fused_po.ops import head as schedules
 from fused_po.planner.cost import ours
 from fused_po.planner.work import Work
@@ -72,7 +72,7 @@ def run(work: Work, logps: bool) -> int:
             made = schedules.forward(work.head, hidden, weight, None, labels, rows, work.scored)
             saved = schedules.Saved(hidden, weight, None, labels, rows, made[4], made[0], made[1], made[5])
             incoming = grads[0], grads[1] if work.entropy else None, None
-            call = schedules.backward, work.head, saved, *incoming, needs, False
+            call = head_backward.backward, work.head, saved, *incoming, needs, False
         else:
             made = kl_head.forward(work.head, hidden, work.other, policy, reference, labels, rows, work.scored)
             saved = kl_head.Saved(policy, reference, labels, rows, *made)
@@ -94,7 +94,7 @@ def test_peak_on_a_gpu(how, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     stand_ins = {"mm": nothing, "back_project": nothing, "gemm_dtype": lambda device, compute, wide: compute}
     for name, stand_in in stand_ins.items():
-        for module in (gemm, schedules, kl_head):
+        for module in (gemm, schedules, head_backward, kl_head):
             monkeypatch.setattr(module, name, stand_in, raising=False)
     fake = SimpleNamespace(score=score, gradient=nothing, from_basis=nothing, kl=kl, kl_gradient=nothing)
     monkeypatch.setattr("fused_po.ops.backend.get", lambda name: fake)

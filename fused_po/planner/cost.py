@@ -128,12 +128,15 @@ def forward_moments(plan: Plan) -> dict[str, dict[str, int]]:
     in_place = keep == "basis" and plan.kept == n and plan.factor == wide and not plan.kl
     if not in_place:
         bases = {"product": max(1, w.kl_bases), "basis": 0, "nothing": 0}[keep]
-        passing |= plan.tiles(work_rows, w.columns, bases)
+        # Where other ranks have a part in it, a tile that is not done yet lies beside the next one.
+        turns = 1 + (w.tp > 1 and (keep != "nothing" or plan.kl) and plan.tile_rows < n)
+        passing |= {name: turns * size for name, size in plan.tiles(work_rows, w.columns, bases).items()}
     cast = plan.cast * plan.block * w.hidden * plan.factor
-    if keep == "product" and (plan.subset or plan.kl):  # the last tile's is there until the next one's is
-        one, other = (rows * w.hidden * wide for rows in (work_rows, min(work_rows, n - work_rows)))
-        passing["tile: basis x head"], cast = one, max(cast, other)
-    passing["head, cast block, or the next tile's product"] = cast
+    if keep == "product" and (plan.subset or plan.kl):
+        passing["tile: basis x head"] = work_rows * w.hidden * wide
+        if w.kl_bases > 1:  # that of the first basis is there until the second's is
+            cast = max(cast, passing["tile: basis x head"])
+    passing["head, cast block"] = cast
     moments = {"forward": lasting | passing}
     if w.live_reference:
         moments["reference's forward"] = forward_moments(Plan(w.reference))["forward"] | lasting
