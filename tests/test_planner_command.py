@@ -73,6 +73,19 @@ def test_what_does_not_fit_is_told_what_would(capsys):
     assert found(capsys, *QWEN, "--tokens", "2048", "--pairs", "8", "--budget", budget, "--free", "12GiB")[0] == 0
 
 
+def test_tiles_too_small_for_a_large_vocabulary(capsys):
+    """Two sides of 256,000 logits: 174 rows a tile, whose products wait for the head; a larger tile is named."""
+    words = ("--vocab", "256000", "--hidden", "2304", "--tokens", "4096", "--pairs", "4", "--loss", "dpo-kl")
+    plan = found(capsys, *words)[1]
+    (said,) = [line for line in plan["advice"] if "--tile" in line]
+    steps = by_name(plan["steps"])
+    assert plan["tile rows"] == 174 and steps["scores"]["seconds"] > 1.5 * steps["head's gradient"]["seconds"]
+    after = found(capsys, *words, "--tile", said.split("--tile ")[1].split()[0])[1]
+    ms = 1e3 * (plan["beside"][0]["seconds"] - after["beside"][0]["seconds"])
+    assert f"{ms:.3g} ms a step less" in said and ms > 10
+    assert not [line for line in after["advice"] if "--tile" in line]
+
+
 def test_thousands_of_ranks(capsys):
     """A 405B model's head over 8 x 256 ranks: a rank's share of memory and FLOPs, and what it sends."""
     plan = found(capsys, *LLAMA, "--tokens", "4096", "--tp", "8", "--dp", "256", "--dp-mode", "fsdp")[1]

@@ -10,6 +10,7 @@ from fused_po.planner.devices import Device, collective_seconds, rate_name
 from fused_po.planner.work import Cost, Work
 
 MOST_RANKS = 1024  # over which cutting the vocabulary is tried
+WORTH = 0.02  # of the time: what a larger tile must save to be named
 
 
 class Times(NamedTuple):
@@ -133,17 +134,31 @@ def advice(work: Work, device: Device, free: int, size) -> list[str]:
             saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
             said.append(f"--budget {needed} keeps every token and fits: {saved * 1e3:.3g} ms a step less")
         else:
-            said.append(
-                f"all tokens kept would take --budget {needed}, which does not fit; chunked_loss scores nothing "
-                "twice within any budget, for an fp32 sum of the head's gradient"
+            other = (
+                "" if work.kl_bases else "; chunked_loss scores nothing twice in any budget, with an fp32 [V, H] sum"
             )
-    waits = [s for s in cost.steps if s.kind == "gemm" and s.moved / device.bandwidth > s.flops / rate_of(work, device)]
-    if any(s.name.endswith(("scores", "scores again")) for s in waits) and plan.tile_rows < work.scored:
+            said.append(f"all tokens kept would take --budget {needed}, which does not fit{other}")
+    tile = better_tile(work, device, free)
+    if tile:
+        saved = times_of(cost, work, device).total - times_of(ours(tile), tile, device).total
         said.append(
-            f"a tile has {plan.tile_rows} rows, and each reads the whole head: products wait for memory; try a larger "
-            "--tile"
+            f"a tile has {plan.tile_rows} rows, too few for the head that each reads: --tile "
+            f"{tile.tile_bytes >> 20}MiB fits, {saved * 1e3:.3g} ms a step less"
         )
     return said
+
+
+def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:
+    """The work with tiles so large that products hardly wait for the head; None if they are, or none fits."""
+    best, time = None, times_of(ours(work), work, device).total
+    larger = work
+    while Plan(larger).tile_rows < work.scored:
+        larger = larger._replace(tile_bytes=2 * larger.tile_bytes)
+        faster = times_of(ours(larger), larger, device).total
+        if not fits(larger, free) or faster > (1 - WORTH) * time:
+            break
+        best, time = larger, faster
+    return best
 
 
 def rate_of(work: Work, device: Device) -> float:
