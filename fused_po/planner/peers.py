@@ -94,9 +94,12 @@ def trl(work: Work) -> Optional[Cost]:
         cast = {"gradients, cast": (size < 4) * (work.needs[0] * n * h + work.needs[1] * v * h) * size}
         moments |= {"backward": lasting | tile | wide | cast}
         if dropped:
-            scattered = {"result: hidden's gradient": work.needs[0] * work.tokens * h * size}
-            result = {"result: head's gradient": work.needs[1] * v * h * size}
-            moments["backward, end"] = lasting | result | scattered | {"hidden's gradient, scored tokens": n * h * size}
+            moments["backward, end"] = {  # the copy of hidden is gone by then
+                "tokens": lasting["tokens"],
+                "result: head's gradient": work.needs[1] * v * h * size,
+                "result: hidden's gradient": work.needs[0] * work.tokens * h * size,
+                "hidden's gradient, scored tokens": work.needs[0] * n * h * size,
+            }
     steps += gathered_head(work) + data_parallel_steps(work, v)
     return Cost("TRL 1.16", steps, held_by(whole(work)), moments, "scored tokens; an fp32 [V, H] sum")
 
