@@ -63,7 +63,8 @@ class Schedule:
     logits_dtype: the tile's dtype: torch.float32 (None means it, or float64 for float64 inputs), or the inputs' own
         low precision, which puts about 1e-2 nats of noise on a bf16 log-prob near p = 0.3.
     tile_bytes: the most bytes a tile of logits and its gradient may take, above one row; None: 128 MiB on CPU, 512 MiB
-        elsewhere. It decides which rows share a GEMM, so policy and reference must use the same.
+        elsewhere. It decides which rows share a GEMM, so policy and reference must use the same. With a vocabulary cut
+        over ranks two tiles are held at once, of half the bytes each.
     entropy_grad: False makes the entropy a constant, which saves its part of the backward under torch.compile.
     skip_zero_rows: on a GPU, drop tokens whose incoming gradient is exactly 0 from the backward's GEMMs, at the price
         of one host sync. On CPU they are always dropped.

@@ -60,9 +60,6 @@ class Case:
             outputs = ("logps", "entropy") if self.how["entropy"] else ("logps",)
             stats = fused_po.linear_logps(*own, self.labels, **settings, outputs=outputs)
             value = stats.logps.sum() + (stats.entropy.sum() if self.how["entropy"] else 0)
-        elif loss == "dpo" and self.group:
-            sides = own, (self.ref_hidden, self.ref_weight)
-            value = sum(fused_po.linear_logps(*side, self.labels, **settings).logps.sum() for side in sides)
         elif loss == "dpo":
             pairs = [x.view(2, -1, x.shape[-1]) for x in (self.hidden, self.ref_hidden)]
             labels = self.labels.view(2, -1)

@@ -165,7 +165,8 @@ def backward_moments(plan: Plan, lasting: dict[str, int]) -> dict[str, dict[str,
     scaled = w.needs[1] * plan.multiples * n * w.hidden
     tiles = {}
     if plan.kept < n:
-        tiles = plan.tiles(plan.back_rows, plan.columns_at_once, 1)
+        both = plan.kl and plan.kept and not plan.multiples  # the kept ones' bases have a tile each
+        tiles = plan.tiles(plan.back_rows, plan.columns_at_once, 1 + bool(both))
     elif not plan.multiples:
         tiles = plan.tiles(plan.back_rows, plan.columns_at_once, 1 + plan.kl, logits=False)
     if plan.kl:
