@@ -131,12 +131,9 @@ def forward_moments(plan: Plan) -> dict[str, dict[str, int]]:
         # Where other ranks have a part in it, a tile that is not done yet lies beside the next one.
         turns = 1 + (w.tp > 1 and (keep != "nothing" or plan.kl) and plan.tile_rows < n)
         passing |= {name: turns * size for name, size in plan.tiles(work_rows, w.columns, bases).items()}
-    cast = plan.cast * plan.block * w.hidden * plan.factor
     if keep == "product" and (plan.subset or plan.kl):
         passing["tile: basis x head"] = work_rows * w.hidden * wide
-        if w.kl_bases > 1:  # that of the first basis is there until the second's is
-            cast = max(cast, passing["tile: basis x head"])
-    passing["head, cast block"] = cast
+    passing["head, cast block"] = plan.cast * plan.block * w.hidden * plan.factor
     moments = {"forward": lasting | passing}
     if w.live_reference:
         moments["reference's forward"] = forward_moments(Plan(w.reference))["forward"] | lasting
