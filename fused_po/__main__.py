@@ -1,4 +1,4 @@
-"""`python -m fused_po info`: what is here and what would run. `python -m fused_po selfcheck`: is it right, here."""
+"""`python -m fused_po info`: what is here and would run; `selfcheck`: is it right, here; `plan`: what will it cost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 import fused_po
 from fused_po import selfcheck
 from fused_po.ops import backend as backends
+from fused_po.planner import command as planner
 from fused_po.schedule import BUDGET_VARIABLE
 
 PACKAGES = {  # what it is for, and the command that installs it
@@ -146,12 +147,6 @@ def check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are integers above 0")
-    return int(text)
-
-
 def device(text: str) -> str:
     try:
         if torch.empty(0, device=text).device.type != "meta":
@@ -167,18 +162,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, which backend would serve, what is missing")
     ran = commands.add_parser("selfcheck", help="every op against float64 on this machine, beside plain PyTorch")
-    for command in (about, ran):
+    planned = commands.add_parser("plan", help="memory, FLOPs, time and communication of head and loss, on each rank")
+    for command in (about, ran, planned):
         command.add_argument("--json", action="store_true", help="the same for programs")
     ran.add_argument("--quick", action="store_true", help="small and in fp32 and bf16: under a minute on a CPU")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     ran.add_argument("--device", type=device, default=here, help="cpu, cuda, cuda:1")
     ran.add_argument("--dtype", action="append", choices=[*selfcheck.DTYPES], help="may be given several times")
-    ran.add_argument("--vocab", type=positive, help="vocabulary; 50257, or 4099 with --quick")
-    ran.add_argument("--hidden", type=positive, help="hidden width; 256, or 96 with --quick")
+    ran.add_argument("--vocab", type=planner.count, help="vocabulary; 50257, or 4099 with --quick")
+    ran.add_argument("--hidden", type=planner.count, help="hidden width; 256, or 96 with --quick")
     named = f"{' or '.join(backends.NAMES)}; the one that would be chosen if left out"
     ran.add_argument("--backend", choices=backends.NAMES, help=named)
     ran.add_argument("--seed", type=int, help="of the random inputs; a fresh one if left out")
     ran.add_argument("--only", default="", help="checks with this in their name")
+    planner.add_flags(planned)
     return parser.parse_args(argv)
 
 
@@ -186,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "selfcheck":
         return check(args)
+    if args.command == "plan":
+        return planner.plan(args)
     found = info()
     print(json.dumps(found, indent=1)) if args.json else print_info(found)
     return 0

@@ -22,6 +22,11 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
+def default_budget(device: torch.device, memory: int) -> int:
+    """Bytes for the kept basis on such a device with so much memory, where nobody says."""
+    return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
+
+
 def logits_budget(budget: int | None, device: torch.device) -> int:
     """Bytes for the kept basis on this device: the one asked for, or the variable's, or the default."""
     if device.type == "meta":
@@ -34,7 +39,7 @@ def logits_budget(budget: int | None, device: torch.device) -> int:
             raise ValueError(f"{name}: got {text!r}, allowed are whole numbers >= 0, in bytes")
         budget = int(text)
     if budget is None:
-        return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
+        return default_budget(device, memory)
     if budget > memory:
         raise ValueError(
             f"{name}: got {budget} bytes, allowed on {device} are 0 to {memory}, all its memory; what is not needed "
