@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of the same name as a script
 
 import common  # noqa: E402
 import comparisons  # noqa: E402

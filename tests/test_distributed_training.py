@@ -1,0 +1,131 @@
+"""examples/dpo.py and ppo.py on several processes: DDP, FSDP2, TP and FSDP2 x TP train as one process does."""
+
+import json
+import shutil
+import time
+
+import pipeline
+import pytest
+import torch
+import transformers
+from pipeline import metrics, run, script, weights
+from ranks import Ranks
+
+import common  # isort: skip
+import dataset  # isort: skip
+import models  # isort: skip
+import parallel  # isort: skip
+
+STEPS = 10
+SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: no number of ranks divides it
+PPO = ("--num-mini-batches", "1", "--num-ppo-epochs", "2", "--max-update-kl", "9")
+PPO += ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
+ENGINES = {
+    "ddp": (2, ("--parallel", "ddp")),
+    "ddp in parts": (2, ("--parallel", "ddp", "--micro-batch-size", "2")),
+    "fsdp": (2, ("--parallel", "fsdp")),
+    "fsdp in parts": (2, ("--parallel", "fsdp", "--micro-batch-size", "3")),
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes, started once."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Flags of small data, and a model to start from: 167 tokens, which neither 2 nor 4 divides."""
+    folder = tmp_path_factory.mktemp("distributed")
+    data = pipeline.small_data(folder, uneven=True)
+    args = script("dpo").parse(data)
+    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)
+    assert len(tokenizer) == 167
+    models.save(folder / "model", transformers.LlamaForCausalLM(config), tokenizer)
+    return [*data, "--model", str(folder / "model")]
+
+
+def canned(model, tokenizer, rows, args, longest, **how):
+    """In place of sampling: an answer of the data, a bad one every third time, so that rewards differ."""
+    answers = [row["rejected_ids" if sum(row["prompt_ids"]) % 3 == 0 else "chosen_ids"][:longest] for row in rows]
+    return [{**row, "answer_ids": ids, "answer": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
+
+
+def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict, dict]:
+    """A run in float64; (gradients of its first step by name, whole; what it measured)."""
+    with pytest.MonkeyPatch.context() as patch:
+        load, clip, first = models.load, parallel.clip_grad_norm, {}
+
+        def engine(args, module, *rest, made=parallel.Engine):
+            first["model"] = module
+            return made(args, module, *rest)
+
+        def recorded(parameters, limit):
+            for key, p in first.pop("model").named_parameters() if "model" in first else ():
+                first[key] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            return clip(parameters, limit)
+
+        patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
+        patch.setattr(parallel, "Engine", engine)
+        patch.setattr(parallel, "clip_grad_norm", recorded)
+        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        if name == "ppo":
+            patch.setattr(models, "sample", canned)
+        args = script(name).parse([*words, *SHORT, *(PPO if name == "ppo" else ()), "--output", output, *more])
+        return script(name).train(args), first
+
+
+def same_training(name, words, folder, engine, ranks) -> None:
+    """Gradients, losses and weights of all ranks are those of one process, to 1e7 roundings of float64."""
+    shares, gradients = trained(name, words, str(folder / "one"))
+    found = ranks.run(trained, name, words, str(folder / "many"), *engine)
+    close = dict(rtol=1e-9, atol=1e-9)
+    assert "lm_head.weight" in " ".join(gradients)
+    for theirs, grads in found:
+        for when, measured in shares.items():
+            assert theirs[when] == pytest.approx(measured, rel=1e-6, nan_ok=True)
+        assert grads.keys() == gradients.keys()
+        for key, grad in grads.items():
+            assert torch.equal(grad, found[0][1][key]), f"{key}: the ranks' gradients differ"
+            torch.testing.assert_close(grad, gradients[key], **close, msg=lambda text, key=key: f"{key}: {text}")
+            assert grad.any(), f"{key} has no gradient"
+    many, one = metrics(folder / "many"), metrics(folder / "one")
+    assert len(many) == len(one) == STEPS
+    for ours, theirs in zip(many, one):
+        assert ours.pop("stage") == theirs.pop("stage")
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+    ours, theirs = weights(folder / "many"), weights(folder / "one")
+    start = weights_of_start(words)
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], **close, msg=lambda text, key=key: f"{key}: {text}")
+        assert (weight - start.get(key, 0)).abs().max() > 1e-4, f"{key} did not learn"
+    saved = models.load("AutoModelForCausalLM", folder / "many" / "model", script("dpo").parse(words)).state_dict()
+    for key, weight in saved.items():
+        trained_key = key if key in ours else f"policy.{key}"
+        torch.testing.assert_close(weight.double(), ours[trained_key], rtol=1e-6, atol=1e-6)
+
+
+def weights_of_start(words) -> dict[str, torch.Tensor]:
+    args = script("dpo").parse(words)
+    state = models.load("AutoModelForCausalLM", args.model, args).double().state_dict()
+    return state | {f"policy.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_two_processes_train_as_one(name, engine, words, tmp_path, two):
+    same_training(name, words, tmp_path, ENGINES[engine][1], two)
