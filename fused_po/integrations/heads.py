@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,18 @@ def _whole(weight: Tensor) -> Tensor:
     sharded = hasattr(weight, "ds_id") and not weight.numel()
     if sharded or hasattr(weight, "device_mesh"):
         raise TypeError(
-            "lm_head: its parameters are sharded while the model's forward runs. Leave lm_head in the model's own FSDP "
-            "unit (fully_shard(model), not fully_shard(model.lm_head)), or use ZeRO-2"
+            "lm_head: its parameters are sharded, and nothing gathers them while it runs. Wrap the model with "
+            "fully_shard or deepspeed.initialize after fuse_lm_head, and call the wrapped model; under ZeRO-3 without "
+            "LoRA or modules_to_save on lm_head (or use ZeRO-2)"
         )
     return weight
+
+
+def is_sharded(head: nn.Module) -> bool:
+    """Whether an engine cut the head's own parameters, and gathers them when its forward runs: fully_shard or ZeRO-3."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters(recurse=False))
 
 
 def _read_adapter(head: nn.Module, hidden: Tensor) -> HeadParts:
@@ -82,8 +90,28 @@ def _read_adapter(head: nn.Module, hidden: Tensor) -> HeadParts:
     return HeadParts(base.weight, bias, (torch.cat(us, -1), torch.cat(lows, -1)))
 
 
+def call_as(head: nn.Module, function: Callable, hidden: Tensor) -> Any:
+    """function(hidden) with the head's weights at hand, wherever they are kept.
+
+    A head that is sharded by itself runs it as its own forward: the engine's hooks gather the weights around it, and
+    again for the backward, whose gradients they reduce.
+    """
+    if not is_sharded(head):
+        with _loaded(head):
+            return function(hidden)
+    own = vars(head).get("forward")
+    head.forward = function
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
 @contextlib.contextmanager
-def loaded(head: nn.Module) -> Iterator[None]:
+def _loaded(head: nn.Module) -> Iterator[None]:
     """Run what accelerate hooked to the head (device_map): weights kept elsewhere are brought in meanwhile."""
     hooked = [module for module in head.modules() if hasattr(module, "_hf_hook")]
     for module in hooked:

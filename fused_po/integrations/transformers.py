@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_po import checks
 from fused_po.integrations import probe
-from fused_po.integrations.heads import loaded, read_head
+from fused_po.integrations.heads import call_as, is_sharded, read_head
 from fused_po.integrations.probe import Processing
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, shift_labels
@@ -34,6 +34,7 @@ class _Call:
         self.outputs, self.temperature = outputs, temperature
         self.shifted, self.count = shifted, count  # labels that are aligned already, num_items_in_batch
         self.hidden: Optional[Tensor] = None  # [B, T, H], what the head was called with
+        self.scoring = False
         self.stats: Optional[TokenStats] = None
 
 
@@ -64,7 +65,7 @@ class _State:
 
     def divert(self, head: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
         """The hook on the head: keep the hidden states, and give the head none of their rows."""
-        if self.call is None:
+        if self.call is None or self.call.scoring:
             return None
         if self.call.hidden is not None:
             raise TypeError("fused: this model calls its lm_head more than once in a forward; call it with fused=False")
@@ -88,12 +89,16 @@ class _State:
                 "head sees; logits_to_keep is not for fused calls"
             )
         aligned = labels if call.shifted is not None else shift_labels(labels, ignore_index)
-        with loaded(self.head):
+
+        def stats_of(hidden: Tensor) -> TokenStats:
             weight, bias, low_rank = read_head(self.head, hidden)
-            call.stats = linear_logps(
+            return linear_logps(
                 hidden, weight, aligned, bias, temperature=call.temperature, ignore_index=ignore_index,
                 outputs=call.outputs, low_rank=low_rank, **self.processing._asdict(), **self.how,
             )  # fmt: skip
+
+        call.scoring = True
+        call.stats = call_as(self.head, stats_of, hidden)
         count = call.count if call.count is not None else (aligned != ignore_index).sum().clamp(min=1)
         return -call.stats.logps.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count)
 
@@ -208,8 +213,9 @@ def fuse_lm_head(
     state = _State(always, backend, schedule)
     _install(base, state)
     try:
-        like = next(state.head.parameters(), torch.empty(0))
-        parts = read_head(state.head, like.new_empty(0, getattr(state.head, "in_features", 0)))
+        if logit_scale is None or not is_sharded(state.head):
+            like = next(state.head.parameters(), torch.empty(0))
+            parts = read_head(state.head, like.new_empty(0, getattr(state.head, "in_features", 0)))
         if logit_scale is None:
             checks.only_with("softcap", softcap, None, False, "logit_scale")
             _measure(base, state, len(parts.weight))
