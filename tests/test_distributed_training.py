@@ -1,14 +1,10 @@
 """examples/dpo.py and ppo.py on several processes: DDP, FSDP2, TP and FSDP2 x TP train as one process does."""
 
-import json
-import shutil
-import time
-
 import pipeline
 import pytest
 import torch
 import transformers
-from pipeline import metrics, run, script, weights
+from pipeline import metrics, script, weights
 from ranks import Ranks
 
 import common  # isort: skip

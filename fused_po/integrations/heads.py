@@ -54,7 +54,7 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def is_sharded(head: nn.Module) -> bool:
-    """Whether an engine cut the head's own parameters, and gathers them when its forward runs: fully_shard or ZeRO-3."""
+    """Whether an engine cut the head's own parameters and gathers them as its forward runs: fully_shard, ZeRO-3."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters(recurse=False))
