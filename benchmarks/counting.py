@@ -47,6 +47,26 @@ class FlopCounter(TorchDispatchMode):
         return run_inside(self, func, args, kwargs)
 
 
+class Collectives(TorchDispatchMode):
+    """What a rank says to others: a list of (operation, elements of its first tensor), inside custom operators too.
+
+    >>> with Collectives() as said:
+    ...     fused_po.linear_logps(..., process_group=group)
+    >>> said.calls
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func._schema.name:
+            tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
+            sizes = [t.numel() for t in tensors if isinstance(t, torch.Tensor)]
+            self.calls.append((func._schema.name.split("::")[1].strip("_"), sizes[0] if sizes else 0))
+        return run_inside(self, func, args, kwargs or {})
+
+
 class LargestTensor(TorchDispatchMode):
     """The most elements of any one tensor that an operator returns, views apart, inside custom operators too."""
 

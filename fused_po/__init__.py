@@ -9,6 +9,7 @@ from fused_po.ops.kl import KLStats, kl_from_logits
 from fused_po.ops.linear_kl import linear_kl
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
+from fused_po.parallel import VocabParallel
 from fused_po.reduce import aggregate, sequence_logps
 from fused_po.schedule import Schedule
 
@@ -18,6 +19,7 @@ __all__ = [
     "KLStats",
     "Schedule",
     "TokenStats",
+    "VocabParallel",
     "aggregate",
     "backends",
     "chunked_loss",

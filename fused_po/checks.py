@@ -53,6 +53,13 @@ def number(name: str, value: object, allowed: str, ok) -> float:
     return float(value)
 
 
+def dimension(name: str, value: int, ndim: int) -> int:
+    """`value` as a number from 0 if it names one of `ndim` dimensions."""
+    if not -ndim <= value < ndim:
+        raise ValueError(f"{name}: got {value}, allowed are {-ndim} to {ndim - 1}")
+    return value % ndim
+
+
 def positive(name: str, value: object) -> float:
     """`value` as a float if it is a finite number above 0."""
     return number(name, value, "finite numbers > 0", lambda v: v > 0)

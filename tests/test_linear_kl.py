@@ -203,7 +203,7 @@ def test_opcheck_and_fullgraph(seed):
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
         torch.testing.assert_close(a, b)
     how = (1.0, None, 1.0, None, "reverse", 0.5, True, IGNORE)
-    arguments = (logits.requires_grad_(), ref_logits, small, *how, False, "reference")
+    arguments = (logits.requires_grad_(), ref_logits, small, *how, False, "reference", "", ())
     torch.library.opcheck(torch.ops.fused_po.kl_fwd.default, arguments)
 
 

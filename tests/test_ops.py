@@ -13,6 +13,7 @@ from fused_po.ops import linear_logps as linear_module  # noqa: F401  (registers
 ops = torch.ops.fused_po
 STATS = ("logps", "entropy", "lse")
 SMALL = fused_po.Schedule(tile_bytes=600)
+HERE = "", ()  # no process group: the whole vocabulary is here
 
 
 def doubles(*shapes):
@@ -64,10 +65,10 @@ def test_only_what_requires_grad_gets_one(needs, dtype, seed):
 def test_opcheck_logits(backend, seed):
     logits = torch.randn(2, 3, 37, device=DEVICE, requires_grad=True)
     labels = random_labels(6, 37, "none")
-    torch.library.opcheck(ops.logps_fwd, (logits, labels, 1.5, None, IGNORE, 63, False, backend))
-    _, entropy, _, _, saved = ops.logps_fwd(logits.detach(), labels, 1.5, 0.2, IGNORE, 63, False, backend)
+    torch.library.opcheck(ops.logps_fwd, (logits, labels, 1.5, None, IGNORE, 63, False, backend, *HERE))
+    _, entropy, _, _, saved = ops.logps_fwd(logits.detach(), labels, 1.5, 0.2, IGNORE, 63, False, backend, *HERE)
     g = torch.randn(6, device=DEVICE)
-    arguments = (logits.detach(), labels, saved, entropy, g, g, None, 1.5, 0.2, backend)
+    arguments = (logits.detach(), labels, saved, entropy, g, g, None, 1.5, 0.2, backend, 0)
     torch.library.opcheck(ops.logps_bwd, arguments)
     torch.library.opcheck(ops.logps_bwd_, arguments)
 
@@ -84,7 +85,7 @@ def test_opcheck_linear(backend, keep, compact, rank, seed):
     weight, bias, low = head if rank else (*head[:2], None)
     labels = random_labels(6, 37, "some")
     rows = None if compact else torch.tensor([0, 3], device=DEVICE)
-    fixed = (torch.float32, torch.float32, 1 << 20, 700, keep, backend, compact, False)  # room for 3 rows of the basis
+    fixed = (torch.float32, torch.float32, 1 << 20, 700, keep, backend, *HERE, False, compact, False)  # room for 3 rows
     first = (hidden, weight, bias, low, labels, rows)
     torch.library.opcheck(ops.linear_logps_fwd, (*first, 1.5, None, IGNORE, 3, *fixed))
     torch.library.opcheck(ops.linear_logps_fwd, (hidden, weight, None, low, labels, rows, 1.5, 0.2, IGNORE, 1, *fixed))

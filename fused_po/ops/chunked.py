@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.ops import head as schedules
 from fused_po.ops.gemm import head_block, spans
-from fused_po.ops.head import Head, Saved, scored_rows
+from fused_po.ops.head import Head, Saved, forward, scored_rows
+from fused_po.ops.head_backward import backward
 from fused_po.ops.linear_logps import check_operands, make_head
 from fused_po.ops.logps import TokenStats, output_bits, token_stats
 from fused_po.reference import stats_dtype
@@ -104,15 +104,13 @@ class _ChunkedLoss(torch.autograd.Function):
         for rows in task.chunks:
             h, labels = hidden[rows], task.labels[rows]
             scored = scored_rows(labels, head.ignore_index)
-            results = schedules.forward(
-                head, h, weight, bias, labels, scored, rows.numel() if scored is None else scored.numel()
-            )
+            results = forward(head, h, weight, bias, labels, scored, rows.numel() if scored is None else scored.numel())
             share, grads = share_and_gradient(task, results, rows)
             loss += share
             if any(g is not None for g in grads):
                 logps, entropy, _, _, stats, kept = results
                 tensors = Saved(h, weight, bias, labels, scored, stats, logps, entropy, kept)
-                grad = schedules.backward(head, tensors, *grads, needs, task.schedule.skip_zero_rows, sums)[0]
+                grad = backward(head, tensors, *grads, needs, task.schedule.skip_zero_rows, sums)[0]
                 if needs[0]:
                     grad_hidden[rows] = grad
             del results

@@ -89,6 +89,8 @@ def back_project(
     """
     width = weight.shape[1]
     factor = d.dtype if d.device.type == "cuda" else out.dtype  # see `mm`: a CPU would cast the whole head
+    if not weight.shape[0] and not add:
+        out.zero_()
     for columns in head_slices(weight, compute_dtype, factor, block):
         add_this = add or columns.start > 0  # (a name for the cast block would keep it into the next round)
         mm(d[:, columns], operand(weight[columns], compute_dtype, factor), out[:, :width], add=add_this)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, on_rows, refuse_second_derivative
+from fused_po.ops.logps import as_rows, logits_shards, on_rows, refuse_second_derivative
+from fused_po.parallel import ProcessGroupLike, Shards, row_passes
 from fused_po.reference import stats_dtype
 from fused_po.reference.divergence import ENTROPY, KL, LOGP, REF_LOGP, TOKEN_FIELDS
 
@@ -116,12 +117,14 @@ def negative_where_ignored(labels: Tensor, ignore_index: int) -> Tensor:
 def _forward(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ref_outer: float,
     ref_inner: Optional[float], direction: str, js_weight: float, with_labels: bool, ignore_index: int,
-    inplace_backward: bool, backend: str,
+    inplace_backward: bool, backend: str, group: str, sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.label_range(labels, logits.shape[-1], ignore_index)
+    shards = Shards(group, tuple(sizes))
+    checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     rows, labels = as_rows(logits), negative_where_ignored(labels, ignore_index)
-    run, scaling = backends.get(backend).kl, ((outer, inner), (ref_outer, ref_inner))
-    tokens = run(rows, _ref_rows(ref_logits, rows), labels, *scaling, form(direction, js_weight), with_labels)
+    run, how = row_passes(backends.get(backend), shards), ((outer, inner), (ref_outer, ref_inner))
+    how = *how, form(direction, js_weight), with_labels
+    tokens = run.begin_kl(rows, _ref_rows(ref_logits, rows), labels, *how)()
     return results_of(tokens, with_labels)
 
 
@@ -131,9 +134,10 @@ def _(logits, ref_logits, labels, outer, inner, ref_outer, ref_inner, direction,
 
 
 def _gradient(logits, out, ref_logits, labels, tokens, grads, *how):
-    outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend = how
+    outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes = how
     labels = negative_where_ignored(labels, ignore_index)
-    run, scaling = backends.get(backend).kl_gradient, ((outer, inner), (ref_outer, ref_inner))
+    run = row_passes(backends.get(backend), Shards(group, tuple(sizes))).kl_gradient
+    scaling = (outer, inner), (ref_outer, ref_inner)
 
     def write(rows, target):
         ref_rows, kind = _ref_rows(ref_logits, rows), form(direction, js_weight)
@@ -146,10 +150,10 @@ def _gradient(logits, out, ref_logits, labels, tokens, grads, *how):
 def _backward(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
     inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,
-    with_labels: bool, ignore_index: int, backend: str,
+    with_labels: bool, ignore_index: int, backend: str, group: str, sizes: list[int],
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend
+    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes
     _gradient(logits, out, ref_logits, labels, tokens, grads, *how)
     return out
 
@@ -163,15 +167,15 @@ def _(logits, *others):
 def _backward_(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
     inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,
-    with_labels: bool, ignore_index: int, backend: str,
+    with_labels: bool, ignore_index: int, backend: str, group: str, sizes: list[int],
 ) -> None:  # fmt: skip
-    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend
+    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes
     _gradient(logits, logits, ref_logits, labels, tokens, grads, *how)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, ref_logits, labels, *how, ctx.inplace, backend = inputs
-    ctx.how = (*how, backend)
+    logits, ref_logits, labels, *how, ctx.inplace, backend, group, sizes = inputs
+    ctx.how = (*how, backend, group, sizes)
     ctx.save_for_backward(logits, ref_logits, labels, output[-1])
     ctx.set_materialize_grads(False)
 
@@ -207,6 +211,7 @@ def kl_from_logits(
     softcap: PerSide = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
 ) -> KLStats:
     """The exact KL of each token between policy p and reference q, from logits; one read of both, gradients to p alone.
@@ -228,6 +233,7 @@ def kl_from_logits(
         direction: "reverse", "forward" or "js". js_weight: in (0, 1).
         temperature, logit_scale, softcap: as in `logps_from_logits`; one for both, or a pair (policy's, reference's).
         inplace_backward: the backward overwrites the policy's logits with their gradient.
+        process_group: the vocabulary of both is cut over its ranks, see `logps_from_logits`; js gathers twice.
         backend: "triton" or "reference"; None chooses by device. See `backends`.
 
     Returns:
@@ -237,8 +243,7 @@ def kl_from_logits(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
     checks.floating("logits", logits)
-    if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+    shards = logits_shards(logits, process_group)
     checks.alike(logits=logits, ref_logits=ref_logits)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
@@ -247,6 +252,6 @@ def kl_from_logits(
     backends.resolve(name, ref_logits.device, ref_logits.dtype)
     results = _forward(
         logits, ref_logits.detach(), counted.reshape(-1), *sides[0], *sides[1], *how, labels is not None, ignore_index,
-        inplace_backward, name,
+        inplace_backward, name, *shards[:2],
     )  # fmt: skip
     return kl_stats(results, counted.shape, labels is not None)

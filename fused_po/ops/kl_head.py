@@ -15,6 +15,7 @@ gradient of the entropy comes from D' (without a softcap, which makes it project
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from fused_po.ops import backend as backends
 from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans
-from fused_po.ops.head import Buffers, Head, HeadBackward, Incoming, empty_gradients, guarded, take_rows
+from fused_po.ops.head import Buffers, Head, guarded, take_rows
+from fused_po.ops.head_backward import HeadBackward, Incoming, empty_gradients
+from fused_po.parallel import row_passes
 from fused_po.reference import stats_dtype
 from fused_po.reference.divergence import ENTROPY, LOGP, NORM, SHIFT, TOKEN_FIELDS
 
@@ -96,7 +99,8 @@ class _Tiles:
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, kept: Optional[Tensor]
     ) -> list[Tensor]:
         """D and, with labels, D' [n, V], written into kept[bases, n, V], or over the tiles: the reference's first."""
-        run, head, other = backends.get(self.head.backend), self.head, self.other
+        head, other = self.head, self.other
+        run = row_passes(backends.get(head.backend), head.shards)
         scaling = head.outer, head.inner
         out = [kept[0] if kept is not None else self.theirs.basis(*logits.shape)]
         both, grads = (logits[None], ref_logits[None]), unit_gradients(tokens[0], 0)
@@ -123,6 +127,67 @@ def unit_gradients(like: Tensor, which: int) -> Tensor:
     return grads
 
 
+class Tile(NamedTuple):
+    """A tile of both sides that has been projected, and whose scoring has begun."""
+
+    some: slice  # its rows
+    tiles: _Tiles
+    logits: tuple[Tensor, Tensor]
+    tokens: Callable[[], Tensor]
+
+
+class _Forward:
+    """One forward: tiles are begun, then finished, where other ranks have a part in it one tile later."""
+
+    def __init__(
+        self, head: Head, other: Other, policy: Side, reference: Side, labels: Tensor, rows: Optional[Tensor],
+        results: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """Both sides and labels of the rows that count; results (tokens, kept) of all."""
+        self.head, self.other, self.policy, self.labels, self.rows = head, other, policy, labels, rows
+        self.tokens, self.kept = results
+        n_cols, device = policy.weight.shape[0], labels.device
+        self.step = tile_rows(head, other, head.shards.widest(n_cols), device)
+        both = head, other, policy, reference, min(self.step, labels.numel()), n_cols
+        self.in_flight = 1 if head.group else 0  # a tile that other ranks are at lies beside the next one
+        self.tiles = [_Tiles(*both) for _ in range(1 + self.in_flight)]
+        self.run = row_passes(backends.get(head.backend), head.shards)
+
+    def fill(self) -> None:
+        """Every tile into the results."""
+        begun: list[Tile] = []
+        for number, some in enumerate(spans(0, self.labels.numel(), self.step)):
+            begun.append(self.begin(some, self.tiles[number % len(self.tiles)]))
+            if len(begun) > self.in_flight:
+                self.finish(begun.pop(0))
+        for tile in begun:
+            self.finish(tile)
+
+    def begin(self, some: slice, tiles: _Tiles) -> Tile:
+        """Project some rows of both sides, and begin to compare them."""
+        head, other, weight = self.head, self.other, self.policy.weight
+        logits = tiles.project(some, slice(0, weight.shape[0]), weight, head.compute_dtype)
+        how = (head.outer, head.inner), (other.outer, other.inner), other.form, other.with_labels
+        return Tile(some, tiles, logits, self.run.begin_kl(*(v[None] for v in logits), self.labels[some], *how))
+
+    def finish(self, tile: Tile) -> None:
+        """Store a tile's results, and what is kept of it."""
+        (some, tiles, logits, tokens), head, weight = tile, self.head, self.policy.weight
+        tokens, part = tokens(), self.labels[some]
+        where = some if self.rows is None else self.rows[some]
+        self.tokens[:, where] = tokens
+        if head.keep == "product":
+            for i, d in enumerate(tiles.bases(*logits, part, tokens, None)):
+                product = self.kept.new_empty(len(part), self.kept.shape[2])
+                block = head_block(self.labels.numel(), *weight.shape, head.tile_bytes)
+                back_project(d, weight, head.compute_dtype, product, block)
+                self.kept[i, where] = product
+        elif head.keep == "basis" and some.start < self.kept.shape[1]:
+            within = self.kept[:, some.start : some.stop, : weight.shape[0]]
+            n = within.shape[1]
+            tiles.bases(logits[0][:n], logits[1][:n], part[:n], tokens[:, :n].contiguous(), within)
+
+
 @guarded
 def forward(
     head: Head, hidden: Tensor, other: Other, policy: Side, reference: Side, labels: Tensor, rows: Optional[Tensor],
@@ -132,37 +197,18 @@ def forward(
 
     rows [n]: numbers of the rows that count, None for all. n_room: at least n, rows to hold room for in `kept`.
     """
-    n_cols, run, device = policy.weight.shape[0], backends.get(head.backend), hidden.device
+    device = hidden.device
     tokens = hidden.new_zeros(TOKEN_FIELDS, labels.numel(), dtype=stats_dtype(head.logits_dtype))
     tokens[NORM] = torch.inf
     kept = empty_kept(head, other, hidden, n_room, policy.weight)
     n_rows = labels.numel() if rows is None else rows.numel()
     if head.keep == "basis":  # an op's result must not hold what was in memory before
-        kept[:, :, n_cols:], kept[:, n_rows:] = 0, 0
+        kept[:, :, policy.weight.shape[0] :], kept[:, n_rows:] = 0, 0
     elif rows is not None:
         kept.zero_()
     policy = policy.at(rows, head.compute_dtype, head.gemm(device))
     reference = reference.at(rows, other.compute_dtype, other.gemm(device))
-    labels = take_rows(labels, rows)
-    step = tile_rows(head, other, n_cols, device)
-    tiles = _Tiles(head, other, policy, reference, min(step, n_rows), n_cols)
-    scaling = (head.outer, head.inner), (other.outer, other.inner)
-    for some in spans(0, n_rows, step):
-        logits, ref_logits = tiles.project(some, slice(0, n_cols), policy.weight, head.compute_dtype)
-        part = labels[some]
-        stats = run.kl(logits[None], ref_logits[None], part, *scaling, other.form, other.with_labels)
-        where = some if rows is None else rows[some]
-        tokens[:, where] = stats
-        if head.keep == "product":
-            for i, d in enumerate(tiles.bases(logits, ref_logits, part, stats, None)):
-                product = kept.new_empty(len(part), kept.shape[2])
-                block = head_block(n_rows, *policy.weight.shape, head.tile_bytes)
-                back_project(d, policy.weight, head.compute_dtype, product, block)
-                kept[i, where] = product
-        elif head.keep == "basis" and some.start < kept.shape[1]:
-            within = kept[:, some.start : some.stop, :n_cols]
-            n = within.shape[1]
-            tiles.bases(logits[:n], ref_logits[:n], part[:n], stats[:, :n].contiguous(), within)
+    _Forward(head, other, policy, reference, take_rows(labels, rows), rows, (tokens, kept)).fill()
     return tokens, kept
 
 
@@ -208,9 +254,8 @@ class _Backward(HeadBackward):
         )
         g_kl, *others = (g[some].contiguous() for g in self.grads)
         rows = self.rows.at(some)
-        self.run.from_basis(
-            d_logp, rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out, columns.start
-        )
+        how = rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out
+        self.run.from_basis(d_logp, *how, first_col=columns.start)
         return out.addcmul_(d, g_kl[:, None])
 
     def recompute(self, some: slice, columns: slice, weight: Tensor, logits: Tensor, out: Tensor) -> Tensor:
@@ -220,8 +265,8 @@ class _Backward(HeadBackward):
         logits, ref_logits = self.tiles.project(some, columns, weight, compute)
         labels, tokens = self.rows.labels[some], self.tokens[:, some].contiguous()
         how = (head.outer, head.inner), (other.outer, other.inner), other.form, other.with_labels
-        if len(weight) == len(self.weight):  # whole rows: score them anew
-            tokens = self.run.kl(logits[None], ref_logits[None], labels, *how)
+        if len(weight) == len(self.weight) and not head.group:  # whole rows: score them anew
+            tokens = self.run.begin_kl(logits[None], ref_logits[None], labels, *how)()
         grads = self.wanted[:, some].contiguous()
         both = logits[None], ref_logits[None]
         self.run.kl_gradient(*both, labels - columns.start, tokens, grads, *how, out[None])
@@ -259,6 +304,8 @@ def backward(
     from_kept = head.inner is None or not active[2]  # the softcap's slope does not come back from the basis
     if head.keep == "product" and not active[2]:
         product = sum(g[:, None] * u for g, u in zip(grads, kept))
+        if head.group and not head.partial:
+            row_passes(backends.get(head.backend), head.shards).add_up(product).wait()
         return product.to(hidden.dtype), weight.new_empty(0), weight.new_empty(0)
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
     live = (grads != 0).any(0)

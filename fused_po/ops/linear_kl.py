@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import kl_head
-from fused_po.ops.head import Head, empty_gradients, scored_rows
+from fused_po.ops.head import Head, scored_rows
+from fused_po.ops.head_backward import empty_gradients
 from fused_po.ops.kl import (
     KLStats,
     PerSide,
@@ -24,6 +25,7 @@ from fused_po.ops.kl import (
 from fused_po.ops.kl_head import Other, Side
 from fused_po.ops.linear_logps import bounded_rows, check_operands, compute_dtype, make_head
 from fused_po.ops.logps import dense, refuse_second_derivative
+from fused_po.parallel import ProcessGroupLike, placed
 from fused_po.schedule import Schedule
 
 
@@ -32,12 +34,13 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], outer: float, inner: Optional[float],
     ignore_index: int, outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int,
-    budget: int, keep: str, backend: str, ref_outer: float, ref_inner: Optional[float], ref_compute_dtype: torch.dtype,
-    ref_logits_dtype: torch.dtype, direction: str, js_weight: float, with_labels: bool, compact: bool,
-    skip_zero_rows: bool,
+    budget: int, keep: str, backend: str, group: str, sizes: list[int], partial: bool, ref_outer: float,
+    ref_inner: Optional[float], ref_compute_dtype: torch.dtype, ref_logits_dtype: torch.dtype, direction: str,
+    js_weight: float, with_labels: bool, compact: bool, skip_zero_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.label_range(labels, weight.shape[0], ignore_index)
-    head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
+    how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
+    head = Head(*how, group, sizes, partial)
+    checks.label_range(labels, head.shards.n_cols(weight.shape[0]), ignore_index)
     other = Other(ref_outer, ref_inner, ref_compute_dtype, ref_logits_dtype, direction, js_weight, with_labels)
     n_room = labels.numel() if rows is None else rows.numel()
     rows = scored_rows(labels, ignore_index) if compact else rows
@@ -49,7 +52,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, rows, *how):
-    head, other = Head(*how[:10]), Other(*how[10:17])
+    head, other = Head(*how[:13]), Other(*how[13:20])
     n_room = labels.numel() if rows is None else rows.numel()
     results = fake_results(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), other.with_labels)
     return *results, kl_head.empty_kept(head, other, hidden, n_room, weight)
@@ -61,11 +64,12 @@ def _backward(
     ref_bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], tokens: Tensor, kept: Tensor,
     g_kl: Optional[Tensor], g_logps: Optional[Tensor], g_entropy: Optional[Tensor], outer: float,
     inner: Optional[float], ignore_index: int, outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype,
-    tile_bytes: int, budget: int, keep: str, backend: str, ref_outer: float, ref_inner: Optional[float],
-    ref_compute_dtype: torch.dtype, ref_logits_dtype: torch.dtype, direction: str, js_weight: float,
-    with_labels: bool, compact: bool, skip_zero_rows: bool, needs: list[bool],
+    tile_bytes: int, budget: int, keep: str, backend: str, group: str, sizes: list[int], partial: bool,
+    ref_outer: float, ref_inner: Optional[float], ref_compute_dtype: torch.dtype, ref_logits_dtype: torch.dtype,
+    direction: str, js_weight: float, with_labels: bool, compact: bool, skip_zero_rows: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
+    how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
+    head = Head(*how, group, sizes, partial)
     other = Other(ref_outer, ref_inner, ref_compute_dtype, ref_logits_dtype, direction, js_weight, with_labels)
     rows = scored_rows(labels, ignore_index) if compact else rows
     sides = Side(hidden, weight, bias), Side(ref_hidden, ref_weight, ref_bias)
@@ -114,6 +118,7 @@ def linear_kl(
     logit_scale: PerSide = 1.0,
     softcap: PerSide = None,
     ignore_index: int = -100,
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> KLStats:
@@ -128,6 +133,7 @@ def linear_kl(
         ref_hidden: [..., H'], ref_weight: [V, H'], ref_bias: [V], the reference's. H' may differ from H; V may not.
         labels: [...], integers in [0, V) or ignore_index. mask: [...], True where a token counts.
         temperature, logit_scale, softcap: one for both, or a pair (policy's, reference's).
+        process_group: both vocabularies are cut over its ranks, see `linear_logps`; js gathers twice a tile.
         backend: "triton" or "reference"; None chooses by device. schedule: see `Schedule`.
 
     Returns:
@@ -139,11 +145,15 @@ def linear_kl(
     checks.floating("hidden", hidden)
     if hidden.ndim < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [..., H]")
-    with_labels = labels is not None
-    counted = counted_labels(labels, mask, hidden, "hidden", ignore_index)
-    check_operands(hidden, weight, counted, bias)
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    with_labels, ref_hidden, ref_weight = labels is not None, ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
+    hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
+    ref_hidden, ref_weight, ref_bias, ref_shards = placed(ref_hidden, ref_weight, ref_bias, process_group, "ref_weight")
+    if shards[:2] != ref_shards[:2]:
+        got, expected = ref_shards.sizes or "the whole vocabulary", shards.sizes or "the whole vocabulary"
+        raise ValueError(f"ref_weight: its ranks hold {got}, expected {expected}, as the policy's head; cut both alike")
+    counted = counted_labels(labels, mask, hidden, "hidden", ignore_index)
+    check_operands(hidden, weight, counted, bias, shards)
     checks.floating("ref_hidden", ref_hidden)
     checks.same_device("ref_hidden", ref_hidden, hidden.device)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -155,7 +165,7 @@ def linear_kl(
         scalings(temperature, logit_scale, softcap),
         direction_of(direction, js_weight),
     )
-    head = make_head((hidden, weight, bias), 1, ignore_index, sides[0], backend, schedule)
+    head = make_head((hidden, weight, bias), 1, ignore_index, sides[0], backend, schedule, shards)
     ref_dtype = compute_dtype(ref_hidden, ref_weight)
     other = Other(*sides[1], ref_dtype, schedule.logits_dtype_for(ref_dtype), *kind, with_labels)
     flat, rows, excess, compact = counted.reshape(-1), None, None, schedule.compact

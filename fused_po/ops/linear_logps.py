@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops import head as schedules
-from fused_po.ops.head import Head, Saved, scored_rows
+from fused_po.ops.head import Head, Saved, forward, scored_rows
+from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
     TokenStats,
     dense,
@@ -23,6 +23,7 @@ from fused_po.ops.logps import (
     requested,
     token_stats,
 )
+from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, placed
 from fused_po.schedule import Schedule, logits_budget
 
 
@@ -31,13 +32,14 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
     rows: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int, outputs: int,
     compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str, backend: str,
-    compact: bool, skip_zero_rows: bool,
+    group: str, sizes: list[int], partial: bool, compact: bool, skip_zero_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.label_range(labels, weight.shape[0], ignore_index)
-    head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
+    how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
+    head = Head(*how, group, sizes, partial)
+    checks.label_range(labels, head.shards.n_cols(weight.shape[0]), ignore_index)
     n_room = labels.numel() if rows is None else rows.numel()
     rows = scored_rows(labels, ignore_index) if compact else rows
-    return schedules.forward(head, hidden, weight, bias, labels, rows, n_room, low)
+    return forward(head, hidden, weight, bias, labels, rows, n_room, low)
 
 
 @_forward.register_fake
@@ -53,18 +55,19 @@ def _backward(
     rows: Optional[Tensor], stats: Tensor, logps: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int,
     outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str,
-    backend: str, compact: bool, skip_zero_rows: bool, needs: list[bool],
+    backend: str, group: str, sizes: list[int], partial: bool, compact: bool, skip_zero_rows: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head(outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend)
+    how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
+    head = Head(*how, group, sizes, partial)
     rows = scored_rows(labels, ignore_index) if compact else rows
     tensors = Saved(hidden, weight, bias, labels, rows, stats, logps, entropy, kept, low)
     grads = (dense(g) for g in (g_logps, g_entropy, g_lse))
-    return schedules.backward(head, tensors, *grads, needs, skip_zero_rows)
+    return backward(head, tensors, *grads, needs, skip_zero_rows)
 
 
 @_backward.register_fake
 def _(hidden, weight, bias, low, *others):
-    return schedules.empty_gradients((hidden, weight, bias, low), others[-1])
+    return empty_gradients((hidden, weight, bias, low), others[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -112,6 +115,7 @@ def linear_logps(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logps",),
     low_rank: Optional[tuple[Tensor, Tensor]] = None,
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> TokenStats:
@@ -131,6 +135,10 @@ def linear_logps(
         outputs: names of TokenStats' fields.
         low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw: LoRA on the head, with u = scaling * hidden @ A.T and
             low = B, without the merged head. Of hidden's dtype; gradients flow to both. Costs r / H of each GEMM.
+        process_group: the vocabulary is cut over its ranks (Megatron's tensor parallelism): weight, bias and low_rank's
+            low are this rank's rows, rank 0's first; hidden and labels are the same on all. A torch.distributed
+            ProcessGroup for rows in equal number, else `VocabParallel`. Every rank gets all results, bitwise equal, and
+            the whole gradient of hidden. A DTensor weight with Shard(0) needs none.
         backend: "triton" or "reference"; None chooses by device. See `backends`.
         schedule: how to compute it, see `Schedule`.
 
@@ -140,7 +148,8 @@ def linear_logps(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
-    labels = check_operands(hidden, weight, labels, bias)
+    hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
+    labels = check_operands(hidden, weight, labels, bias, shards)
     schedule = schedule or Schedule()
     bits, low = output_bits(outputs), None
     if low_rank is not None:
@@ -153,6 +162,7 @@ def linear_logps(
         checks.scaling(temperature, logit_scale, softcap),
         backend,
         schedule,
+        shards,
     )
     flat, rows, compact = labels.reshape(-1), None, schedule.compact
     excess = None
@@ -171,11 +181,14 @@ def linear_logps(
     return stats
 
 
-def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor]) -> Tensor:
+def check_operands(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor], shards: Shards = WHOLE
+) -> Tensor:
     """The labels as int64, once all shapes, dtypes and devices fit."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
-    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    empty = weight.ndim == 2 and shards.n_cols(weight.shape[0]) == 0
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V >= 1 and H = {hidden.shape[-1:]} of "
             f"hidden {tuple(hidden.shape)}"
@@ -207,7 +220,10 @@ def check_low_rank(low_rank: tuple[Tensor, Tensor], hidden: Tensor, weight: Tens
     return u, low
 
 
-def make_head(operands: tuple, bits: int, ignore_index: int, scaling: tuple, backend, schedule: Schedule) -> Head:
+def make_head(
+    operands: tuple, bits: int, ignore_index: int, scaling: tuple, backend, schedule: Schedule,
+    shards: Shards = WHOLE,
+) -> Head:  # fmt: skip
     """How to compute the projection of `operands` (hidden, weight, ...), and what to keep of it for its backward."""
     hidden, weight, *_ = operands
     dtype, device = compute_dtype(hidden, weight), hidden.device
@@ -219,9 +235,9 @@ def make_head(operands: tuple, bits: int, ignore_index: int, scaling: tuple, bac
         keep = "product" if frozen and not entropy else "basis"
         budget = logits_budget(schedule.logits_budget, device)
         bits |= 1  # the basis gives a gradient of entropy or lse with the log-prob beside it
-    tile_bytes = schedule.tile_bytes_on(device)
+    tile_bytes = max(1, schedule.tile_bytes_on(device) // (2 if shards.group else 1))  # two tiles are in flight
     name = backends.resolve(backend, device, logits_dtype)
-    return Head(*scaling, ignore_index, bits, dtype, logits_dtype, tile_bytes, budget, keep, name)
+    return Head(*scaling, ignore_index, bits, dtype, logits_dtype, tile_bytes, budget, keep, name, *shards)
 
 
 def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, row_passes, shards_of
 from fused_po.reference import stats_dtype
 
 
@@ -84,15 +85,16 @@ def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tenso
 @torch.library.custom_op("fused_po::logps_fwd", mutates_args=())
 def _forward(
     logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ignore_index: int, outputs: int,
-    inplace_backward: bool, backend: str,
+    inplace_backward: bool, backend: str, group: str, sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.label_range(labels, logits.shape[-1], ignore_index)
-    run = backends.get(backend).statistics
-    return run(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs)
+    shards = Shards(group, tuple(sizes))
+    checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
+    run = row_passes(backends.get(backend), shards)
+    return run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
 
 
 @_forward.register_fake
-def _(logits, labels, outer, inner, ignore_index, outputs, inplace_backward, backend):
+def _(logits, labels, outer, inner, ignore_index, outputs, *others):
     return fake_stats(logits, labels.numel(), outputs)
 
 
@@ -110,10 +112,10 @@ def on_rows(write, logits: Tensor, out: Tensor) -> None:
         logits.copy_(rows.view(logits.shape))
 
 
-def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend):
+def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend, first_col):
     def write(rows, target):
-        grads = dense(g_logps), dense(g_entropy), dense(g_lse)
-        backends.get(backend).gradient(rows, labels.contiguous(), saved, entropy, *grads, outer, inner, target)
+        how = dense(g_logps), dense(g_entropy), dense(g_lse), outer, inner, target
+        backends.get(backend).gradient(rows, labels.contiguous(), saved, entropy, *how, first_col)
 
     on_rows(write, logits, out)
 
@@ -122,14 +124,15 @@ def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, ou
 def _backward(
     logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,
+    first_col: int,
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend)
+    _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend, first_col)
     return out
 
 
 @_backward.register_fake
-def _(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend):
+def _(logits, *others):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -137,8 +140,9 @@ def _(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, b
 def _backward_(
     logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,
+    first_col: int,
 ) -> None:  # fmt: skip
-    _gradient(logits, logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend)
+    _gradient(logits, logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, backend, first_col)
 
 
 def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[Tensor], ...]:
@@ -147,7 +151,8 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend = inputs
+    logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend, group, sizes = inputs
+    ctx.first_col = Shards(group, tuple(sizes)).start()
     _, entropy, _, _, saved = output
     ctx.save_for_backward(logits, labels, saved, entropy)
     ctx.set_materialize_grads(False)
@@ -156,15 +161,15 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
     grads = requested((g_logps, g_entropy, g_lse), ctx.outputs)
     if all(g is None for g in grads):
-        return (None,) * 8
+        return (None,) * 10
     logits, labels, saved, entropy = ctx.saved_tensors
-    arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend)
+    arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
     if ctx.inplace:
         grad = logits.detach()
         torch.ops.fused_po.logps_bwd_(grad, *arguments)
     else:
         grad = torch.ops.fused_po.logps_bwd(logits, *arguments)
-    return grad, *(None,) * 7
+    return grad, *(None,) * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -185,6 +190,16 @@ def refuse_second_derivative(op) -> None:
 refuse_second_derivative(_backward)
 
 
+def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
+    """Where the vocabulary of logits [..., V] lies."""
+    shards = shards_of(process_group, logits.shape[-1], "logits") if logits.ndim else WHOLE
+    if logits.ndim < 1 or shards.n_cols(logits.shape[-1]) == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+    if shards.partial:
+        raise ValueError("process_group: got a sequence_dim, which is for hidden states; gather the logits' tokens")
+    return shards
+
+
 def logps_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -195,6 +210,7 @@ def logps_from_logits(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logps",),
     inplace_backward: bool = False,
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
 ) -> TokenStats:
     """Log-probs of labels, and other statistics, from logits; one read forward, one read and one write backward.
@@ -211,6 +227,8 @@ def logps_from_logits(
         ignore_index: label of positions that are not read and give exactly 0.
         outputs: names of TokenStats' fields.
         inplace_backward: the backward overwrites the logits with their gradient. They must not be used afterwards.
+        process_group: the vocabulary is cut over its ranks: logits are this rank's columns, labels all the same. See
+            `linear_logps`; costs one all_gather of a few numbers a token, and none backward.
         backend: "triton" or "reference"; None chooses by device. See `backends`.
 
     Returns:
@@ -220,15 +238,14 @@ def logps_from_logits(
         TypeError, ValueError: an argument of the wrong type, shape, device or range, by name.
     """
     checks.floating("logits", logits)
-    if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+    shards = logits_shards(logits, process_group)
     why = "the logits' shape without the vocabulary"
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
     bits = output_bits(outputs)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
-    *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name)
+    *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
     return token_stats(tuple(results), bits, labels.shape)
 
 

@@ -4,10 +4,11 @@ The same entry points as a kernel backend, over blocks of rows small enough to s
 [N, V] in size.
 """
 
-from fused_po.reference.divergence import kl, kl_gradient
+from fused_po.reference.divergence import kl, kl_gradient, mixture
 from fused_po.reference.preference import dpo, dpo_gradient, pair_statistics
 from fused_po.reference.rows import from_basis, gradient, score, statistics, stats_dtype, unsupported
 from fused_po.reference.scan import gae
+from fused_po.reference.shards import merge_kl, merge_scores
 
 __all__ = [
     "dpo",
@@ -17,6 +18,9 @@ __all__ = [
     "gradient",
     "kl",
     "kl_gradient",
+    "merge_kl",
+    "merge_scores",
+    "mixture",
     "pair_statistics",
     "score",
     "statistics",

@@ -39,6 +39,12 @@ def _above_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor,
     return of_larger - apart.clamp(min=0), of_larger + apart.clamp(max=0)
 
 
+def _mixture_sums(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """(KL(p || m), KL(q || m)) [rows], m = weight q + (1 - weight) p; over some columns, their share of it."""
+    above = zip((log_p, log_q), _above_mixture(log_p, log_q, weight))
+    return tuple(_weighed(log.exp(), apart).sum(1) for log, apart in above)
+
+
 def kl(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, scaling: tuple, ref_scaling: tuple, direction: str | float,
     with_labels: bool,
@@ -58,15 +64,28 @@ def kl(
         elif direction == "forward":
             tokens[KL, rows] = _weighed(log_q.exp(), log_q - log_p).sum(1)
         else:
-            p_above, q_above = _above_mixture(log_p, log_q, direction)
-            tokens[CENTER, rows] = of_p = _weighed(p, p_above).sum(1)
-            tokens[KL, rows] = direction * _weighed(log_q.exp(), q_above).sum(1) + (1 - direction) * of_p
+            of_p, of_q = _mixture_sums(log_p, log_q, direction)
+            tokens[CENTER, rows], tokens[KL, rows] = of_p, direction * of_q + (1 - direction) * of_p
         if with_labels:
             label = labels[rows][:, None]
             tokens[LOGP, rows], tokens[REF_LOGP, rows] = (v.gather(1, label)[:, 0] for v in (log_p, log_q))
             tokens[ENTROPY, rows] = -log_p.clamp(min=FLOOR).mul_(p).sum(1)
     tokens[KL].clamp_(min=0)  # rounding; NaN stays
     return tokens
+
+
+def mixture(
+    logits: Tensor, ref_logits: Tensor, tokens: Tensor, scaling: tuple, ref_scaling: tuple, weight: float
+) -> Tensor:
+    """[2, N]: what the columns of logits, ref_logits[O, I, V] add to KL(p || m) and KL(q || m), see `kl`.
+
+    tokens: of whole rows, of which V may be a part.
+    """
+    sums = torch.zeros_like(tokens[:2])
+    for rows, where, x in row_blocks(logits, tokens[NORM] != math.inf):
+        log_p, log_q, *_ = _both_sides(x, ref_logits[where], scaling, ref_scaling, tokens[SHIFT:CENTER, rows])
+        sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
+    return sums
 
 
 def kl_gradient(

@@ -228,6 +228,48 @@ def kl_kernel(
         tl.store(out + ENTROPY * n_rows, tl.where(valid, (norm - t / d) * LN2, 0.0))
 
 
+@triton.jit(
+    do_not_specialize=["inner_rows", "x_stride_outer", "x_stride_inner", "ref_stride_outer", "ref_stride_inner"]
+)
+def mixture_kernel(
+    x_ptr, ref_ptr, tokens_ptr, sums_ptr,
+    inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
+    ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner, weight, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: sums [2, rows] over these columns, with the shifts and norms of whole rows in tokens."""
+    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    tokens = tokens_ptr + row
+    norm = tl.load(tokens + NORM * n_rows)
+    sides = (
+        tl.load(tokens + SHIFT * n_rows), norm, tl.load(tokens + REF_SHIFT * n_rows),
+        tl.load(tokens + REF_NORM * n_rows),
+    )  # fmt: skip
+    x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
+    ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
+    columns = tl.where(norm != float("inf"), n_cols, 0)
+    of_p, of_q = mixture_sums(
+        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, weight, BLOCK
+    )
+    tl.store(sums_ptr + row, of_p * LN2)
+    tl.store(sums_ptr + n_rows + row, of_q * LN2)
+
+
+def mixture(logits, ref_logits, tokens, scaling, ref_scaling, weight):
+    """[2, N]: what the columns of logits, ref_logits[O, I, V] add to KL(p || m) and KL(q || m).
+
+    tokens: of whole rows, of which V may be a part.
+    """
+    sums = torch.empty_like(tokens[:2])
+    if sums.numel():
+        shape = launch_shape(logits.shape[2], logits.element_size())
+        mixture_kernel[(tokens.shape[1],)](
+            logits, ref_logits, tokens, sums, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
+            ref_logits.stride(0), ref_logits.stride(1), *scaling, *ref_scaling, weight,
+            BLOCK=shape["BLOCK"] // 2, num_warps=shape["num_warps"],
+        )  # fmt: skip
+    return sums
+
+
 def phase(logits):
     """Where rows begin, counted in bytes from 16-byte boundaries: of the first row, and from one row to the next."""
     size = logits.element_size()

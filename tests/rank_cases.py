@@ -1,0 +1,188 @@
+"""What the processes of test_parallel.py run, apart from other files' tests."""
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from counting import Collectives
+from cut import own, same_everywhere
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import fused_po
+from fused_po import Schedule, VocabParallel
+
+V, H = 96, 8
+LINE = 4 * 32  # bytes of a padded fp32 row of up to 32 columns
+
+
+def problem(n=20, v=V):
+    """hidden [n, H], weight [v, H], labels [n] of which some are ignored, a gradient [n]; the same on all ranks."""
+    torch.manual_seed(3)
+    labels = torch.randint(0, v, (n,))
+    labels[::7] = -100
+    return torch.randn(n, H), torch.randn(v, H), labels, torch.randn(n)
+
+
+def whole(hidden, weight, labels, g, **how):
+    """(log-probs, gradients of hidden and weight) on one process."""
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    logps = fused_po.linear_logps(hidden, weight, labels, **how).logps
+    return (logps.detach(), *torch.autograd.grad((logps * g).sum(), (hidden, weight)))
+
+
+def collectives(tile_rows: int, kept_rows: int, frozen: bool, outputs: tuple, n: int) -> tuple[list, list]:
+    """What one forward and one backward say; V / 4 ranks columns here, all rows scored."""
+    hidden, weight, labels, g = problem(n)
+    part = own(weight, (V // dist.get_world_size(),) * dist.get_world_size())
+    part = part.detach().requires_grad_(not frozen)
+    line = 4 * -(-len(part) // 16) * 16
+    schedule = Schedule(tile_bytes=2 * tile_rows * line, logits_budget=kept_rows * line)
+    hidden.requires_grad_()
+    with Collectives() as forward:
+        how = {"outputs": outputs, "process_group": dist.group.WORLD, "schedule": schedule}
+        stats = fused_po.linear_logps(hidden, part, labels.clamp(min=0), **how)
+    with Collectives() as backward:
+        (stats.logps * g).sum().backward()
+    return forward.calls, backward.calls
+
+
+def divergence(direction: str) -> list:
+    """What a forward of the KL says."""
+    hidden, weight, labels, _ = problem()
+    part = own(weight, (V // dist.get_world_size(),) * dist.get_world_size())
+    with Collectives() as said:
+        how = {"direction": direction, "process_group": dist.group.WORLD}
+        fused_po.linear_kl(hidden, part, hidden + 1, part, labels.clamp(min=0), **how)
+    return said.calls
+
+
+def other_labels() -> None:
+    """Rank 1 has labels of its own."""
+    hidden, weight, labels, _ = problem()
+    fused_po.linear_logps(hidden, weight, labels.roll(dist.get_rank()), process_group=dist.group.WORLD)
+
+
+def other_shapes() -> None:
+    """Rank 1 has a token more."""
+    hidden, weight, labels, _ = problem(20 + dist.get_rank())
+    fused_po.linear_logps(hidden, weight, labels.clamp(min=0), process_group=dist.group.WORLD)
+
+
+def one_dies() -> float:
+    """Rank 1 leaves; the seconds until the others know."""
+    if dist.get_rank() == 1:
+        os._exit(1)
+    hidden, weight, labels, _ = problem()
+    begin = time.monotonic()
+    try:
+        fused_po.linear_logps(hidden, weight, labels, process_group=dist.group.WORLD)
+    except RuntimeError:
+        return time.monotonic() - begin
+    raise AssertionError("no error")
+
+
+class Model(torch.nn.Module):
+    """A body and a head, in the forward of which fused_po runs."""
+
+    def __init__(self, v: int, bias: bool) -> None:
+        super().__init__()
+        self.body, self.lm_head = torch.nn.Linear(H, H), torch.nn.Linear(H, v, bias=bias)
+
+    def forward(self, x, labels):
+        hidden = self.body(x).tanh()
+        return fused_po.linear_logps(hidden, self.lm_head.weight, labels, self.lm_head.bias).logps
+
+
+def parallelized(v: int, bias: bool) -> None:
+    """A head that parallelize_module has cut, with a plain hidden: as on one process, and never gathered."""
+    x, _, labels, g = problem(v=v)
+    model = Model(v, bias)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    expected = model(x, labels)
+    wanted = torch.autograd.grad((expected * g).sum(), list(model.parameters()))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    assert isinstance(model.lm_head.weight, DTensor)
+    with Collectives() as said:
+        logps = model(x, labels)
+        (logps * g).sum().backward()
+    torch.testing.assert_close(logps, expected)
+    for parameter, grad in zip(model.parameters(), wanted):
+        got = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        torch.testing.assert_close(got, grad)
+    same_everywhere(logps)
+    assert [name.rsplit("_", 1)[0] for name, _ in said.calls] != [] and len(said.calls) == 2, said.calls
+
+
+def sequence_parallel(as_dtensors: bool) -> None:
+    """Each rank has a share of the tokens' hidden states, and gets the gradient of its share."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem(20)
+    expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)
+    share = hidden.chunk(n_ranks)[rank].clone().requires_grad_()
+    rows = slice(rank * len(weight) // n_ranks, (rank + 1) * len(weight) // n_ranks)
+    if as_dtensors:
+        mesh = init_device_mesh("cpu", (n_ranks,))
+        head = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        logps = fused_po.linear_logps(DTensor.from_local(share, mesh, [Shard(0)]), head, labels).logps
+    else:
+        head = weight[rows].clone().requires_grad_()
+        group = VocabParallel(dist.group.WORLD, sequence_dim=0)
+        logps = fused_po.linear_logps(share, head, labels, process_group=group).logps
+    (logps * g).sum().backward()
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(share.grad, grad_hidden.chunk(n_ranks)[rank])
+    got = head.grad.to_local() if as_dtensors else head.grad
+    torch.testing.assert_close(got, grad_weight[rows])
+
+
+def refused() -> list[str]:
+    """What bad calls say."""
+    hidden, weight, labels, _ = problem()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    wide, copy = (distribute_tensor(weight, mesh, [place]) for place in (Shard(1), Replicate()))
+    sizes, world = (len(weight),) * dist.get_world_size(), dist.group.WORLD
+    calls = [
+        lambda: fused_po.linear_logps(hidden, wide, labels),
+        lambda: fused_po.linear_logps(distribute_tensor(hidden, mesh, [Shard(0)]), weight, labels),
+        lambda: fused_po.linear_logps(hidden, copy, labels, process_group=world),
+        lambda: fused_po.linear_logps(hidden, weight, labels, process_group=VocabParallel(world, (1, *sizes[1:-1], 2))),
+        lambda: VocabParallel(world, (1,)),
+        lambda: VocabParallel("tp"),
+        lambda: fused_po.linear_logps(hidden, weight, labels, process_group="tp"),
+        lambda: fused_po.linear_logps(hidden, weight, labels + 10**4, process_group=world),
+        lambda: fused_po.logps_from_logits(
+            hidden, labels.clamp(max=7), process_group=VocabParallel(world, sequence_dim=0)
+        ),
+        lambda: fused_po.linear_logps(hidden, weight, labels, process_group=VocabParallel(world, sequence_dim=5)),
+        lambda: fused_po.linear_kl(hidden, distribute_tensor(weight, mesh, [Shard(0)]), hidden, weight, labels),
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("nothing")
+        except (TypeError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def compiled() -> None:
+    """torch.compile takes the ops with a process group in one graph."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem(21)
+    expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)
+    head = weight.chunk(n_ranks)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+
+    def loss(hidden, head):
+        return (fused_po.linear_logps(hidden, head, labels, process_group=dist.group.WORLD).logps * g).sum()
+
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, head).backward()
+    torch.testing.assert_close(hidden.grad, grad_hidden)
+    torch.testing.assert_close(head.grad, grad_weight.chunk(n_ranks)[rank])
+    assert expected is not None
