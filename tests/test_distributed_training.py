@@ -17,10 +17,16 @@ SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: n
 PPO = ("--num-mini-batches", "1", "--num-ppo-epochs", "2", "--max-update-kl", "9")
 PPO += ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
 ENGINES = {
-    "ddp": (2, ("--parallel", "ddp")),
-    "ddp in parts": (2, ("--parallel", "ddp", "--micro-batch-size", "2")),
-    "fsdp": (2, ("--parallel", "fsdp")),
-    "fsdp in parts": (2, ("--parallel", "fsdp", "--micro-batch-size", "3")),
+    "ddp": ("--parallel", "ddp"),
+    "ddp in parts": ("--parallel", "ddp", "--micro-batch-size", "2"),
+    "fsdp": ("--parallel", "fsdp"),
+    "fsdp in parts": ("--parallel", "fsdp", "--micro-batch-size", "3"),
+    "tp": ("--parallel", "tp"),
+}
+OF_FOUR = {
+    "fsdp": ("--parallel", "fsdp", "--micro-batch-size", "1"),
+    "tp": ("--parallel", "tp"),
+    "fsdp x tp": ("--parallel", "fsdp", "--tp", "2"),
 }
 
 
@@ -124,4 +130,10 @@ def weights_of_start(words) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_two_processes_train_as_one(name, engine, words, tmp_path, two):
-    same_training(name, words, tmp_path, ENGINES[engine][1], two)
+    same_training(name, words, tmp_path, ENGINES[engine], two)
+
+
+@pytest.mark.parametrize("engine", OF_FOUR)
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_four_processes_train_as_one(name, engine, words, tmp_path, four):
+    same_training(name, words, tmp_path, OF_FOUR[engine], four)
