@@ -1,10 +1,10 @@
 """TRL's DPOTrainer with the fused head under it, on one process or many: what `accelerate launch` starts is what runs.
 
     python examples/trl_dpo.py --max_steps 20
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/trl_dpo.py --model Qwen/Qwen3-8B
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/trl_dpo.py --model ...
 
-The configurations in examples/accelerate/ are DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3. Every flag of TRL's DPOConfig
-is taken (--per_device_train_batch_size, --beta, ...). Without --model a tiny Llama is built on the shipped pairs.
+The configurations in examples/accelerate/ are DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3. Every flag of TRL's
+DPOConfig is taken (--per_device_train_batch_size, --beta, ...). Without --model a tiny Llama is built on the pairs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import comparisons
 import dataset
 import datasets
 import models
+import torch
 import transformers
 import trl
 
@@ -42,13 +43,14 @@ def main(argv: list[str] | None = None) -> trl.DPOTrainer:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", help="Hub id or folder of a causal LM")
     parser.add_argument("--dataset", default=str(comparisons.TRAIN), help="pairs, a .jsonl file or what datasets reads")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
     parser.add_argument("--stock", action="store_true", help="TRL's own head, to compare with")
     parser.set_defaults(**DEFAULTS)
     config, args = parser.parse_args_into_dataclasses(argv)
     rows = dataset.read(args.dataset, "train")
     with config.main_process_first():
         path = args.model or str(tiny(rows, Path(config.output_dir) / "start"))
-    config.model_init_kwargs = {"dtype": "float32"}
+    config.model_init_kwargs = {"dtype": getattr(torch, args.dtype)}
     if not args.stock:
         patch()
     pairs = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
