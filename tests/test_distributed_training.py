@@ -1,11 +1,17 @@
 """examples/dpo.py and ppo.py on several processes: DDP, FSDP2, TP and FSDP2 x TP train as one process does."""
 
+import os
+import re
+import shutil
+import signal
+import time
+
 import pipeline
 import pytest
 import torch
 import transformers
 from pipeline import metrics, script, weights
-from ranks import Ranks
+from ranks import GROUP_TIMEOUT, Ranks
 
 import common  # isort: skip
 import dataset  # isort: skip
@@ -137,3 +143,113 @@ def test_two_processes_train_as_one(name, engine, words, tmp_path, two):
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_four_processes_train_as_one(name, engine, words, tmp_path, four):
     same_training(name, words, tmp_path, OF_FOUR[engine], four)
+
+
+def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:
+    """A run that resumes; the weights as they are once its checkpoint is read."""
+    found, load = {}, parallel.load
+
+    def recorded(path, learner, parts):
+        load(path, learner, parts)
+        for key, p in learner.model.named_parameters():
+            found[key] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "load", recorded)
+        trained("dpo", words, output, "--checkpoint-every", "5", "--resume", *more)
+    return found
+
+
+def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
+    """FSDP2 x TP saves after 5 of 10 steps; FSDP2 and TP on two ranks and one process read its bits and end alike."""
+    every = ("--checkpoint-every", "5")
+    four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
+    parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
+    assert {f"__{rank}_0.distcp" for rank in range(4)} <= set(parts)
+    common.remove(common.checkpoint(tmp_path / "four", 10))
+    saved, wanted = weights(tmp_path / "four"), metrics(tmp_path / "four")[5:]
+    for name, engine in (("fsdp", ENGINES["fsdp"]), ("tp", ENGINES["tp"]), ("one", ())):
+        shutil.copytree(tmp_path / "four", tmp_path / name)
+        there = (words, str(tmp_path / name), *engine)
+        for found in two.run(loaded_weights, *there) if engine else [loaded_weights(*there)]:
+            assert found.keys() == saved.keys()
+            for key, weight in found.items():
+                assert torch.equal(weight, saved[key]), f"{name}, {key}"
+        went_on = metrics(tmp_path / name)[5:]
+        assert [row["step"] for row in went_on] == list(range(5, STEPS))
+        for ours, theirs in zip(went_on, wanted):
+            assert ours.pop("loss") == pytest.approx(theirs["loss"], rel=1e-9)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-9)
+
+
+def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
+    """(answers to one question asked 8 times, the state of torch's generator)."""
+    ppo, rollouts = script("ppo"), script("rollouts")
+    args = ppo.parse([*words, "--parallel", "ddp", "--output", output, "--max-completion-length", "6"])
+    model, tokenizer, prompts, _ = script("loop").start(args, script("loop").load_rows(args, "prompt"))
+    torch.manual_seed(3)
+    rows = rollouts.rollout(model, tokenizer, prompts[:1] * 8, args, lambda rows: [0.0] * len(rows))
+    return [row["answer_ids"] for row in rows], torch.get_rng_state()
+
+
+def test_each_rank_draws_its_own_and_all_go_on_alike(words, tmp_path, two):
+    (first, state), (second, other) = two.run(sampled, words, str(tmp_path))
+    assert len(first) == 8 and first == second
+    assert first[:4] != first[4:]  # not the same draws twice
+    assert torch.equal(state, other)
+
+
+def disagreeing(words: list[str], output: str, how: str) -> str:
+    """What a run says on this rank when ranks differ in their model, or in their flags."""
+    other = parallel.dist.get_rank() == 1
+    more = ["--beta", "0.3"] if how == "settings" and other else []
+    args = script("dpo").parse([*words, *SHORT, "--parallel", "fsdp", "--output", output, *more])
+    model, _ = models.build(args, [])
+    if how == "weights" and other:
+        model.resize_token_embeddings(160)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        if how == "settings":
+            parallel.equal("settings", vars(args))
+        parallel.Engine(args, model)
+    assert time.monotonic() - begun < GROUP_TIMEOUT
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("how", ["settings", "weights"])
+def test_ranks_that_differ_are_told_at_once(how, words, tmp_path, two):
+    said = two.run(disagreeing, words, str(tmp_path), how)
+    found = "beta: 0.3, 0.1 on rank 0" if how == "settings" else r"\(\(160, 32\), 'torch.float32'\), \(\(167, 32\)"
+    for message in said:
+        assert message.startswith(f"error: the ranks' {how} differ; rank 1 has ")
+        assert re.search(found, message), message
+
+
+def dying(words: list[str], output: str, engine: str) -> None:
+    """A run whose rank 1 is killed in its third step."""
+    clip, calls = parallel.clip_grad_norm, []
+
+    def counted(*how):
+        calls.append(1)
+        if len(calls) == 3 and parallel.dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clip(*how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "clip_grad_norm", counted)
+        trained("dpo", words, output, *ENGINES[engine])
+
+
+def test_a_rank_that_dies_ends_the_others(words, tmp_path):
+    """The rank that is left raises, no later than a collective waits; its last checkpoint is whole."""
+    ranks = Ranks(2)
+    try:
+        ranks.run(parallel.size)  # they have started
+        begun = time.monotonic()
+        (_, left), (_, dead) = ranks.answers(dying, words, str(tmp_path / "run"), "fsdp")
+        assert time.monotonic() - begun < GROUP_TIMEOUT + 10  # and two steps before
+    finally:
+        ranks.close()
+    assert dead == ("the process is dead", "")
+    assert left is not None and left[0] != "no answer in time", left
+    assert "Error" in left[0]
