@@ -19,6 +19,7 @@ sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of t
 
 import common  # noqa: E402
 import comparisons  # noqa: E402
+import parallel  # noqa: E402
 
 # Kills its own process in the middle of a step: the gradient is there, the weights are not yet changed.
 KILL = """
@@ -70,7 +71,8 @@ def weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     path = common.checkpoint(output, step or common.checkpoints(output)[-1])
     names = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in names.items() if n.startswith("model.")}
-    checkpoint.load(state, checkpoint_id=path, no_dist=True)
+    with parallel.alone():
+        checkpoint.load(state, checkpoint_id=path, no_dist=True)
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 

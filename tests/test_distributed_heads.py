@@ -2,6 +2,7 @@
 
 import os
 
+import pipeline  # noqa: F401  (puts examples/ on the path)
 import pytest
 import torch
 from ranks import Ranks
@@ -106,6 +107,25 @@ def same(found: list[list[dict]], wanted: list[dict]) -> None:
 @pytest.mark.parametrize("name", WRAPS)
 def test_two_ranks_are_one_process(name, two):
     same(two.run(wrapped, name), one_process())
+
+
+def by_tensor_parallel(fused_first: bool) -> list[dict]:
+    """parallelize_module by the model's own plan: each rank has rows of the head, 49 of 97 and 48, and all tokens."""
+    from parallel import tensor_parallel
+
+    mesh = distributed.init_device_mesh(device().type, (2,))
+    model = causal_lm("Llama").double().train().to(device())
+    model = fuse_lm_head(model) if fused_first else model
+    tensor_parallel(model, mesh)
+    model = model if fused_first else fuse_lm_head(model)
+    ids, labels, count = problem()
+    assert len(model.lm_head.weight.to_local()) == 49 - distributed.get_rank()
+    return by_torch(model, model, dict(input_ids=ids.to(device()), labels=labels.to(device())), count)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_a_head_cut_by_rows_of_the_vocabulary_is_the_whole(fused_first, two):
+    same(two.run(by_tensor_parallel, fused_first), one_process())
 
 
 def by_fsdp1() -> list[dict]:

@@ -42,13 +42,12 @@ def _name(value: object) -> str:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """The parameter, if this process has all of it."""
-    sharded = hasattr(weight, "ds_id") and not weight.numel()
-    if sharded or hasattr(weight, "device_mesh"):
+    """The parameter, if ZeRO-3 has gathered it. A DTensor, cut by tensor parallelism, `linear_logps` takes as it is."""
+    if hasattr(weight, "ds_id") and not weight.numel():
         raise TypeError(
-            "lm_head: its parameters are sharded, and nothing gathers them while it runs. Wrap the model with "
-            "fully_shard or deepspeed.initialize after fuse_lm_head, and call the wrapped model; under ZeRO-3 without "
-            "LoRA or modules_to_save on lm_head (or use ZeRO-2)"
+            "lm_head: its parameters are sharded, and nothing gathers them while it runs. Call the engine that "
+            "deepspeed.initialize made, not the model in it; ZeRO-3 does not gather a head under LoRA or "
+            "modules_to_save: leave lm_head out of them, or use ZeRO-2"
         )
     return weight
 

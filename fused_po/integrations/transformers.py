@@ -64,7 +64,7 @@ class _State:
         self.head = self.hook = None
 
     def divert(self, head: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
-        """The hook on the head: keep the hidden states, and give the head none of their rows."""
+        """The hook on the head: keep the hidden states, and give the head none of their rows; a DTensor head one."""
         if self.call is None or self.call.scoring:
             return None
         if self.call.hidden is not None:
@@ -72,7 +72,8 @@ class _State:
         if kwargs or len(args) != 1:
             raise TypeError(f"fused: lm_head was called with {sorted(kwargs)} beside hidden states; use fused=False")
         self.call.hidden = args[0]
-        return (args[0][..., :0, :],), kwargs
+        rows = int(any(hasattr(p, "device_mesh") for p in head.parameters()))  # DTensors cannot reshape no rows
+        return (args[0][..., :rows, :],), kwargs
 
     def score(self, logits: Tensor, labels: Tensor, vocab_size: Optional[int] = None, **kwargs: Any) -> Tensor:
         """In `loss_function`'s place: the same mean over scored tokens, from the hidden states of this call."""
