@@ -108,6 +108,18 @@ def kl_cases(dtype: str) -> list[Case]:
             name = ("js" if direction == 0.5 else direction) + (", log-probs and entropy" if labels else "")
             out.append(Case(f"kl, {name}", "kl", "kl_kernel", dtype, flags))
             out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
+    return [*out, Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None}, block=2048)]
+
+
+def shards_cases() -> list[Case]:
+    """Of 8 ranks."""
+    out, shape = [], {"LANES": 8}
+    for label, outputs in {"logps": 1, "all outputs": 63}.items():
+        flags = {"OUTPUTS": outputs, **shape}
+        out.append(Case(f"merge of ranks, {label}", "shards", "merge_scores_kernel", "fp32", flags, 128, 4))
+    for direction in ("reverse", "forward", "js"):
+        flags = {"DIRECTION": direction, "LABELS": True, **shape}
+        out.append(Case(f"merge of ranks, {direction}", "shards", "merge_kl_kernel", "fp32", flags, 128, 4))
     return out
 
 
@@ -124,6 +136,7 @@ def cases() -> list[Case]:
             name = f"dpo, kl={kl}" + (", reference sums" if sums else "")
             constants = {"KL": kl, "REF_SUMS": sums}
             out.append(Case(name, "preference", "dpo_kernel", "fp32", constants, block=1024, warps=4))
+    out += shards_cases()
     for name, constants in {"gae": {"mask_ptr": None, "last_ptr": None}, "gae, masked, last values": {}}.items():
         out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024))
     return out
@@ -142,11 +155,11 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("label_ptr", "mask_ptr"):
-            return {"label_ptr": "*i64", "mask_ptr": "*u8"}[name]
+        if name in ("label_ptr", "owner_ptr", "mask_ptr"):
+            return "*u8" if name == "mask_ptr" else "*i64"
         if name.endswith("_ptr"):
             return "*" + (case.dtype if name in LOGITS_POINTERS and case.kernel != "dpo_kernel" else "fp32")
-        if name in ("outer", "inner", "ref_outer", "ref_inner", "beta", "label_smoothing", "gamma", "decay"):
+        if name in ("outer", "inner", "ref_outer", "ref_inner", "beta", "label_smoothing", "gamma", "decay", "weight"):
             return "fp32"
         return "i64" if "stride" in name or name == "ignore_index" else "i32"
 
@@ -222,10 +235,10 @@ def vector_path(code: list[tuple[int, str]]) -> int:
 
 def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     """Instructions a thread issues for each of its elements of logits."""
-    if case.kernel in ("dpo_kernel", "gae_kernel", "merge_parts_kernel"):
+    if case.kernel in ("dpo_kernel", "gae_kernel") or case.kernel.startswith("merge_"):
         return None
-    scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel")
-    count = main_loop(code) if scans else vector_path(code)
+    scans = ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel", "mixture_kernel")
+    count = main_loop(code) if case.kernel in scans else vector_path(code)
     return round(count * case.warps * 32 / case.block, 2)
 
 

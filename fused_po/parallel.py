@@ -46,11 +46,14 @@ class VocabParallel:
         passes its rows without the padding, and says so here.
     sequence_dim: sequence parallelism: hidden holds this rank's share of the tokens, of this dimension, equal on all
         ranks; the labels are all tokens'. hidden is gathered, and its gradient reduce-scattered.
+    partial_grad: the gradient of hidden stays this rank's part of the sum, for code that adds the parts up itself, as
+        Megatron's gather_from_sequence_parallel_region does.
     """
 
     group: Any
     sizes: Optional[tuple[int, ...]] = None
     sequence_dim: Optional[int] = None
+    partial_grad: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, dist.ProcessGroup):
@@ -95,24 +98,27 @@ class Shards(NamedTuple):
 WHOLE = Shards()
 
 
-def shards_of(process_group: ProcessGroupLike, own: int, name: str) -> Shards:
+def given(process_group: ProcessGroupLike) -> Optional[VocabParallel]:
+    """The argument as a VocabParallel."""
+    if process_group is None or isinstance(process_group, VocabParallel):
+        return process_group
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        got = type(process_group).__name__
+        raise TypeError(f"process_group: got {got}, expected a torch.distributed.ProcessGroup or a VocabParallel")
+    return VocabParallel(process_group)
+
+
+def shards_of(cut: Optional[VocabParallel], own: int, name: str) -> Shards:
     """The shards of a vocabulary of which argument `name` has `own` entries here."""
-    if process_group is None:
+    if cut is None:
         return WHOLE
-    if not isinstance(process_group, VocabParallel):
-        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-            got = type(process_group).__name__
-            raise TypeError(f"process_group: got {got}, expected a torch.distributed.ProcessGroup or a VocabParallel")
-        process_group = VocabParallel(process_group)
-    group = process_group.group
-    sizes = process_group.sizes or (own,) * group.size()
-    if sizes[group.rank()] != own:
-        raise ValueError(
-            f"{name}: has {own} entries of the vocabulary, expected {sizes[group.rank()]}, this rank's size"
-        )
-    if group.size() == 1:
+    sizes = cut.sizes or (own,) * cut.group.size()
+    if sizes[cut.group.rank()] != own:
+        expected = f"{sizes[cut.group.rank()]}, this rank's size"
+        raise ValueError(f"{name}: has {own} entries of the vocabulary, expected {expected}")
+    if cut.group.size() == 1:
         return WHOLE
-    return Shards(group.group_name, sizes, process_group.sequence_dim is not None)
+    return Shards(cut.group.group_name, sizes, cut.partial_grad or cut.sequence_dim is not None)
 
 
 def placed(
@@ -129,17 +135,17 @@ def placed(
     for value in (hidden, bias):
         if hasattr(value, "device_mesh"):
             raise TypeError(f"{name}: got a plain tensor beside a DTensor; pass all as DTensors, or none (to_local())")
-    if process_group is None:
+    cut = given(process_group)
+    if cut is None:
         return hidden, weight, bias, WHOLE
     if checks.floating(name, weight).ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [V, H], this rank's rows of the head")
-    shards = shards_of(process_group, weight.shape[0], name)
-    if shards.partial:
+    if cut.sequence_dim is not None and cut.group.size() > 1:
         from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-        dim = checks.dimension("sequence_dim", process_group.sequence_dim, hidden.ndim - 1)
-        hidden = all_gather_tensor_autograd(hidden.contiguous(), dim, process_group.group)
-    return hidden, weight, bias, shards
+        dim = checks.dimension("sequence_dim", cut.sequence_dim, hidden.ndim - 1)
+        hidden = all_gather_tensor_autograd(hidden.contiguous(), dim, cut.group)
+    return hidden, weight, bias, shards_of(cut, weight.shape[0], name)
 
 
 def placed_dtensors(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], name: str) -> tuple:

@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import fused_po
 from fused_po import Schedule, VocabParallel
+from fused_po.integrations.verl import linear_cross_entropy
 
 V, H = 96, 8
 LINE = 4 * 32  # bytes of a padded fp32 row of up to 32 columns
@@ -138,6 +139,49 @@ def sequence_parallel(as_dtensors: bool) -> None:
     torch.testing.assert_close(share.grad, grad_hidden.chunk(n_ranks)[rank])
     got = head.grad.to_local() if as_dtensors else head.grad
     torch.testing.assert_close(got, grad_weight[rows])
+
+
+def verl() -> None:
+    """Its linear_cross_entropy: the gradient of hidden is left to Megatron's regions, which add it up."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem()
+    expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)
+    head = weight.chunk(n_ranks)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    logps, _ = linear_cross_entropy(hidden, head, labels, 1.0, "none", dist.group.WORLD)
+    (logps * g).sum().backward()
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(head.grad, grad_weight.chunk(n_ranks)[rank])
+    assert not torch.allclose(hidden.grad, grad_hidden)
+    dist.all_reduce(hidden.grad)
+    torch.testing.assert_close(hidden.grad, grad_hidden)
+
+
+def chunked() -> None:
+    """A loss of groups of tokens, and DPO, with the head cut as on one process."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem(24)
+    schedule = Schedule(logits_budget=1 << 11)
+
+    def in_chunks(h, w, group):
+        how = {"process_group": group, "schedule": schedule}
+        loss_fn = lambda stats, rows: (stats.logps * g[rows]).sum()  # noqa: E731
+        return fused_po.chunked_loss(loss_fn, h, w, labels, torch.arange(24) // 4, **how)
+
+    def dpo(h, w, group, kl):
+        shape = h.view(4, 6, H), w, labels.view(4, 6)
+        return fused_po.linear_dpo(*shape, h.view(4, 6, H) + 1, w, kl=kl, kl_coef=0.3, process_group=group).loss
+
+    for run in (in_chunks, lambda *a: dpo(*a, "k3"), lambda *a: dpo(*a, "full")):
+        found = []
+        for w, group in ((weight, None), (weight.chunk(n_ranks)[rank], dist.group.WORLD)):
+            h, w = (t.detach().clone().requires_grad_() for t in (hidden, w))
+            loss = run(h, w, group)
+            found.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+        (loss, grad_h, grad_w), (our_loss, our_h, our_w) = found
+        torch.testing.assert_close(our_loss, loss)
+        torch.testing.assert_close(our_h, grad_h)
+        torch.testing.assert_close(our_w, grad_w.chunk(n_ranks)[rank])
 
 
 def refused() -> list[str]:

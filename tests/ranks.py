@@ -15,11 +15,11 @@ import traceback
 
 import torch
 
-WAIT = 120  # seconds a case may take
-GROUP_TIMEOUT = 20  # seconds a collective waits for the other ranks
+WAIT = 600  # seconds a case may take
+GROUP_TIMEOUT = 300  # seconds a collective waits for the other ranks
 
 
-def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool) -> None:
+def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -> None:
     """One rank: cases out of the pipe, (result, error) back."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -27,8 +27,8 @@ def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool) -> None:
 
     if gpus:
         torch.cuda.set_device(rank)
-    timeout = datetime.timedelta(seconds=GROUP_TIMEOUT)
-    how = {"init_method": f"file://{store}", "rank": rank, "world_size": n_ranks, "timeout": timeout}
+    how = {"init_method": f"file://{store}", "rank": rank, "world_size": n_ranks}
+    how["timeout"] = datetime.timedelta(seconds=timeout)
     torch.distributed.init_process_group("nccl" if gpus else "gloo", **how)
     while True:
         try:
@@ -47,7 +47,7 @@ def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool) -> None:
 class Ranks:
     """A group of processes."""
 
-    def __init__(self, n_ranks: int) -> None:
+    def __init__(self, n_ranks: int, timeout: int = GROUP_TIMEOUT) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
@@ -57,7 +57,7 @@ class Ranks:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         for rank in range(n_ranks):
             ours, theirs = context.Pipe()
-            arguments = (rank, n_ranks, os.path.join(self.folder.name, "store"), theirs, gpus)
+            arguments = (rank, n_ranks, os.path.join(self.folder.name, "store"), theirs, gpus, timeout)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()

@@ -94,7 +94,7 @@ RULES = {
     "fused_po": COMMON | {"fused_po"},
     "fused_po.checks": {"torch"},
     "fused_po.integrations": COMMON
-    | {f"fused_po.{name}" for name in ("integrations", "losses", "modules", "ops", "reduce", "schedule")}
+    | {f"fused_po.{name}" for name in ("integrations", "losses", "modules", "ops", "parallel", "reduce", "schedule")}
     | {
         "accelerate",
         "axolotl",
@@ -110,6 +110,7 @@ RULES = {
     "fused_po.ops": COMMON
     | {f"fused_po.{name}" for name in ("losses", "ops", "parallel", "reduce", "reference", "schedule")},
     "fused_po.ops.backend": {"torch", "fused_po.kernels", "fused_po.reference"},
+    "fused_po.parallel": COMMON | {"fused_po.reference"},
     "fused_po.reduce": COMMON | {"fused_po.losses"},
     "fused_po.reference": COMMON | {"fused_po.reference"},
     "fused_po.schedule": COMMON,

@@ -8,7 +8,7 @@ import pytest
 import rank_cases
 import torch
 from helpers import BACKENDS, Scaling
-from ranks import GROUP_TIMEOUT, Ranks
+from ranks import Ranks
 
 CAP = Scaling(temperature=1.3, logit_scale=0.5, softcap=5.0)
 
@@ -88,7 +88,7 @@ def grid():
         yield pytest.param(case, n_ranks, how, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("case, n_ranks, how", grid())
+@pytest.mark.parametrize("case, n_ranks, how", list(grid()))
 def test_as_the_whole_op(groups, case, n_ranks, how, seed):
     module, name, options = case
     groups(n_ranks).run(cut.run, how, seed, module, name, options)
@@ -129,6 +129,14 @@ def test_sequence_parallel(groups, n_ranks, as_dtensors):
     groups(n_ranks).run(rank_cases.sequence_parallel, as_dtensors)
 
 
+def test_verl_with_tensor_parallelism(groups):
+    groups(2).run(rank_cases.verl)
+
+
+def test_chunked_loss_and_dpo(groups):
+    groups(2).run(rank_cases.chunked)
+
+
 def test_compiled(groups):
     groups(2).run(rank_cases.compiled)
 
@@ -142,7 +150,7 @@ REFUSED = [
     "TypeError: group: got str, expected a torch.distributed.ProcessGroup",
     "TypeError: process_group: got str, expected a torch.distributed.ProcessGroup or a VocabParallel",
     "ValueError: labels: got 9900 at flat position 0, allowed are 0 to 191",
-    "ValueError: process_group: got a sequence_dim, which is for hidden states",
+    "ValueError: process_group: got sequence_dim or partial_grad, which are for hidden states",
     "ValueError: sequence_dim: got 5, allowed are -1 to 0",
     "ValueError: ref_weight: its ranks hold the whole vocabulary, expected (48, 48), as the policy's head",
 ]
@@ -162,14 +170,15 @@ def test_ranks_with_other_labels_are_told(groups):
 @pytest.mark.parametrize("case", ("other_shapes", "one_dies"))
 def test_no_rank_waits_for_ever(case):
     """Ranks that disagree on shapes, or a rank that is gone: an error within the group's timeout, no hang."""
-    ranks = Ranks(2)
+    timeout = 10
+    ranks = Ranks(2, timeout)
     begin = time.monotonic()
     answers = ranks.answers(getattr(rank_cases, case))
     took = time.monotonic() - begin
     ranks.close()
-    assert took < GROUP_TIMEOUT + 60  # the processes' start is part of it
+    assert took < timeout + 60  # the processes' start is part of it
     if case == "one_dies":
-        assert answers[0][1] is None and answers[0][0] <= GROUP_TIMEOUT + 5
+        assert answers[0][1] is None and answers[0][0] <= timeout + 5
         assert answers[1][1][0] == "the process is dead"
     else:
         assert all(error is not None for _, error in answers), answers

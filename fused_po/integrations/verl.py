@@ -18,6 +18,7 @@ from fused_po import checks, losses
 from fused_po.integrations.swap import Swap
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits
+from fused_po.parallel import VocabParallel
 from fused_po.schedule import Schedule
 
 REPLACED = {
@@ -69,16 +70,13 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H], N rows. weight: [V, H]. labels: [...], integers in [0, V), or -100.
         temperature: > 0. reduction: of the log-probs, "none", "mean" or "sum".
-        dist_process_group: None; heads cut along the vocabulary are not served yet.
+        dist_process_group: over whose ranks the vocabulary is cut, in equal parts. As in verl, the gradient of hidden
+            is this rank's part of the sum: Megatron's gather_from_sequence_parallel_region adds the parts up.
     """
     reduction = str(reduction).lower()
     checks.choice("reduction", reduction, ("none", "mean", "sum"))
-    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        raise ValueError(
-            "dist_process_group: got a group of several ranks; heads cut along the vocabulary are not served: leave "
-            "verl's own linear_cross_entropy in place (uninstall()) where it runs with tensor parallelism"
-        )
-    stats = _score(hidden, weight, labels, temperature)
+    group = None if dist_process_group is None else VocabParallel(dist_process_group, partial_grad=True)
+    stats = _score(hidden, weight, labels, temperature, group=group)
     logps, entropy = stats.logps.flatten(), stats.entropy.flatten()
     return {"none": logps, "mean": logps.mean(), "sum": logps.sum()}[reduction], entropy
 
@@ -107,13 +105,14 @@ class FusedLinearForPPO(nn.Module):
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: Optional[int] = None
-) -> TokenStats:
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: Optional[int] = None,
+    group: Optional[VocabParallel] = None,
+) -> TokenStats:  # fmt: skip
     schedule = None
     if rows is not None:  # of fp32 logits, the widest a tile may be
         schedule = Schedule(tile_bytes=4 * rows * weight.shape[0])
     labels, how = labels.long().view(hidden.shape[:-1]), dict(outputs=("logps", "entropy"), schedule=schedule)
-    return linear_logps(hidden, weight, labels, temperature=float(temperature), **how)
+    return linear_logps(hidden, weight, labels, temperature=float(temperature), process_group=group, **how)
 
 
 def _clip(config: Any) -> dict[str, float]:

@@ -18,6 +18,7 @@ from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward
 from fused_po.ops.linear_logps import check_operands, make_head
 from fused_po.ops.logps import TokenStats, output_bits, token_stats
+from fused_po.parallel import ProcessGroupLike, placed
 from fused_po.reference import stats_dtype
 from fused_po.schedule import Schedule
 
@@ -145,6 +146,7 @@ def chunked_loss(
     softcap: Optional[float] = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logps",),
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> Tensor:
@@ -174,17 +176,18 @@ def chunked_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
-    labels = check_operands(hidden, weight, labels, bias)
-    checks.label_range(labels, weight.shape[0], ignore_index)
+    hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
+    labels = check_operands(hidden, weight, labels, bias, shards)
+    checks.label_range(labels, shards.n_cols(weight.shape[0]), ignore_index)
     groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
     schedule, bits = schedule or Schedule(), output_bits(outputs)
     if schedule.num_scored is not None or not schedule.compact:
         raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
     scaling = checks.scaling(temperature, logit_scale, softcap)
-    head = make_head((hidden, weight, bias), bits, ignore_index, scaling, backend, schedule)
+    head = make_head((hidden, weight, bias), bits, ignore_index, scaling, backend, schedule, shards)
     limit = None
     if head.keep == "basis":
-        n_cols, device = weight.shape[0], hidden.device
+        n_cols, device = shards.widest(weight.shape[0]), hidden.device
         limit = head.rows_within_budget(n_cols, device) or head.tile_rows(n_cols, device)
     flat = labels.flatten()
     chunks = chunks_of(groups.flatten(), (flat != ignore_index).long(), limit)

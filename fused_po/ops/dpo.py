@@ -13,6 +13,7 @@ from fused_po.ops import preference
 from fused_po.ops.kl import KLStats, kl_from_logits
 from fused_po.ops.linear_kl import linear_kl
 from fused_po.ops.linear_logps import linear_logps
+from fused_po.parallel import ProcessGroupLike
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
 from fused_po.schedule import Schedule
@@ -189,13 +190,15 @@ def linear_dpo(
     logit_scale: float = 1.0,
     softcap: Optional[float] = None,
     ignore_index: int = -100,
+    process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> DPOOutput:
     """The DPO loss from hidden states and LM heads of policy and reference; no [2B, T, V] logits exist.
 
-    The loss, `beta`, `label_smoothing`, `kl` and `kl_coef`: see `dpo_from_logits`. The projection, `bias` and
-    `schedule`: see `linear_logps`. The reference's hidden size may differ from the policy's; its vocabulary may not.
+    The loss, `beta`, `label_smoothing`, `kl` and `kl_coef`: see `dpo_from_logits`. The projection, `bias`,
+    `process_group` and `schedule`: see `linear_logps`. The reference's hidden size may differ from the policy's; its
+    vocabulary may not.
 
     Args:
         hidden: [2B, T, H], the policy's, chosen answers first. weight: [V, H]. bias: [V].
@@ -220,7 +223,7 @@ def linear_dpo(
         raise ValueError("ref_bias: given without ref_hidden and ref_weight, which it belongs to")
     numbers = _check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, hidden.device)
     how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
-    how |= dict(backend=backend, schedule=schedule)
+    how |= dict(process_group=process_group, backend=backend, schedule=schedule)
     if kl == "full":
         stats = linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, **how)
         return _with_exact_kl(stats, labels, numbers, ignore_index, backend)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, row_passes, shards_of
+from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import stats_dtype
 
 
@@ -192,11 +192,11 @@ refuse_second_derivative(_backward)
 
 def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
     """Where the vocabulary of logits [..., V] lies."""
-    shards = shards_of(process_group, logits.shape[-1], "logits") if logits.ndim else WHOLE
+    shards = shards_of(given(process_group), logits.shape[-1], "logits") if logits.ndim else WHOLE
     if logits.ndim < 1 or shards.n_cols(logits.shape[-1]) == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
     if shards.partial:
-        raise ValueError("process_group: got a sequence_dim, which is for hidden states; gather the logits' tokens")
+        raise ValueError("process_group: got sequence_dim or partial_grad, which are for hidden states; leave them out")
     return shards
 
 
