@@ -37,7 +37,7 @@ test: $(READY) ## the ordinary tests, on all cores
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
 
-integrations: $(READY) ## tests against verl, OpenRLHF, Liger and axolotl, each in a folder of its own: .peers
+integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
 	$(RUN) tests/with_peers.py $(ARGS)
 
 bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench

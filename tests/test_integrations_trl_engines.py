@@ -63,8 +63,8 @@ def test_dpo_under_a_shipped_configuration(engine, truth, tmp_path):
     for name, value in exact.items():
         error, theirs = ((run[name] - value).abs().max() for run in (ours, stock))
         assert error <= 2 * theirs + rounding, f"{name}: off by {error:.2e}, TRL's head by {theirs:.2e}"
-    for run in runs.values():
-        assert run["used"] == USED[engine] | {"ranks": 2}
+    for name, run in runs.items():  # under ZeRO-3 our patch leaves the head to TRL
+        assert run["used"] == USED[engine] | {"ranks": 2, "by TRL": name == "stock" or engine == "zero3"}
 
 
 @pytest.mark.parametrize("name", USED)

@@ -8,6 +8,7 @@ configuration.
 import contextlib
 import json
 import sys
+import warnings
 
 import pipeline  # noqa: F401  (puts examples/ on the path)
 import torch
@@ -34,13 +35,16 @@ words += ["--disable_tqdm", "true", "--bf16", "false", "--learning_rate", "1e-2"
 words += [] if engine.startswith("zero") else ["--use_cpu", "--ddp_backend", "gloo"]
 runs = {"truth": ["--stock", "--dtype", "float64"]} if engine == "truth" else {"stock": ["--stock"], "ours": []}
 for name, more in runs.items():
-    with plain_head() if name == "truth" else contextlib.nullcontext():
+    plain = plain_head() if name == "truth" else contextlib.nullcontext()
+    with plain, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         trainer = trl_dpo.main([*words, *more])
     wrapped = trainer.model_wrapped
     zero = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
     state = PartialState()
     used = {"ranks": state.num_processes, "fsdp2": isinstance(wrapped, FSDPModule), "zero": zero}
     used |= {"ddp": isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)}
+    used["by TRL"] = name != "ours" or any("stay with TRL" in str(warning.message) for warning in said)
     if state.process_index == 0:
         print(json.dumps({"run": name, "log": trainer.state.log_history[:3], "used": used}), flush=True)
 torch.distributed.barrier()

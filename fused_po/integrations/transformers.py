@@ -195,8 +195,8 @@ def fuse_lm_head(
     to its logits (a scale, a softcap) is measured, and the result checked, by two forwards over four tokens.
 
     Args:
-        model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP or
-            torch.compile afterwards. Its head: an nn.Linear, LoRA on one, or modules_to_save.
+        model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP,
+            DeepSpeed or torch.compile afterwards; `parallelize_module` may come before. Its head: an nn.Linear, LoRA on one, or modules_to_save.
         always: fuse every call with labels that does not say fused=False: what Trainer needs.
         logit_scale, softcap: what the model does to its logits, where it cannot run yet (meta device); nothing is
             measured or checked then.
