@@ -72,6 +72,11 @@ def canned(model, tokenizer, rows, args, longest, **how):
     return [{**row, "answer_ids": ids, "answer": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
 
 
+def trained_parameters(model) -> list:
+    """(name, parameter) of those with gradients; none without a model."""
+    return [] if model is None else [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+
+
 def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict, dict]:
     """A run in float64; (gradients of its first step by name, whole; what it measured)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +87,7 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
             return made(args, module, *rest)
 
         def recorded(parameters, limit):
-            for key, p in first.pop("model").named_parameters() if "model" in first else ():
+            for key, p in trained_parameters(first.pop("model", None)):
                 first[key] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
             return clip(parameters, limit)
 
@@ -143,6 +148,78 @@ def test_two_processes_train_as_one(name, engine, words, tmp_path, two):
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_four_processes_train_as_one(name, engine, words, tmp_path, four):
     same_training(name, words, tmp_path, OF_FOUR[engine], four)
+
+
+MORE = {
+    "adapters": (("--lora",), ("--parallel", "fsdp")),
+    "no padding, recomputed activations": (("--padding-free", "--gradient-checkpointing"), ("--parallel", "fsdp")),
+    "a cached reference": (("--precompute-ref",), ("--parallel", "ddp")),
+    "supervised steps before": (("--sft-steps", "3"), ("--parallel", "tp")),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_saves_memory_works_on_ranks(case, words, tmp_path, two):
+    """Losses, gradient norms and the saved model of a short run are one process's."""
+    flags, engine = MORE[case]
+    for name, more in (("one", ()), ("many", engine)):
+        cache = ("--ref-cache", str(tmp_path / f"cache_{name}")) if "--precompute-ref" in flags else ()
+        how = (trained, "dpo", words, str(tmp_path / name), *flags, *cache, "--steps", "3", *more)
+        two.run(*how) if more else trained(*how[1:])
+    one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
+    assert len(one) == len(many) == (6 if "--sft-steps" in flags else 3)
+    for ours, theirs in zip(many, one):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
+    args = script("dpo").parse(words)
+    one, many = (
+        models.load("AutoModelForCausalLM", tmp_path / name / "model", args).state_dict() for name in ("one", "many")
+    )
+    start = models.load("AutoModelForCausalLM", args.model, args).state_dict()
+    for key, weight in one.items():
+        torch.testing.assert_close(many[key], weight, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert any((weight - start[key]).abs().max() > 1e-4 for key, weight in one.items())
+
+
+@pytest.mark.parametrize(
+    "size, flags, told",
+    [
+        (2, (), "--parallel: missing; torchrun started 2 processes, which share work by ddp, fsdp, tp"),
+        (0, ("--parallel", "ddp"), "--parallel: got ddp in a process of its own; start several: torchrun"),
+        (4, ("--parallel", "tp", "--tp", "2"), "--tp: got 2 with --parallel tp on 4 ranks; --parallel fsdp --tp 2"),
+        (4, ("--parallel", "fsdp", "--tp", "3"), "--tp: got 3 with --parallel fsdp on 4 ranks; it must divide them"),
+        (4, ("--parallel", "ddp", "--tp", "2"), "--tp: got 2 with --parallel ddp on 4 ranks"),
+        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which cuts the layers"),
+        (2, ("--parallel", "fsdp", "--precompute-ref"), "--precompute-ref: not with --parallel fsdp"),
+        (2, ("--parallel", "ddp", "--timeout", "0"), "--timeout: got 0.0, expected a number above 0"),
+    ],
+)
+def test_flags_that_do_not_fit_the_processes(size, flags, told, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, str(size)) if size else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match=re.escape(f"error: {told}")):
+        script("dpo").parse(list(flags))
+
+
+def test_a_script_for_one_process_says_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="torchrun started 2 processes, but this script runs in one"):
+        script("kto").parse([])
+
+
+def uncut(words: list[str], output: str) -> str:
+    """What is said to a model whose heads the ranks do not divide."""
+    args = script("dpo").parse([*words, "--parallel", "tp", "--output", output])
+    shape = dict(hidden_size=30, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **shape))
+    with pytest.raises(SystemExit) as stopped:
+        parallel.Engine(args, model)
+    return str(stopped.value)
+
+
+def test_a_model_that_cannot_be_cut(words, tmp_path, two):
+    for said in two.run(uncut, words, str(tmp_path)):
+        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3"
 
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:

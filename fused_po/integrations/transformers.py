@@ -196,7 +196,8 @@ def fuse_lm_head(
 
     Args:
         model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP,
-            DeepSpeed or torch.compile afterwards; `parallelize_module` may come before. Its head: an nn.Linear, LoRA on one, or modules_to_save.
+            DeepSpeed or torch.compile afterwards; `parallelize_module` may come before. Its head: an nn.Linear, LoRA on
+            one, or modules_to_save.
         always: fuse every call with labels that does not say fused=False: what Trainer needs.
         logit_scale, softcap: what the model does to its logits, where it cannot run yet (meta device); nothing is
             measured or checked then.
