@@ -145,7 +145,7 @@ def test_two_processes_train_as_one(name, engine, words, tmp_path, two):
 
 
 @pytest.mark.parametrize("engine", OF_FOUR)
-@pytest.mark.parametrize("name", ["dpo", "ppo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_four_processes_train_as_one(name, engine, words, tmp_path, four):
     same_training(name, words, tmp_path, OF_FOUR[engine], four)
 
