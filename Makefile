@@ -46,7 +46,7 @@ fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: c
 		$(RUN) -m pytest tests/fuzz -v -s $(WORKERS) $(ARGS)
 	$(RUN) tests/fuzz/report.py runs/fuzz -o runs/fuzz
 
-integrations: $(READY) ## tests against verl, OpenRLHF, Liger and axolotl, each in a folder of its own: .peers
+integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
 	$(RUN) tests/with_peers.py $(ARGS)
 
 bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench

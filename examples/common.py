@@ -1,4 +1,4 @@
-"""What the examples do with files and words: errors, whole files, checkpoints, metrics, pictures, tables."""
+"""What the examples do with files and words: errors, whole files, metrics, pictures, tables."""
 
 from __future__ import annotations
 
@@ -53,11 +53,9 @@ def write_whole(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None:
-    """State of tensors, numbers and strings as checkpoint-<step>.pt; the newest `keep` are kept."""
-    write_whole(folder / f"checkpoint-{step:08d}.pt", lambda path: torch.save(state, path))
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-keep]:
-        old.unlink()
+def checkpoint(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is."""
+    return folder / f"checkpoint-{step:08d}"
 
 
 def make_folder(folder: Path, flag: str) -> None:
@@ -68,18 +66,9 @@ def make_folder(folder: Path, flag: str) -> None:
         fail(f"{flag}: {folder} cannot be made ({error.strerror}); name another folder")
 
 
-def load_checkpoint(folder: Path, device: str) -> dict:
-    """The newest checkpoint's state. Tensors, numbers and strings alone: no code in a checkpoint is run."""
-    found = sorted(folder.glob("checkpoint-*.pt"))
-    if not found:
-        fail(f"{folder}: no checkpoint to resume from; leave out --resume to start anew")
-    try:
-        return torch.load(found[-1], map_location=device, weights_only=True)
-    except Exception as error:  # whatever a file that was cut, or is no checkpoint, makes torch raise
-        fail(
-            f"--resume: {found[-1]} is damaged or no checkpoint ({type(error).__name__}); delete it, and the one "
-            "before is taken"
-        )
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest last."""
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
 def read_metrics(path: Path) -> list[dict]:

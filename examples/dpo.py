@@ -2,6 +2,7 @@
 
     python examples/dpo.py                    # a tiny Llama on the shipped data, minutes on a CPU
     python examples/dpo.py --model Qwen/Qwen3-0.6B --dataset data.jsonl --test-dataset test.jsonl
+    torchrun --nproc-per-node=2 examples/dpo.py --parallel fsdp               # or ddp, tp: see parallel.py
 
 Rows have prompt, chosen, rejected: strings, or lists of messages. The loss is `fused_po.linear_dpo` on the hidden
 states: no logits exist. With --precompute-ref the reference scores each answer once, not once an epoch.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import dataset
 import loop
 import models
+import parallel
 import references
 import sft
 import torch
@@ -32,7 +34,12 @@ def parse(argv: list[str] | None = None):
     coef = "weight of the k3 estimate of the KL; without it a tiny model unlearns to speak"
     add("--kl-coef", type=float, default=0.1, help=coef)
     references.add_flags(parser)
-    return loop.parse(parser, argv, positive=("beta",), natural=("kl_coef",))
+    parallel.add_flags(parser)
+    args = loop.parse(parser, argv, positive=("beta", "timeout"), natural=("kl_coef",))
+    if args.precompute_ref and args.parallel in ("fsdp", "tp"):
+        why = "which scores with the whole model on every rank"
+        loop.common.fail(f"--precompute-ref: not with --parallel {args.parallel}, {why}; take ddp, or leave it out")
+    return args
 
 
 def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[int, int]):
@@ -64,14 +71,14 @@ def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[in
 @torch.no_grad()
 def evaluate(model, rows: list[dict], tokenizer, args) -> dict[str, float]:
     """Share of held-out pairs with the chosen answer more probable per token, and of correct greedy answers."""
-    preferred = 0
+    preferred, mine = 0, parallel.deal(rows, args)
     with models.evaluating(model):
-        for begin in range(0, len(rows), 100):
-            batch = dataset.stack(rows[begin : begin + 100], FIELDS, tokenizer.pad_token_id, args.device)
+        for begin in range(0, len(mine), 100):
+            batch = dataset.stack(mine[begin : begin + 100], FIELDS, tokenizer.pad_token_id, args.device)
             chosen, rejected = models.answer_logps(model, batch, args, average=True).chunk(2)
             preferred += (chosen > rejected).sum().item()
     greedy = models.share_correct(model, tokenizer, rows, args, longest=max(len(row["chosen_ids"]) for row in rows))
-    return {"preference": preferred / len(rows), "greedy": greedy}
+    return {"preference": parallel.total({"pairs": preferred}, args)["pairs"] / len(rows), "greedy": greedy}
 
 
 def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
@@ -82,13 +89,13 @@ def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
     texts = loop.load_rows(args, "preference")
     with loop.Run(args, PANELS) as run:
         model, tokenizer, pairs, held_out = loop.start(args, texts)
-        sft.warm_up(run, model, tokenizer, pairs, args)
+        model = sft.warm_up(run, model, tokenizer, pairs, args)
         frozen = models.freeze(model, args)
         model = models.adapt(model, args)
-        shares = {"before": evaluate(model, held_out, tokenizer, args)}
         if args.precompute_ref:
             pairs = references.scored(model, frozen, pairs, FIELDS, tokenizer, args)
-        learner = loop.learner(model, args.lr, args.steps)
+        engine = parallel.Engine(args, model, frozen)
+        learner = loop.learner(engine, args.lr, args.steps)
 
         def loss_of(part: list[dict], counts: tuple[int, int]):
             batch = dataset.stack(part, FIELDS, tokenizer.pad_token_id, args.device)
@@ -100,14 +107,18 @@ def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
             counts = len(rows), dataset.scored_tokens(rows, FIELDS)
             return loop.update(learner, rows, lambda part: loss_of(part, counts), args)
 
-        def measure() -> dict[str, float]:
-            more = watch(model, frozen, tokenizer) if watch else {}
-            return evaluate(model, held_out, tokenizer, args) | more
+        def shares_now() -> dict[str, float]:
+            with engine.gathered():
+                return evaluate(model, held_out, tokenizer, args)
 
+        def measure() -> dict[str, float]:
+            return shares_now() | (watch(model, frozen, tokenizer) if watch else {})
+
+        shares = {"before": shares_now()}
         run.train("DPO", learner, args.steps, one_step, measure)
-        shares["after"] = evaluate(model, held_out, tokenizer, args)
+        shares["after"] = shares_now()
         columns = {"reference": shares["before"], "after DPO": shares["after"]}
-        run.finish(model, tokenizer, "Supervised training, then DPO", SHARES, columns)
+        run.finish(engine.whole(model), tokenizer, "Supervised training, then DPO", SHARES, columns)
     return shares
 
 

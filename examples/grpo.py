@@ -99,15 +99,15 @@ def grpo_loss(model, tokenizer, rows: list[dict], args, tokens: int, answers: in
     return loss, {name: value * share for name, value in metrics.items() if name.endswith(("mean", "kl"))}
 
 
-def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
+def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
     """--steps steps: answers, rewards, advantages, updates."""
-    learner = loop.learner(model, args.lr, args.steps * args.num_iterations)
+    model, learner = engine.policy, loop.learner(engine, args.lr, args.steps * args.num_iterations)
 
     def one_step(number: int) -> dict[str, float]:
         rows, drawn = drawn_groups(model, tokenizer, prompts, args, judge, number)
-        rows = rollouts.with_old_logps(model, with_advantages(rows, args), tokenizer, args)
+        rows = rollouts.with_old_logps(engine, with_advantages(rows, args), tokenizer, args)
         if args.beta:
-            rows = rollouts.with_ref_logps(model, frozen, rows, tokenizer, args)
+            rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
         tokens = dataset.scored_tokens(rows, rollouts.FIELDS)
         groups = rollouts.column(drawn, "reward").view(-1, args.num_generations)
         metrics = rollouts.sampling_metrics(drawn) | {"entropy": rollouts.mean_of(rows, "entropy")}

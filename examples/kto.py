@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataset
 import loop
 import models
+import parallel
 import references
 import sft
 import torch
@@ -105,13 +106,13 @@ def train(args) -> dict[str, dict[str, float]]:
             loop.common.fail(
                 f"{args.dataset}: no answer is labelled true; supervised steps need some, or --sft-steps 0"
             )
-        sft.warm_up(run, model, tokenizer, liked, args, field="completion")
+        model = sft.warm_up(run, model, tokenizer, liked, args, field="completion")
         frozen = models.freeze(model, args)
         model = models.adapt(model, args)
         rows = mismatched(rows, args)
         if args.precompute_ref:
             rows = references.scored(model, frozen, rows, OWN + OTHER, tokenizer, args)
-        learner = loop.learner(model, args.lr, args.steps)
+        learner = loop.learner(parallel.Engine(args, model), args.lr, args.steps)
 
         def measure() -> dict[str, float]:
             return evaluate(model, frozen, held_out, tokenizer, args)

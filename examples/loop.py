@@ -4,13 +4,13 @@
     parse(parser, argv)             -> args: YAML (--config) under the command line, checked
     load_rows(args, "preference")   -> (training rows, held-out rows): texts; then
     start(args, rows)               -> (model, tokenizer, training rows, held-out rows), encoded
-    learner(model, lr, steps)       -> Learner(model, optimizer, schedule): AdamW, warm-up, cosine
+    learner(engine, lr, steps)      -> Learner: AdamW, warm-up, cosine on the model in a `parallel.Engine`
     update(learner, rows, loss_of, args)
                                     one optimizer step over `rows`, --micro-batch-size of them at a time;
                                     `loss_of(part)` gives (loss, metrics), each the part's *share of the step's*:
                                     divided by the counts of all rows, so that shares add up. Returns the step's
                                     metrics as numbers
-    with Run(args, panels) as run:  the folder of a run: arguments.json, metrics.jsonl, checkpoint-*.pt
+    with Run(args, panels) as run:  the folder of a run: arguments.json, metrics.jsonl, checkpoint-*
         run.train(stage, learner, steps, one_step, evaluate=None, state=None)
                                     `one_step(number)` does a step and returns its metrics; `number` goes on over the
                                     stages. `evaluate()` gives metrics every --eval-every steps; `state` names what else
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import math
 import sys
@@ -34,18 +35,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
 import common
 import comparisons
 import dataset
 import models
+import parallel
 import torch
 from tqdm import tqdm
 
-NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard")
+NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard", "parallel", "tp", "timeout")
 POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")
 NATURAL = ("sft_steps", "micro_batch_size", "eval_every", "seed")
 UNIT = ("gamma", "lam")  # of the scripts that have them
-CHECKPOINT = {"stage", "step", "rng", "model", "parts"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -138,6 +140,7 @@ def parse(
     if args.model == "":
         common.fail("--model: got an empty name, expected a Hub id or a folder; without the flag a tiny Llama is built")
     common.check_device(args.device)
+    parallel.check_flags(args)
     args.sft_steps = (0 if args.model else args.warm_up) if args.sft_steps is None else args.sft_steps
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
     for names, allowed, wanted in (
@@ -176,21 +179,22 @@ def encode(rows: list[dict], tokenizer, args) -> list[dict]:
 
 
 class Learner(NamedTuple):
+    engine: parallel.Engine
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 
 
-def learner(model: torch.nn.Module, lr: float, steps: int) -> Learner:
+def learner(engine: parallel.Engine, lr: float, steps: int) -> Learner:
     """AdamW on what requires grad; warm-up over a tenth of the steps, then down a cosine to a tenth of lr."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     warm = max(1, steps // 10)
 
     def factor(step: int) -> float:
         return min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / max(1, steps))))
 
-    return Learner(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+    return Learner(engine, engine.module, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
 
 
 def update(learner: Learner, rows: list, loss_of: Callable, args) -> dict[str, float]:
@@ -199,72 +203,57 @@ def update(learner: Learner, rows: list, loss_of: Callable, args) -> dict[str, f
     Args:
         loss_of: part of the rows -> (loss, metrics): 0-dim tensors, shares of the step's that add up over the parts.
     """
-    size = args.micro_batch_size or len(rows)
-    total: dict[str, torch.Tensor] = {}
-    for begin in range(0, len(rows), size):
-        loss, report = loss_of(rows[begin : begin + size])
-        loss.backward()
+    ranks, total = parallel.data_ranks(args)[1], {}
+    for part, weight, last in parallel.parts(rows, args):
+        with learner.engine.accumulate(last):
+            loss, report = learner.engine(functools.partial(loss_of, part))
+            (loss * (weight * ranks)).backward()  # engines take the mean over ranks, and shares add up
         for name, value in ({"loss": loss} | report).items():
-            total[name] = total.get(name, 0) + value.detach()
+            total[name] = total.get(name, 0) + value.detach() * weight
+    total = parallel.total(total, args)
     trained = [p for group in learner.optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+    norm = parallel.clip_grad_norm(trained, args.max_grad_norm)
     if not torch.isfinite(norm):
-        common.fail(
-            f"loss {float(total['loss'])}, gradient norm {float(norm)}: the weights stay as they are; lower --lr"
-        )
+        common.fail(f"loss {total['loss']}, gradient norm {float(norm)}: the weights stay as they are; lower --lr")
     rate = learner.schedule.get_last_lr()[0]
     learner.optimizer.step()
     learner.schedule.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return {name: float(value) for name, value in total.items()} | {"grad_norm": float(norm), "learning_rate": rate}
-
-
-def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By name, the parameters that are trained; tied ones once."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def restore(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts a `trained_state` back; a ValueError if it is another model's."""
-    here = trained_state(model)
-    if {name: p.shape for name, p in here.items()} != {name: p.shape for name, p in state.items()}:
-        raise ValueError("it holds other parameters than the model")
-    for name, parameter in here.items():
-        parameter.copy_(state[name])
-
-
-def generator_state() -> dict[str, torch.Tensor]:
-    """Of torch's generators."""
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+    return total | {"grad_norm": float(norm), "learning_rate": rate}
 
 
 class Run:
-    """A run's folder: its arguments, its metrics, its checkpoints; stages come one after another."""
+    """A run's folder: its arguments, its metrics, its checkpoints; stages come one after another.
+
+    Of several ranks the first one writes, and all read."""
 
     def __init__(self, args, panels: dict[str, str]):
         """panels: metrics for the bar and the picture, by name, with their titles."""
-        self.args, self.panels, self.begun, self.saved = args, panels, 0, None
-        self.folder = self._folder()
+        self.args, self.panels, self.begun, self.kept = args, panels, 0, None
+        self.folder = parallel.agreed(self._folder)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
         path = self.folder / "arguments.json"
         if args.resume:
-            self.saved = common.load_checkpoint(self.folder, args.device)
-            if not isinstance(self.saved, dict) or CHECKPOINT - set(self.saved):
-                common.fail(f"--resume: the newest checkpoint in {self.folder} is none of these scripts'; delete it")
+            if not (found := common.checkpoints(self.folder)):
+                common.fail(f"{self.folder}: no checkpoint to resume from; leave out --resume to start anew")
+            self.kept = found[-1]
             if (old := self._arguments(path)) != settings:
                 names = [name for name in old | settings if old.get(name) != settings.get(name)]
                 changed = ", ".join(f"{name}: {old.get(name)} then, {settings.get(name)} now" for name in names)
                 common.fail(f"--resume: the run in {self.folder} was started with other arguments ({changed})")
-        common.make_folder(self.folder, "--output")
-        common.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
-        self.kept = self.saved["step"] if self.saved else None  # the step of the last whole checkpoint
+        self.resumed = self.kept or 0  # the step that a run goes on from; `kept` is its last whole checkpoint
         rows = common.read_metrics(self.folder / "metrics.jsonl") if args.resume else []
-        self.history = [row for row in rows if row["step"] < self.kept]
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        common.write_whole(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
-        self.log = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, closed in __exit__
-        self.board = self._board() if args.tensorboard else None
+        self.history = [row for row in rows if row["step"] < self.resumed]
+        self.log = self.board = None
+        parallel.wait()
+        if parallel.first():
+            common.make_folder(self.folder, "--output")
+            common.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            lines = "".join(json.dumps(row) + "\n" for row in self.history)
+            common.write_whole(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+            self.log = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115, closed in __exit__
+            self.board = self._board() if args.tensorboard else None
+        parallel.wait()
 
     def _folder(self) -> Path:
         """An old run is continued or left alone, never mixed with a new one."""
@@ -299,7 +288,8 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         """Whatever ends a run, the last checkpoint is whole; says where it is."""
         try:
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
         except OSError as full:
             error = error or full
         if self.board is not None:
@@ -311,7 +301,8 @@ class Run:
             left = f"The last checkpoint is whole: --resume --output {self.folder} continues from step {self.kept}"
         if isinstance(error, OSError) and error.errno in FULL:
             common.fail(f"{self.folder}: {error.strerror}; make room. {left}")
-        print(f"stopped. {left}", file=sys.stderr)
+        if parallel.first():
+            print(f"stopped. {left}", file=sys.stderr)
         if kind is None:
             raise error
 
@@ -330,26 +321,16 @@ class Run:
     ) -> None:
         """One stage, from its beginning or from the checkpoint that lies in it, to its end."""
         first, self.begun = self.begun, self.begun + steps
-        parts = {"optimizer": learner.optimizer, "schedule": learner.schedule, **(state or {})}
+        parts = {"schedule": learner.schedule, **(state or {})}
         step = first
         torch.manual_seed(self.args.seed + first)
-        if self.saved is not None and self.saved["step"] > self.begun:
+        if self.resumed > self.begun:
             common.fail(f"--resume: {self.folder} is past {stage}, but what that stage made is gone; start anew")
-        if self.saved is not None and self.saved["step"] > first:
-            step = self.saved["step"]
-            try:
-                restore(learner.model, self.saved["model"])
-                for name, part in parts.items():
-                    part.load_state_dict(self.saved["parts"][name])
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                common.fail(
-                    f"--resume: the newest checkpoint in {self.folder} does not fit this run ({error}); delete it"
-                )
-            torch.set_rng_state(self.saved["rng"]["cpu"].cpu())
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(self.saved["rng"]["cuda"].cpu())
+        if self.resumed > first:
+            step = self.resumed
+            checkpoints.load(common.checkpoint(self.folder, step), learner, parts)
         learner.model.train()
-        quiet = not sys.stderr.isatty()
+        quiet = not sys.stderr.isatty() or not parallel.first()
         with tqdm(total=steps, initial=step - first, desc=stage, disable=quiet) as bar:
             while step < self.begun:
                 row = {"step": step, "stage": stage, **one_step(step)}
@@ -361,25 +342,31 @@ class Run:
                 bar.set_postfix({name.split("/")[-1]: f"{row[name]:.3f}" for name in self.panels if name in row})
                 bar.update()
                 if step % self.args.checkpoint_every == 0 or step == self.begun:
-                    self._checkpoint(stage, step, learner.model, parts)
+                    self._checkpoint(step, learner, parts)
 
     def _write(self, row: dict) -> None:
         self.history.append(row)
+        if self.log is None:
+            return
         self.log.write(json.dumps(row) + "\n")
         if self.board is not None:
             for name, value in row.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{row['stage']}/{name}", value, row["step"])
 
-    def _checkpoint(self, stage: str, step: int, model, parts: dict) -> None:
-        self.log.flush()
-        state = {"stage": stage, "step": step, "rng": generator_state(), "model": trained_state(model)}
-        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-        common.save_checkpoint(self.folder, step, state)
+    def _checkpoint(self, step: int, learner: Learner, parts: dict, keep: int = 2) -> None:
+        if self.log is not None:
+            self.log.flush()
+        checkpoints.save(common.checkpoint(self.folder, step), learner, parts)
         self.kept = step
+        for old in common.checkpoints(self.folder)[:-keep] if parallel.first() else ():
+            path = common.checkpoint(self.folder, old)
+            common.remove(path.rename(path.with_name(f".{path.name}.old")))  # no name is that of half a checkpoint
 
     def finish(self, model, tokenizer, title: str, labels: dict[str, str], columns: dict[str, dict]) -> None:
-        """Saves the model, draws the panels, prints the table (see common.print_table)."""
+        """Saves the model of `Engine.whole`, draws the panels, prints the table (see common.print_table)."""
+        if not parallel.first():
+            return
         models.save(self.folder / "model", model, tokenizer)
         common.plot_metrics(self.history, self.panels, self.folder / "curves.png", title)
         common.print_table("held-out", labels, columns)
@@ -389,6 +376,7 @@ class Run:
 def main(train: Callable, args) -> None:
     """train(args); Ctrl-C ends it with the message of `Run`, as shells expect."""
     try:
-        train(args)
+        with parallel.processes(args):
+            train(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import comparisons
 import dataset
+import parallel
 import torch
 from common import fail, write_whole
 from torch import Tensor
@@ -45,13 +46,13 @@ def quiet():
 
 
 def load(kind: str, path: str | Path, args, flag: str = "--model", **how):
-    """A pretrained model of transformers' Auto class `kind`, in fp32, on args.device; no code of its own is run.
+    """A pretrained model of transformers' Auto class `kind`, in fp32, on `parallel.home(args)`.
 
-    flag: which gave the path, for the error.
+    None of its own code is run. flag: which gave the path, for the error.
     """
     how = dict(dtype=torch.float32, trust_remote_code=False, **how)
     try:
-        return getattr(quiet(), kind).from_pretrained(path, **how).to(args.device)
+        return getattr(quiet(), kind).from_pretrained(path, **how).to(parallel.home(args))
     except Exception as error:  # whatever a hub, a network, a damaged file or transformers may raise
         fail(f"{flag}: {str(path)!r} cannot be loaded ({type(error).__name__}: {error})")
 
@@ -81,7 +82,7 @@ def build(args, texts: list[str]):
         config = transformers.LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=args.max_length, **shape, **ends
         )
-        model = transformers.LlamaForCausalLM(config).to(args.device)
+        model = transformers.LlamaForCausalLM(config).to(parallel.home(args))
     return checkpointed(model, args), tokenizer
 
 
@@ -271,11 +272,14 @@ def sample(
 
 
 def share_correct(model, tokenizer, rows: list[dict], args, longest: int = 24) -> float:
-    """Of the questions that the checking program knows, how many the most probable answers get right; or NaN."""
+    """Of the questions that the checking program knows, how many the most probable answers get right; or NaN.
+
+    The ranks share the rows; each needs all weights (`Engine.gathered`).
+    """
     known = [row for row in rows if comparisons.is_question(dataset.text_of(row["prompt"]))]
-    answered = sample(model, tokenizer, known, args, longest, temperature=0)
+    answered = sample(model, tokenizer, parallel.deal(known, args), args, longest, temperature=0)
     right = sum(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer"]) for row in answered)
-    return right / len(known) if known else math.nan
+    return parallel.total({"right": right}, args)["right"] / len(known) if known else math.nan
 
 
 def sampled_pairs(model, tokenizer, rows: list[dict], args, *, samples: int, longest: int, seed: int) -> list[dict]:

@@ -45,9 +45,9 @@ def pairs_of(rows: list[dict]) -> list[dict]:
     return pairs
 
 
-def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
+def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
     """--steps steps: two answers to each of --batch-size prompts, and DPO on the pairs."""
-    learner = loop.learner(model, args.lr, args.steps)
+    model, learner = engine.policy, loop.learner(engine, args.lr, args.steps)
 
     def one_step(number: int) -> dict[str, float]:
         asked = dataset.batch_at(prompts, number, args.batch_size, args.seed)
@@ -60,7 +60,7 @@ def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], ar
 
         def loss_of(part: list[dict]):
             batch = dataset.stack(part, dpo.FIELDS, tokenizer.pad_token_id, args.device)
-            ref = references.logps_of(model, frozen, part, dpo.FIELDS, batch, args)
+            ref = references.logps_of(model, engine.frozen, part, dpo.FIELDS, batch, args)
             return dpo.dpo_loss(model, batch, ref, args, counts)
 
         return metrics | loop.update(learner, pairs, loss_of, args)

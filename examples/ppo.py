@@ -3,6 +3,7 @@
     python examples/ppo.py                    # a tiny Llama on the shipped data, minutes on a CPU
     python examples/ppo.py --kl-in loss --kl-estimator full
     python examples/ppo.py --model runs/reward/sft --reward-model runs/reward/model --dataset prompts.jsonl ...
+    torchrun --nproc-per-node=2 examples/ppo.py --parallel fsdp               # or ddp, tp: see parallel.py
 
 Rows have a prompt. A step is a rollout, one answer to a prompt, with its updates: --num-ppo-epochs times
 --num-mini-batches of --batch-size answers. Rewards come from the checking program, a function or a reward model;
@@ -12,9 +13,12 @@ at the precision of training by `fused_po.linear_logps`; `fused_po.gae` makes ad
 
 from __future__ import annotations
 
+from functools import partial
+
 import dataset
 import loop
 import models
+import parallel
 import rollouts
 import torch
 from torch import Tensor
@@ -50,8 +54,9 @@ def parse(argv: list[str] | None = None):
     add("--gamma", type=float, default=1.0, help="discount of rewards")
     add("--lam", type=float, default=1.0, help="lambda of GAE: 0 trusts the values, 1 the rewards")
     add("--whiten-rewards", action=flag, default=False, help="divide rewards by their standard deviation")
+    parallel.add_flags(parser)
     positive = ("num_mini_batches", "num_ppo_epochs", "kl_horizon", "max_update_kl", "cliprange", "cliprange_value")
-    args = rollouts.parse(parser, argv, positive, natural=("kl_coef", "vf_coef"))
+    args = rollouts.parse(parser, argv, (*positive, "timeout"), natural=("kl_coef", "vf_coef"))
     args.kl_estimator = args.kl_estimator or ("k1" if args.kl_in == "reward" else "k2")
     if (args.kl_in == "reward") != (args.kl_estimator == "k1"):
         where = f"--kl-estimator: got {args.kl_estimator} with --kl-in {args.kl_in}"
@@ -92,17 +97,16 @@ class Coefficient:
         self.by.value = state["value"]
 
 
-def scored(actor: ActorCritic, frozen, rows: list[dict], tokenizer, args) -> list[dict]:
+def scored(engine: parallel.Engine, rows: list[dict], tokenizer, args) -> list[dict]:
     """The rows with old_logps, entropy, old_values and ref_logps of their answers' tokens, before the updates."""
-    policy = actor.policy
 
     def values_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        hidden = models.hidden_states(policy, batch, args)
-        stats = rollouts.logps_of(policy, hidden, batch, args, ("logps", "entropy"))
-        return {"old_logps": stats.logps, "entropy": stats.entropy, "old_values": actor.values(hidden)}
+        hidden = models.hidden_states(engine.policy, batch, args)
+        stats = rollouts.logps_of(engine.policy, hidden, batch, args, ("logps", "entropy"))
+        return {"old_logps": stats.logps, "entropy": stats.entropy, "old_values": engine.module.values(hidden)}
 
-    rows = rollouts.annotated(rows, tokenizer, args, values_of)
-    return rollouts.with_ref_logps(policy, frozen, rows, tokenizer, args)
+    rows = rollouts.annotated(engine, rows, tokenizer, args, values_of)
+    return rollouts.with_ref_logps(engine, rows, tokenizer, args)
 
 
 def with_advantages(rows: list[dict], tokenizer, args, kl_coef: float) -> list[dict]:
@@ -150,33 +154,32 @@ def ppo_loss(actor: ActorCritic, frozen, tokenizer, rows: list[dict], args, kl_c
     return means["loss/policy_avg"] + args.vf_coef * means["loss/value_avg"] + kl_coef * means["loss/kl_avg"], means
 
 
-def updates(learner, frozen, tokenizer, rows: list[dict], args, kl_coef: float) -> dict[str, float]:
+def updates(learner, tokenizer, rows: list[dict], args, kl_coef: float) -> dict[str, float]:
     """The updates on a rollout; means of their metrics, and their number."""
     made: list[dict[str, float]] = []
-    for _ in range(args.num_ppo_epochs):
-        for places in torch.randperm(len(rows)).split(args.batch_size):
-            part = [rows[i] for i in places.tolist()]
-            how = dict(args=args, kl_coef=kl_coef, tokens=dataset.scored_tokens(part, rollouts.FIELDS))
-            loss_of = lambda some: ppo_loss(learner.model, frozen, tokenizer, some, **how)  # noqa: E731, B023
-            made.append(loop.update(learner, part, loss_of, args))
-            if made[-1]["policy/approxkl_avg"] > args.max_update_kl:
-                break
-        else:
-            continue
-        break
+    for places in (
+        some for _ in range(args.num_ppo_epochs) for some in torch.randperm(len(rows)).split(args.batch_size)
+    ):
+        part = [rows[i] for i in places.tolist()]
+        how = dict(args=args, kl_coef=kl_coef, tokens=dataset.scored_tokens(part, rollouts.FIELDS))
+        loss_of = partial(ppo_loss, learner.model, learner.engine.frozen, tokenizer, **how)
+        made.append(loop.update(learner, part, loss_of, args))
+        if made[-1]["policy/approxkl_avg"] > args.max_update_kl:
+            break
     return {name: sum(one[name] for one in made) / len(made) for name in made[0]} | {"val/updates": len(made)}
 
 
-def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
+def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
     """--steps rollouts with their updates."""
-    size, actor = args.batch_size * args.num_mini_batches, ActorCritic(model)
-    learner = loop.learner(actor, args.lr, args.steps * args.num_ppo_epochs * args.num_mini_batches)
+    size = args.batch_size * args.num_mini_batches
+    learner = loop.learner(engine, args.lr, args.steps * args.num_ppo_epochs * args.num_mini_batches)
     coefficient = Coefficient(args)
 
     def one_step(number: int) -> dict[str, float]:
         asked = dataset.batch_at(prompts, number, size, args.seed)
-        rows = rollouts.rollout(actor.policy, tokenizer, asked, args, judge)
-        rows = scored(actor, frozen, rows, tokenizer, args)
+        with engine.gathered():
+            rows = rollouts.rollout(engine.policy, tokenizer, asked, args, judge)
+        rows = scored(engine, rows, tokenizer, args)
         sampled = rollouts.sampling_metrics(rows)
         kl = sum((row["old_logps"] - row["ref_logps"]).sum().item() for row in rows) / len(rows)
         beta = coefficient.by.value
@@ -184,7 +187,7 @@ def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], ar
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] - beta * kl
         metrics["objective/entropy"] = rollouts.mean_of(rows, "entropy")
         rows = with_advantages(rows, tokenizer, args, beta)
-        metrics |= updates(learner, frozen, tokenizer, rows, args, beta)
+        metrics |= updates(learner, tokenizer, rows, args, beta)
         coefficient.by.update(kl, len(rows))
         return metrics
 
@@ -193,7 +196,7 @@ def train_steps(run: loop.Run, model, frozen, tokenizer, prompts: list[dict], ar
 
 def train(args) -> dict[str, dict[str, float]]:
     """The whole run; returns what `rollouts.measure` gave before and after."""
-    return rollouts.train(args, PANELS, "PPO", train_steps)
+    return rollouts.train(args, PANELS, "PPO", train_steps, ActorCritic)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import common
 import dataset
 import models
+import parallel
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -39,25 +40,30 @@ def key_of(model, rows: list[dict], fields: tuple[str, ...], args) -> str:
 def score(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, args) -> dict[str, Tensor]:
     """By field, the reference's log-probs of all scored tokens, one row after the other."""
     parts: dict[str, list[Tensor]] = {field: [] for field in fields}
-    size = args.micro_batch_size or args.batch_size
+    size, rows = args.micro_batch_size or args.batch_size, parallel.deal(rows, args)
     with models.reference(model, frozen) as scorer:
-        for begin in tqdm(range(0, len(rows), size), desc="reference", disable=None):
+        for begin in tqdm(range(0, len(rows), size), desc="reference", disable=None if parallel.first() else True):
             for field in fields:
                 batch = dataset.stack(rows[begin : begin + size], (field,), tokenizer.pad_token_id, args.device)
                 mask = fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
                 parts[field].append(models.token_stats(scorer, batch, args).logps[mask].cpu())
-    return {field: torch.cat(part) for field, part in parts.items()}
+    mine = {field: torch.cat([torch.empty(0), *part]) for field, part in parts.items()}
+    every = parallel.collect([mine], args)
+    return {field: torch.cat([part[field] for part in every]) for field in fields}
 
 
 def scored(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, args) -> list[dict]:
-    """The rows with the reference's log-probs of each answer's tokens (<field>_ref [n]), from --ref-cache if there."""
+    """The rows with the reference's log-probs of each answer's tokens (<field>_ref [n]), from --ref-cache if there.
+
+    Before an `Engine` cuts the model; the ranks share the rows.
+    """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
     key = key_of(model if frozen is None else frozen, rows, fields, args)
     path = Path(args.ref_cache) / f"{key[:32]}.safetensors"
     lengths = {field: [len(row[f"{field}_ids"]) - (not row["prompt_ids"]) for row in rows] for field in fields}
-    if path.exists():
+    if parallel.agreed(path.exists):
         try:
             with safe_open(path, framework="pt") as file:
                 found, logps = (file.metadata() or {}).get("key"), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -67,10 +73,12 @@ def scored(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, 
         if found != key or not good or not all(value.isfinite().all() for value in logps.values()):
             common.fail(f"--ref-cache: {path} is not what it is named after; delete it, and it is made anew")
     else:
-        common.make_folder(path.parent, "--ref-cache")
+        if parallel.first():
+            common.make_folder(path.parent, "--ref-cache")
         logps = score(model, frozen, rows, fields, tokenizer, args)
-        whole = save(logps, metadata={"key": key})
-        common.write_whole(path, lambda temporary: temporary.write_bytes(whole))
+        if parallel.first():
+            whole = save(logps, metadata={"key": key})
+            common.write_whole(path, lambda temporary: temporary.write_bytes(whole))
     split = {field: logps[field].split(lengths[field]) for field in fields}
     return [{**row, **{f"{field}_ref": split[field][i] for field in fields}} for i, row in enumerate(rows)]
 

@@ -20,6 +20,7 @@ import comparisons
 import dataset
 import loop
 import models
+import parallel
 import sft
 import torch
 
@@ -153,13 +154,13 @@ def train(args) -> dict[str, dict[str, float]]:
     texts = loop.load_rows(args, "preference")
     with loop.Run(args, PANELS) as run:
         policy, tokenizer, rows, held_out = loop.start(args, texts)
-        sft.warm_up(run, policy, tokenizer, rows, args)
+        policy = sft.warm_up(run, policy, tokenizer, rows, args)
         if args.pairs == "sampled":
             rows = drawn_pairs(run, policy, tokenizer, rows, args, "train", seed=args.seed)
             held_out = drawn_pairs(run, policy, tokenizer, held_out, args, "test", seed=args.seed + args.samples)
         lm_head = {name: v.detach() if torch.is_tensor(v) else v for name, v in models.head(policy).items()}
         model = scalar_model(run, args)
-        learner = loop.learner(model, args.lr, args.steps)
+        learner = loop.learner(parallel.Engine(args, model), args.lr, args.steps)
 
         def measure() -> dict[str, float]:
             return measures(margins(model, tokenizer, held_out, args))

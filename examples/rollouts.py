@@ -6,7 +6,7 @@
     judge = judge_of(args, tokenizer, prompts) rewards of answers, by a program, a function or a reward model
     rollout(model, tokenizer, prompts, args, judge)
                                                rows with answer_ids, answer, ended, reward
-    annotated(rows, tokenizer, args, values_of)
+    annotated(engine, rows, tokenizer, args, values_of)
                                                rows with values of their answers' tokens, scored without gradients
     stacked(rows, name, mask)                  such values as [B, T], for a loss
     measure(...)                               held out: correct answers, reward, exact KL to the reference
@@ -22,12 +22,14 @@ import math
 import numbers
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import comparisons
 import dataset
 import loop
 import models
+import parallel
 import sft
 import torch
 from common import fail
@@ -73,7 +75,7 @@ def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
         fail("--sft-steps: the data set has prompts alone, nothing to imitate; give --model and --sft-steps 0")
     judge = judge_of(args, tokenizer, prompts + held_out)  # before the steps: it may not be there
     shape = argparse.Namespace(**{**vars(args), "batch_size": args.sft_batch_size})
-    sft.warm_up(run, model, tokenizer, prompts, shape)
+    model = sft.warm_up(run, model, tokenizer, prompts, shape)
     frozen = models.freeze(model, args)
     return models.adapt(model, args), frozen, tokenizer, prompts, held_out, judge
 
@@ -117,7 +119,7 @@ def by_model(folder: str, tokenizer, args) -> Judge:
         fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
     flag = "--reward-model"
     model = models.load("AutoModelForSequenceClassification", folder, args, flag, num_labels=1)
-    model = model.eval().requires_grad_(False)
+    model = model.to(args.device).eval().requires_grad_(False)
     if models.load_tokenizer(folder, flag).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
 
@@ -168,15 +170,17 @@ def rollout(
 ) -> list[dict]:
     """The prompts with `samples` answers each, one after the other: answer_ids, answer, ended, reward.
 
-    seed: of the draws, which then leave torch's generator as it was.
+    seed: of the draws, which then leave torch's generator as it was. The ranks share the prompts, each with draws of
+        its own; all get all rows.
     """
-    asked = [row for row in prompts for _ in range(samples)]
-    how = dict(temperature=args.temperature, seed=seed)
+    asked = parallel.deal([row for row in prompts for _ in range(samples)], args)
+    how = dict(temperature=args.temperature, seed=parallel.own_seed(seed, args))
     rows = models.sample(model, tokenizer, asked, args, args.max_completion_length, **how)
     ends = models.end_ids(model, tokenizer)
     ended = [row["answer_ids"][-1] in ends for row in rows]
-    rewards = [r - (0.0 if end else args.missing_eos_penalty) for r, end in zip(judge(rows), ended)]
-    return [{**row, "ended": end, "reward": reward} for row, end, reward in zip(rows, ended, rewards)]
+    rewards = [r - (0.0 if end else args.missing_eos_penalty) for r, end in zip(judge(rows) if rows else [], ended)]
+    rows = [{**row, "ended": end, "reward": reward} for row, end, reward in zip(rows, ended, rewards)]
+    return parallel.collect(rows, args)
 
 
 def column(rows: list[dict], name: str) -> Tensor:
@@ -223,37 +227,41 @@ def stacked(rows: list[dict], name: str, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def annotated(rows: list[dict], tokenizer, args, values_of: Callable[[dict], dict[str, Tensor]]) -> list[dict]:
+def annotated(
+    engine: parallel.Engine, rows: list[dict], tokenizer, args, values_of: Callable[[dict], dict[str, Tensor]]
+) -> list[dict]:
     """The rows with values of their answers' tokens, scored as in training, but without gradients.
 
     values_of: a stacked batch -> values [B, T] by name.
     """
-    size, out = args.micro_batch_size or len(rows), []
-    for begin in range(0, len(rows), size):
-        batch, mask = stack(rows[begin : begin + size], tokenizer, args)
-        out += split(values_of(batch), mask, rows[begin : begin + size])
-    return out
+    out: list[dict] = []
+    for part, weight, _ in parallel.parts(rows, args):
+        batch, mask = stack(part, tokenizer, args)
+        values = engine(partial(values_of, batch))
+        out += split(values, mask, part) if weight else []
+    return parallel.collect(out, args)
 
 
-def with_old_logps(model, rows: list[dict], tokenizer, args) -> list[dict]:
+def with_old_logps(engine: parallel.Engine, rows: list[dict], tokenizer, args) -> list[dict]:
     """The rows with old_logps and entropy, the policy's own before an update."""
+    model = engine.policy
 
     def values_of(batch):
         hidden = models.hidden_states(model, batch, args)
         stats = logps_of(model, hidden, batch, args, ("logps", "entropy"))
         return {"old_logps": stats.logps, "entropy": stats.entropy}
 
-    return annotated(rows, tokenizer, args, values_of)
+    return annotated(engine, rows, tokenizer, args, values_of)
 
 
-def with_ref_logps(model, frozen, rows: list[dict], tokenizer, args) -> list[dict]:
+def with_ref_logps(engine: parallel.Engine, rows: list[dict], tokenizer, args) -> list[dict]:
     """The rows with ref_logps, the reference's."""
-    with models.reference(model, frozen) as scorer:
+    with models.reference(engine.policy, engine.frozen) as scorer:
 
         def values_of(batch):
             return {"ref_logps": logps_of(scorer, models.hidden_states(scorer, batch, args), batch, args).logps}
 
-        return annotated(rows, tokenizer, args, values_of)
+        return annotated(engine, rows, tokenizer, args, values_of)
 
 
 def mean_of(rows: list[dict], name: str) -> float:
@@ -280,27 +288,37 @@ def measure(model, frozen, tokenizer, prompts: list[dict], args, judge: Judge) -
     The KL is that to the reference, summed over an answer's tokens: nats an answer.
     """
     rows = rollout(model, tokenizer, prompts, args, judge, seed=args.seed)
-    nats = 0.0
+    nats, mine = 0.0, parallel.deal(rows, args)
     with models.evaluating(model):
-        for begin in range(0, len(rows), 100):
-            batch, _ = stack(rows[begin : begin + 100], tokenizer, args)
+        for begin in range(0, len(mine), 100):
+            batch, _ = stack(mine[begin : begin + 100], tokenizer, args)
             nats += exact_kl(model, frozen, models.hidden_states(model, batch, args), batch, args).kl.sum().item()
+    nats = parallel.total({"nats": nats}, args)["nats"]
     correct = models.share_correct(model, tokenizer, prompts, args, longest=args.max_completion_length)
     return {"correct": correct, "reward": column(rows, "reward").mean().item(), "kl": nats / len(rows)}
 
 
-def train(args, panels: dict[str, str], stage: str, train_steps: Callable) -> dict[str, dict[str, float]]:
-    """A whole run around a script's `train_steps`; returns what `measure` gave before and after."""
+def train(
+    args, panels: dict[str, str], stage: str, train_steps: Callable, module_of: Callable = lambda model: model
+) -> dict[str, dict[str, float]]:
+    """A whole run around a script's `train_steps`; returns what `measure` gave before and after.
+
+    module_of: the policy -> what is trained, a module with the policy in it.
+    """
     texts = loop.load_rows(args, "prompt")
     with loop.Run(args, panels) as run:
         model, frozen, tokenizer, prompts, held_out, judge = begin(run, args, texts)
+        engine = parallel.Engine(args, module_of(model), frozen)
 
         def evaluate() -> dict[str, float]:
-            return measure(model, frozen, tokenizer, held_out, args, judge)
+            with engine.gathered():
+                return measure(model, frozen, tokenizer, held_out, args, judge)
 
         shares = {"before": evaluate()}
-        train_steps(run, model, frozen, tokenizer, prompts, args, judge, evaluate)
+        train_steps(run, engine, tokenizer, prompts, args, judge, evaluate)
         shares["after"] = evaluate()
         title = f"Supervised training, then {stage}"
-        run.finish(model, tokenizer, title, SHARES, {"reference": shares["before"], "after": shares["after"]})
+        run.finish(
+            engine.whole(model), tokenizer, title, SHARES, {"reference": shares["before"], "after": shares["after"]}
+        )
     return shares

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataset
 import loop
 import models
+import parallel
 import torch
 
 import fused_po
@@ -36,9 +37,9 @@ def sft_loss(model, tokenizer, rows: list[dict], tokens: int, args, entropy: boo
     return -stats.logps.sum() / tokens, metrics
 
 
-def train_steps(run: loop.Run, model, tokenizer, rows: list[dict], args, lr: float, steps: int, evaluate=None) -> None:
+def train_steps(run: loop.Run, engine, tokenizer, rows: list[dict], args, lr: float, steps: int, evaluate=None) -> None:
     """The supervised stage of a run."""
-    learner = loop.learner(model, lr, steps)
+    learner, model = loop.learner(engine, lr, steps), engine.module
 
     def one_step(number: int) -> dict[str, float]:
         drawn = dataset.batch_at(rows, number, args.batch_size, args.seed)
@@ -48,10 +49,10 @@ def train_steps(run: loop.Run, model, tokenizer, rows: list[dict], args, lr: flo
     run.train("SFT", learner, steps, one_step, evaluate)
 
 
-def warm_up(run: loop.Run, model, tokenizer, rows: list[dict], args, field: str = "chosen") -> None:
-    """--sft-steps supervised steps on one answer of each row, before another algorithm: they make its reference.
+def warm_up(run: loop.Run, model, tokenizer, rows: list[dict], args, field: str = "chosen"):
+    """The model after --sft-steps supervised steps on one answer of each row, before another algorithm: its reference.
 
-    The model is saved as <run>/sft, from where a run that resumes takes it.
+    It is saved as <run>/sft, from where a run that resumes takes it, and one on several ranks, whose engine has cut it.
     """
     done = run.folder / "sft"
     if args.sft_steps and done.is_dir():
@@ -59,8 +60,15 @@ def warm_up(run: loop.Run, model, tokenizer, rows: list[dict], args, field: str 
         run.skip(args.sft_steps)
     elif args.sft_steps:
         rows = [{**row, "completion_ids": row[f"{field}_ids"]} for row in rows]
-        train_steps(run, model, tokenizer, rows, args, args.sft_lr, args.sft_steps)
-        models.save(done, model, tokenizer)
+        engine = parallel.Engine(args, model)
+        train_steps(run, engine, tokenizer, rows, args, args.sft_lr, args.sft_steps)
+        whole = engine.whole(model)
+        if parallel.first():
+            models.save(done, whole, tokenizer)
+        parallel.wait()
+        if args.parallel:
+            return models.checkpointed(models.load("AutoModelForCausalLM", done, args), args)
+    return model
 
 
 @torch.no_grad()
@@ -87,7 +95,7 @@ def train(args) -> dict[str, dict[str, float]]:
 
         shares = {"before": measure()}
         model = models.adapt(model, args)
-        train_steps(run, model, tokenizer, rows, args, args.lr, args.steps, measure)
+        train_steps(run, parallel.Engine(args, model), tokenizer, rows, args, args.lr, args.steps, measure)
         shares["after"] = measure()
         labels = PANELS | {"correct": "greedy answers that are correct"}
         run.finish(model, tokenizer, "Supervised fine-tuning", labels, shares)

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of the same name as a script
 
+import checkpoints  # noqa: E402
 import common  # noqa: E402
 import comparisons  # noqa: E402
 
@@ -26,13 +28,13 @@ sys.path.insert(0, {examples!r})
 import torch
 torch.set_num_threads({threads})
 script = importlib.import_module({script!r})
-clip, calls = torch.nn.utils.clip_grad_norm_, []
+clip, calls = torch.nn.utils.clip_grads_with_norm_, []
 def counted(*args, **how):
     calls.append(1)
     if len(calls) == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     return clip(*args, **how)
-torch.nn.utils.clip_grad_norm_ = counted
+torch.nn.utils.clip_grads_with_norm_ = counted
 script.train(script.parse({words!r}))
 """
 
@@ -64,9 +66,15 @@ def run(name: str, words: list[str], output: Path, *more: str):
     return script(name).train(script(name).parse([*words, "--output", str(output), *more]))
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    """Of the last checkpoint."""
-    return common.load_checkpoint(output, "cpu")["model"]
+def weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Of a checkpoint, the last one without a step; by whatever number of ranks it was written."""
+    path = common.checkpoint(output, step or common.checkpoints(output)[-1])
+    reader = checkpoint.HuggingFaceStorageReader(str(path))
+    names = reader.read_metadata().state_dict_metadata
+    state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in names.items() if n.startswith("/model/")}
+    with checkpoints.alone():
+        checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("/model/"): value for name, value in state.items()}
 
 
 def metrics(output: Path) -> list[dict]:

@@ -6,19 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import pipeline
 import pytest
 import torch
+from pipeline import EXAMPLES
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import common  # noqa: E402
-import comparisons  # noqa: E402
-import dataset  # noqa: E402
-import dpo  # noqa: E402
-import models  # noqa: E402
+import checkpoints  # isort: skip
+import common  # isort: skip
+import comparisons  # isort: skip
+import dataset  # isort: skip
+import dpo  # isort: skip
+import models  # isort: skip
 
 TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
 
@@ -140,20 +139,20 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     uninterrupted = dpo.train(arguments(small_data, whole))
     for stop in (2, 5):  # once in the supervised stage, once in DPO
 
-        def interrupt(folder, step, state, keep=2, stop=stop, save=common.save_checkpoint):
-            save(folder, step, state, keep)
-            if step >= stop:
+        def interrupt(path, learner, parts, stop=stop, save=checkpoints.save):
+            save(path, learner, parts)
+            if path.name >= common.checkpoint(path.parent, stop).name:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common, "save_checkpoint", interrupt)
+            patch.setattr(checkpoints, "save", interrupt)
             dpo.train(arguments(small_data, broken, *(["--resume"] if stop > 2 else [])))
     shares = dpo.train(arguments(small_data, broken, "--resume"))
     assert shares == uninterrupted
-    states = [common.load_checkpoint(folder, "cpu") for folder in (whole, broken)]
-    assert states[0]["step"] == states[1]["step"] == 7
-    for name, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][name]), name
+    states = [pipeline.weights(folder) for folder in (whole, broken)]
+    assert common.checkpoints(whole) == common.checkpoints(broken) == [6, 7]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
     metrics = [common.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(7))
     for name in ("model/model.safetensors", "model/tokenizer.json", "curves.png", "arguments.json"):
@@ -177,14 +176,14 @@ def test_a_killed_run_leaves_whole_checkpoints(small_data, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
-    while len(list((tmp_path / "run").glob("checkpoint-*.pt"))) < 2 and time.time() < deadline:
+    while len(common.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    found = list((tmp_path / "run").glob("checkpoint-*.pt"))
+    found = common.checkpoints(tmp_path / "run")
     assert found
-    for path in found:
-        assert torch.load(path, weights_only=True)["step"] > 0
+    for step in found:
+        assert all(value.isfinite().all() for value in pipeline.weights(tmp_path / "run", step).values())
 
 
 @pytest.mark.slow

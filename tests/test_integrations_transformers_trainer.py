@@ -1,13 +1,11 @@
-"""`fuse_lm_head` where training happens: Trainer, checkpointing, torch.compile, device_map, DDP, FSDP."""
+"""`fuse_lm_head` where training happens: Trainer, checkpointing, torch.compile, device_map."""
 
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing
 from helpers import assert_close
 from tiny_models import batch, causal_lm
 
-import fused_po
 from fused_po.integrations.transformers import fuse_lm_head
 
 transformers = pytest.importorskip("transformers")
@@ -114,42 +112,3 @@ def test_accelerate_hooks(how, first):
         ours = model(ids, labels=labels, fused=True).loss
     torch.testing.assert_close(ours, plain(ids, labels=labels).loss)
     assert model.lm_head.weight.is_meta == (how == "offload")
-
-
-def distributed(rank, world, port, folder):
-    """DDP's and FSDP's gradients of the fused loss over two halves are those of the whole batch."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/{port}", rank=rank, world_size=world)
-    ids, labels = batch(0, rows=4)
-    count = int((fused_po.shift_labels(labels) != -100).sum())
-    mine = slice(rank * 2, rank * 2 + 2)
-    whole = fuse_lm_head(causal_lm("Llama"))
-    whole(ids, labels=labels, fused=True).loss.backward()
-    wanted = {name: p.grad for name, p in whole.named_parameters()}
-
-    def compare(wrapped, model):
-        wrapped(ids[mine], labels=labels[mine], fused=True, num_items_in_batch=count / world).loss.backward()
-        for name, p in model.named_parameters():
-            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-
-    model = fuse_lm_head(causal_lm("Llama"))
-    compare(DistributedDataParallel(model), model)
-    model = fuse_lm_head(causal_lm("Llama"))
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    compare(model, model)
-    model = fuse_lm_head(causal_lm("Llama"))
-    fully_shard(model.lm_head)
-    fully_shard(model)
-    with pytest.raises(TypeError, match="its parameters are sharded while the model's forward runs"):
-        model(ids, labels=labels, fused=True)
-    torch.distributed.destroy_process_group()
-
-
-def test_ddp_and_fsdp(tmp_path):
-    torch.multiprocessing.spawn(distributed, (2, "store", str(tmp_path)), nprocs=2)

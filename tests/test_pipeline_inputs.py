@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pipeline
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 import trl_source
 from pipeline import EXAMPLES, metrics, run, script
 
@@ -22,6 +24,7 @@ import comparisons  # isort: skip
 import dataset  # isort: skip
 import loop  # isort: skip
 import models  # isort: skip
+import parallel  # isort: skip
 
 SCRIPTS = ("sft", "reward", "dpo", "kto")
 OWN = {"reward": ("--sft-steps", "1")}  # it starts from a trained model
@@ -232,23 +235,22 @@ def test_what_adapters_and_events_take(words, tmp_path, monkeypatch):
 
 def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
     """At the second checkpoint: the first is whole, nothing half-written is left, and the run goes on from it."""
-    save, folder = torch.save, tmp_path / "run"
+    write, folder = checkpoint.HuggingFaceStorageWriter.write_data, tmp_path / "run"
 
-    def full(state, path):
-        if state["step"] == 4:
-            path.write_bytes(b"half")
+    def full(self, *args):
+        if "checkpoint-00000004" in str(self.path):
+            (Path(self.path) / "half").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, path)
+        return write(self, *args)
 
     short = [*words, "--steps", "6", "--checkpoint-every", "2"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(torch, "save", full)
+        patch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
         run("dpo", short, folder)
     message = str(stopped.value)
     assert "No space left on device; make room. The last checkpoint is whole:" in message
     assert f"--resume --output {folder} continues from step 2" in message
-    assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-00000002.pt"]
-    assert common.load_checkpoint(folder, "cpu")["step"] == 2
+    assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-00000002"]
     run("dpo", short, folder, "--resume")
     assert [row["step"] for row in metrics(folder)] == list(range(6))
 
@@ -300,8 +302,8 @@ def test_a_loss_that_is_not_finite(words, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "dpo_loss", poisoned)
     with pytest.raises(SystemExit, match="loss nan, gradient norm nan: the weights stay as they are"):
         run("dpo", [*words, "--steps", "5", "--checkpoint-every", "1"], tmp_path / "run")
-    state = common.load_checkpoint(tmp_path / "run", "cpu")
-    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+    assert common.checkpoints(tmp_path / "run")[-1] == 2
+    assert all(value.isfinite().all() for value in pipeline.weights(tmp_path / "run").values())
 
 
 def test_ctrl_c(tmp_path):
@@ -310,12 +312,12 @@ def test_ctrl_c(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "dpo.py"), *words, "--steps", "100000", "--output", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(folder.glob("checkpoint-*.pt")):
+        while process.poll() is None and not common.checkpoints(folder):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         said = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in said
-    step = common.load_checkpoint(folder, "cpu")["step"]
+    step = common.checkpoints(folder)[-1]
     assert f"stopped. The last checkpoint is whole: --resume --output {folder} continues from step {step}" in said
 
 
@@ -342,7 +344,7 @@ def test_events_for_tensorboard(words, tmp_path, monkeypatch):
     for row in metrics(tmp_path / "run"):
         assert seen["DPO/loss", row["step"]] == row["loss"]
     assert len({step for name, step in seen if name == "DPO/loss"}) == 3
-    (tmp_path / "run" / "checkpoint-00000003.pt").unlink()
+    common.remove(common.checkpoint(tmp_path / "run", 3))
     run("dpo", more, tmp_path / "run", "--resume")
     assert purged == [None, "closed", 2, "closed"]
 
@@ -352,7 +354,7 @@ def test_pairs_are_what_the_checking_program_says(words):
     args = script("reward").parse([*words, *OWN["reward"]])
     texts = loop.load_rows(args, "preference")
     model, tokenizer, rows, _ = loop.start(args, texts)
-    learner = loop.learner(model, 3e-3, 60)
+    learner = loop.learner(parallel.Engine(args, model), 3e-3, 60)
     sft = script("sft")
     for number in range(60):
         drawn = [{**row, "completion_ids": row["chosen_ids"]} for row in dataset.batch_at(rows, number, 16, 0)]

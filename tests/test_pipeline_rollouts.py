@@ -16,6 +16,7 @@ from fused_po import losses
 import dataset  # isort: skip
 import loop  # isort: skip
 import models  # isort: skip
+import parallel  # isort: skip
 
 ppo, grpo, rollouts = (script(name) for name in ("ppo", "grpo", "rollouts"))
 TOYS = pipeline.ROOT / "tests" / "toy_rewards.py"
@@ -69,8 +70,9 @@ def test_rollouts_hold_what_was_sampled_and_its_log_probs(words, temperature, se
         assert row["answer"] == tokenizer.decode(ids, skip_special_tokens=True)
         toy = sum(ord(letter) % 7 for letter in row["answer"]) / (1 + 7 * len(row["answer"]))
         assert row["reward"] == pytest.approx(toy - (0 if row["ended"] else 1))
-    rows = rollouts.with_old_logps(model, rows, tokenizer, args)
-    rows = rollouts.with_ref_logps(model, frozen, rows, tokenizer, args)
+    engine = parallel.Engine(args, model, frozen)
+    rows = rollouts.with_old_logps(engine, rows, tokenizer, args)
+    rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
     for row in rows:
         at = torch.tensor(row["answer_ids"])[:, None]
         for name, of in (("old_logps", model), ("ref_logps", frozen)):
@@ -124,7 +126,7 @@ def test_ppos_advantages_by_a_loop_over_tokens(words, more, seed):
     args, model, frozen, tokenizer, rows = begun("ppo", words, *more)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight)
-    rows = ppo.scored(actor, frozen, rows, tokenizer, args)
+    rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
     beta = 0.3 if args.kl_in == "reward" else 0.0
     found = ppo.with_advantages(rows, tokenizer, args, kl_coef=0.3)
     wanted = []
@@ -180,7 +182,8 @@ def test_ppos_loss_in_parts_is_the_one_by_hand(words, estimator, seed):
     args, model, frozen, tokenizer, rows = begun("ppo", words, *where)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight, std=0.1)
-    rows = ppo.with_advantages(ppo.scored(actor, frozen, rows, tokenizer, args), tokenizer, args, 0.3)
+    rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
+    rows = ppo.with_advantages(rows, tokenizer, args, 0.3)
     with torch.no_grad():  # the policy has moved on since it sampled
         for parameter in actor.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -199,8 +202,9 @@ def test_ppos_loss_in_parts_is_the_one_by_hand(words, estimator, seed):
 def test_grpos_losses_in_parts_are_the_whole_updates(words, loss_type, seed):
     """And their gradients: every mode of aggregation, over parts of 5, 5 and 2 answers."""
     args, model, frozen, tokenizer, rows = begun("grpo", words, "--loss-type", loss_type, "--num-generations", "2")
-    rows = rollouts.with_old_logps(model, grpo.with_advantages(rows, args), tokenizer, args)
-    rows = rollouts.with_ref_logps(model, frozen, rows, tokenizer, args)
+    engine = parallel.Engine(args, model, frozen)
+    rows = rollouts.with_old_logps(engine, grpo.with_advantages(rows, args), tokenizer, args)
+    rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
     tokens, grads = dataset.scored_tokens(rows, rollouts.FIELDS), []
     for size in (12, 5):
         parts = [rows[i : i + size] for i in range(0, 12, size)]

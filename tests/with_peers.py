@@ -1,6 +1,6 @@
 """Tests against packages that are too large, or pinned too otherwise, to live beside ours: `make integrations`.
 
-    python tests/with_peers.py [verl openrlhf liger axolotl]
+    python tests/with_peers.py [verl openrlhf liger axolotl deepspeed]
 
 Each is installed into a folder of its own, .peers/<name>, without what it pins (torch, transformers, vllm, ...): that
 is this interpreter's. Then its tests run here with that folder on the path. Liger's own tests of its losses run too,
@@ -18,6 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".peers"
+DEEPSPEED = (
+    "deepspeed", "hjson", "msgpack", "py-cpuinfo", "einops", "pydantic", "pydantic-core", "annotated-types",
+    "typing-inspection", "psutil",
+)  # fmt: skip
 # name -> what pip installs, without dependencies: the version the tests were written for, and what it imports at once
 PEERS = {
     "verl": (
@@ -26,15 +30,14 @@ PEERS = {
         "referencing", "attrs", "rpds-py", "jsonschema-specifications", "protobuf", "click", "requests", "urllib3",
         "certifi", "charset-normalizer", "idna",
     ),
-    "openrlhf": (
-        "openrlhf==0.11.2", "deepspeed", "hjson", "msgpack", "py-cpuinfo", "einops", "pydantic", "pydantic-core",
-        "annotated-types", "typing-inspection", "psutil",
-    ),
+    "openrlhf": ("openrlhf==0.11.2", *DEEPSPEED),
     "liger": ("liger-kernel==0.8.5",),
     "axolotl": ("axolotl==0.19.0", "addict", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
+    "deepspeed": ("deepspeed==0.19.8", *DEEPSPEED[1:]),
 }  # fmt: skip
 TESTS = {
     "liger": ("test_integrations_liger.py", "test_modules_liger.py"),
+    "deepspeed": ("test_distributed_heads.py", "test_integrations_trl_engines.py"),
     **{name: (f"test_integrations_{name}.py",) for name in ("verl", "openrlhf", "axolotl")},
 }
 # Liger's own: not those of its functional form; "NxM" cases of 1024 x 4096 take minutes on a CPU and are not chosen.

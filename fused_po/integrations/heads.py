@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,21 @@ def _name(value: object) -> str:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """The parameter, if this process has all of it."""
-    sharded = hasattr(weight, "ds_id") and not weight.numel()
-    if sharded or hasattr(weight, "device_mesh"):
+    """The parameter, if ZeRO-3 has gathered it. A DTensor, cut by tensor parallelism, `linear_logps` takes as it is."""
+    if hasattr(weight, "ds_id") and not weight.numel():
         raise TypeError(
-            "lm_head: its parameters are sharded while the model's forward runs. Leave lm_head in the model's own FSDP "
-            "unit (fully_shard(model), not fully_shard(model.lm_head)), or use ZeRO-2"
+            "lm_head: its parameters are sharded, and nothing gathers them while it runs. Call the engine that "
+            "deepspeed.initialize made, not the model in it; ZeRO-3 does not gather a head under LoRA or "
+            "modules_to_save: leave lm_head out of them, or use ZeRO-2"
         )
     return weight
+
+
+def is_sharded(head: nn.Module) -> bool:
+    """Whether an engine cut the head's own parameters and gathers them as its forward runs: fully_shard, ZeRO-3."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters(recurse=False))
 
 
 def _read_adapter(head: nn.Module, hidden: Tensor) -> HeadParts:
@@ -82,8 +89,28 @@ def _read_adapter(head: nn.Module, hidden: Tensor) -> HeadParts:
     return HeadParts(base.weight, bias, (torch.cat(us, -1), torch.cat(lows, -1)))
 
 
+def call_as(head: nn.Module, function: Callable, hidden: Tensor) -> Any:
+    """function(hidden) with the head's weights at hand, wherever they are kept.
+
+    A head that is sharded by itself runs it as its own forward: the engine's hooks gather the weights around it, and
+    again for the backward, whose gradients they reduce.
+    """
+    if not is_sharded(head):
+        with _loaded(head):
+            return function(hidden)
+    own = vars(head).get("forward")
+    head.forward = function
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
 @contextlib.contextmanager
-def loaded(head: nn.Module) -> Iterator[None]:
+def _loaded(head: nn.Module) -> Iterator[None]:
     """Run what accelerate hooked to the head (device_map): weights kept elsewhere are brought in meanwhile."""
     hooked = [module for module in head.modules() if hasattr(module, "_hf_hook")]
     for module in hooked:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_po import checks
 from fused_po.integrations import probe
-from fused_po.integrations.heads import loaded, read_head
+from fused_po.integrations.heads import call_as, is_sharded, read_head
 from fused_po.integrations.probe import Processing
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, shift_labels
@@ -34,6 +34,7 @@ class _Call:
         self.outputs, self.temperature = outputs, temperature
         self.shifted, self.count = shifted, count  # labels that are aligned already, num_items_in_batch
         self.hidden: Optional[Tensor] = None  # [B, T, H], what the head was called with
+        self.scoring = False
         self.stats: Optional[TokenStats] = None
 
 
@@ -63,15 +64,16 @@ class _State:
         self.head = self.hook = None
 
     def divert(self, head: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
-        """The hook on the head: keep the hidden states, and give the head none of their rows."""
-        if self.call is None:
+        """The hook on the head: keep the hidden states, and give the head none of their rows; a DTensor head one."""
+        if self.call is None or self.call.scoring:
             return None
         if self.call.hidden is not None:
             raise TypeError("fused: this model calls its lm_head more than once in a forward; call it with fused=False")
         if kwargs or len(args) != 1:
             raise TypeError(f"fused: lm_head was called with {sorted(kwargs)} beside hidden states; use fused=False")
         self.call.hidden = args[0]
-        return (args[0][..., :0, :],), kwargs
+        rows = int(any(hasattr(p, "device_mesh") for p in head.parameters()))  # DTensors cannot reshape no rows
+        return (args[0][..., :rows, :],), kwargs
 
     def score(self, logits: Tensor, labels: Tensor, vocab_size: Optional[int] = None, **kwargs: Any) -> Tensor:
         """In `loss_function`'s place: the same mean over scored tokens, from the hidden states of this call."""
@@ -88,12 +90,16 @@ class _State:
                 "head sees; logits_to_keep is not for fused calls"
             )
         aligned = labels if call.shifted is not None else shift_labels(labels, ignore_index)
-        with loaded(self.head):
+
+        def stats_of(hidden: Tensor) -> TokenStats:
             weight, bias, low_rank = read_head(self.head, hidden)
-            call.stats = linear_logps(
+            return linear_logps(
                 hidden, weight, aligned, bias, temperature=call.temperature, ignore_index=ignore_index,
                 outputs=call.outputs, low_rank=low_rank, **self.processing._asdict(), **self.how,
             )  # fmt: skip
+
+        call.scoring = True
+        call.stats = call_as(self.head, stats_of, hidden)
         count = call.count if call.count is not None else (aligned != ignore_index).sum().clamp(min=1)
         return -call.stats.logps.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count)
 
@@ -189,8 +195,9 @@ def fuse_lm_head(
     to its logits (a scale, a softcap) is measured, and the result checked, by two forwards over four tokens.
 
     Args:
-        model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP or
-            torch.compile afterwards. Its head: an nn.Linear, LoRA on one, or modules_to_save.
+        model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP,
+            DeepSpeed or torch.compile afterwards; `parallelize_module` may come before. Its head: an nn.Linear, LoRA on
+            one, or modules_to_save.
         always: fuse every call with labels that does not say fused=False: what Trainer needs.
         logit_scale, softcap: what the model does to its logits, where it cannot run yet (meta device); nothing is
             measured or checked then.
@@ -209,8 +216,9 @@ def fuse_lm_head(
     state = _State(always, backend, Schedule.of(schedule))
     _install(base, state)
     try:
-        like = next(state.head.parameters(), torch.empty(0))
-        parts = read_head(state.head, like.new_empty(0, getattr(state.head, "in_features", 0)))
+        if logit_scale is None or not is_sharded(state.head):
+            like = next(state.head.parameters(), torch.empty(0))
+            parts = read_head(state.head, like.new_empty(0, getattr(state.head, "in_features", 0)))
         if logit_scale is None:
             checks.only_with("softcap", softcap, None, False, "logit_scale")
             _measure(base, state, len(parts.weight))

@@ -83,9 +83,9 @@ def _from_hub(model: str) -> dict:
         ) from None
     try:
         try:
-            return AutoConfig.from_pretrained(model, local_files_only=True).to_dict()
+            return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).to_dict()
         except OSError:
-            return AutoConfig.from_pretrained(model).to_dict()
+            return AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict()
     except Exception as error:  # the Hub's, the network's and transformers' errors are of many types
         first = str(error).strip().splitlines()[0]
         raise ValueError(
