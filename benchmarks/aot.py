@@ -34,7 +34,11 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100", "gfx942")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "x_ptr"}  # pointers to logits; the others point to statistics
+LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "values_ptr", "x_ptr"}  # pointers to logits; others: statistics
+FP32_ARGUMENTS = {
+    "beta", "bound", "decay", "entropy_coef", "gamma", "high", "inner", "kl_coef", "label_smoothing", "low", "outer",
+    "ref_inner", "ref_outer",
+}  # fmt: skip
 
 
 def load(name: str) -> types.ModuleType:
@@ -111,11 +115,26 @@ def kl_cases(dtype: str) -> list[Case]:
     return out
 
 
+def policy_cases(dtype: str) -> list[Case]:
+    out = [Case("scale", "policy", "scale_kernel", dtype, {"BLOCKS": 16})]
+    bare = {"KL_KIND": None, "KL_TIMES_RATIO": False, "ref_ptr": None}
+    forms = {"clip": bare, "clip, k3": {"KL_KIND": "k3", "KL_TIMES_RATIO": True}}
+    if dtype == "bf16":
+        forms |= {"weight": bare | {"old_ptr": None}, "gate, k2": {"KL_KIND": "k2", "KL_TIMES_RATIO": True}}
+    for name, constants in forms.items():
+        for overwrite in (False, True):
+            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, **constants}
+            label = f"policy, {name}" + (", and its gradient" if overwrite else "")
+            out.append(Case(label, "policy", "policy_kernel", dtype, flags))
+    return out
+
+
 def cases() -> list[Case]:
     """Every kernel in every form that changes its code."""
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
-        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype) + kl_cases(dtype)
+        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
+        out += kl_cases(dtype) + policy_cases(dtype)
     softcap = {"OUTPUTS": 3, "inner": 0.0}
     out.append(Case("statistics, logps+entropy, softcap", "statistics", "statistics_kernel", "bf16", softcap))
     out.append(Case("gradient, all, softcap", "gradient", "gradient_kernel", "bf16", {"inner": 0.0}))
@@ -145,8 +164,9 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
         if name in ("label_ptr", "mask_ptr"):
             return {"label_ptr": "*i64", "mask_ptr": "*u8"}[name]
         if name.endswith("_ptr"):
-            return "*" + (case.dtype if name in LOGITS_POINTERS and case.kernel != "dpo_kernel" else "fp32")
-        if name in ("outer", "inner", "ref_outer", "ref_inner", "beta", "label_smoothing", "gamma", "decay"):
+            logits = name in LOGITS_POINTERS and case.kernel != "dpo_kernel"
+            return "*" + (case.dtype if logits and (case.kernel, name) != ("policy_kernel", "ref_ptr") else "fp32")
+        if name in FP32_ARGUMENTS:
             return "fp32"
         return "i64" if "stride" in name or name == "ignore_index" else "i32"
 
@@ -222,9 +242,12 @@ def vector_path(code: list[tuple[int, str]]) -> int:
 
 def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     """Instructions a thread issues for each of its elements of logits."""
-    if case.kernel in ("dpo_kernel", "gae_kernel", "merge_parts_kernel"):
+    if case.kernel in ("dpo_kernel", "gae_kernel", "merge_parts_kernel", "scale_kernel") or case.constants.get(
+        "OVERWRITE"
+    ):
         return None
-    scans = case.kernel in ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel")
+    scanning = "statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel", "policy_kernel"
+    scans = case.kernel in scanning
     count = main_loop(code) if scans else vector_path(code)
     return round(count * case.warps * 32 / case.block, 2)
 

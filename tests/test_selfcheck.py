@@ -25,6 +25,7 @@ def test_all_pass_and_every_op_is_there(capsys, seed):
     assert {r["dtype"] for r in found["results"]} == {"fp32", "bf16"}
     checked = {r["check"].split(",")[0] for r in found["results"]}
     ops = {"logps_from_logits", "linear_logps", "kl_from_logits", "linear_kl", "dpo_from_logits", "linear_dpo", "gae"}
+    ops |= {"policy_loss_from_logits"}
     assert checked == ops <= set(fused_po.__all__)
 
 
@@ -39,7 +40,7 @@ def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
     monkeypatch.setattr(fused_po, "kl_from_logits", wrong)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", "5")
     again = [line for line in out.splitlines() if line.startswith("to repeat: ")]
-    assert status == 1 and len(again) == 3 and "12 of 15 passed" in out
+    assert status == 1 and len(again) == 3 and "14 of 17 passed" in out
     assert again[0].endswith("--dtype fp32 --vocab 211 --hidden 16 --seed 5 --only 'kl_from_logits, reverse' --quick")
     words = again[0].removeprefix("to repeat: python -m fused_po ").replace("'kl_from_logits, reverse'", "?").split()
     words[words.index("?")] = "kl_from_logits, reverse"
@@ -55,7 +56,7 @@ def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, seed, monkeyp
 
     monkeypatch.setattr(fused_po, "gae", broken)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", str(seed))
-    assert status == 1 and "14 of 15 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
+    assert status == 1 and "16 of 17 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
 
 
 def test_infinities_and_nan_do_not_pass():

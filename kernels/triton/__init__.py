@@ -7,6 +7,8 @@ gradient       incoming gradients (or none: the basis) to a gradient in the logi
 from_basis     the same from a kept basis, without the logits
 pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
 kl, kl_gradient    the exact KL of two rows of logits, and its gradient
+policy         losses of tokens as PPO and GRPO have them, on request with the gradient in the logits' place
+scale          times a number, for such a gradient
 gae            rewards and values to generalised advantages and returns
 """
 
@@ -17,12 +19,13 @@ import triton
 from .gae import gae
 from .gradient import from_basis, gradient, score
 from .kl import kl, kl_gradient
+from .policy import policy, scale
 from .preference import dpo, dpo_gradient, pair_statistics
 from .statistics import statistics, statistics_kernel
 
 __all__ = [
-    "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "kl", "kl_gradient", "pair_statistics", "score",
-    "statistics", "unsupported",
+    "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "kl", "kl_gradient", "pair_statistics", "policy",
+    "scale", "score", "statistics", "unsupported",
 ]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)
