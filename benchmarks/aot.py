@@ -5,8 +5,9 @@
 
 Per kernel: registers, spills (local loads and stores), 128-bit loads and stores, and instructions per element of
 logits: those of the main loop, or, for kernels that take one block of columns, those of the longest straight run of
-code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Needs torch and triton. All of it takes
-about one and a half minutes on two cores, most of it in the disassembler.
+code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Where there is nvcc, registers and
+spills of the CUDA kernels besides, as its assembler tells them. Needs torch and triton. All of it takes about two
+minutes on two cores, most of it in the disassembler.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
+import nvcc
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -294,6 +296,17 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def report_cuda(rows: list[dict]) -> str:
+    """A Markdown table: a line a CUDA kernel and type, registers by architecture, spilled bytes of all."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = ["| CUDA kernel | dtype | registers, " + ", ".join(archs) + " | bytes spilled |", "|---|---|---|---|"]
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):
+        mine = [row for row in rows if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+        registers = ", ".join(str(row["registers"]) for arch in archs for row in mine if row["arch"] == arch)
+        lines.append(f"| {kernel} | {dtype} | {registers} | {sum(row['spills'] for row in mine)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
@@ -309,6 +322,8 @@ def main() -> None:
         print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
     else:
         print(report(rows))
+        cuda = nvcc.figures()
+        print("\n" + (f"CUDA kernels: not compiled, {cuda}" if isinstance(cuda, str) else report_cuda(cuda)))
 
 
 if __name__ == "__main__":

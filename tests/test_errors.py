@@ -54,7 +54,11 @@ BAD = [
     (lambda: logits(outputs=("logp",)), ValueError, "outputs: got 'logp', allowed are 'logps', 'entropy'"),
     (lambda: logits(outputs="logps"), TypeError, r"outputs: got the string 'logps', expected a tuple .*\('logps',\)"),
     (lambda: logits(outputs=()), ValueError, "outputs: got none"),
-    (lambda: logits(backend="tritn"), ValueError, "backend: got 'tritn', allowed are 'triton', 'reference', or None"),
+    (
+        lambda: logits(backend="tritn"),
+        ValueError,
+        "backend: got 'tritn', allowed are 'triton', 'cuda', 'reference', or None",
+    ),
     (
         lambda: logits(LOGITS.double(), backend="triton"),
         ValueError,

@@ -31,8 +31,8 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
     if backend is None:
         backend = "reference"
         if device.type != "cpu":
-            able = (name for name in kernels.NAMES if kernels.unsupported(name, device, dtype) is None)
-            backend = next(able, backend)
+            names = [name for name in kernels.NAMES if name not in kernels.BY_NAME]
+            backend = next((n for n in names if kernels.unsupported(n, device, dtype) is None), backend)
     if backend not in NAMES:
         raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, NAMES))}, or None to choose")
     reason = unsupported(backend, device, dtype)
@@ -50,12 +50,13 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     """What would run on tensors of this device (default: the GPU if there is one) and dtype, and why the rest not.
 
     >>> fused_po.backends("cpu")
-    {'triton': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
+    {'triton': 'no: a cpu tensor (...)', 'cuda': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = resolve(None, device, dtype)
     said = {}
     for name in NAMES:
         reason = unsupported(name, device, dtype)
-        said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else "yes, by name"
+        alone = ", and by name alone: it has not been measured on a GPU" if name in kernels.BY_NAME else ", by name"
+        said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else f"yes{alone}"
     return said

@@ -206,7 +206,7 @@ def policy_loss_from_logits(
         kl_coef, entropy_coef: >= 0; a KL with coefficient 0 is reported only.
         temperature: > 0.
         inplace_backward: the logits are overwritten with their gradient. They must not be used afterwards.
-        backend: "triton" or "reference"; None chooses by device. See `backends`.
+        backend: "triton", "cuda" or "reference"; None chooses by device. See `backends`.
         settings: epsilon, epsilon_high, delta, and ppo's dual_clip: as in `losses.ppo_clip` and `losses.grpo`;
             importance_sampling_level, sapo_temperature_pos, sapo_temperature_neg; use_bias_correction_kl.
 
