@@ -1,5 +1,6 @@
 // kernels/cuda/row.h on the host: lanes, warps, blocks and clusters one after another, merged in the kernels' order.
 #include <stddef.h>
+#include <string.h>
 
 #include <vector>
 
@@ -110,4 +111,93 @@ extern "C" void host_offsets(int64_t* out) {
       offsetof(Problem, kl_times_ratio), offsetof(Problem, x_type), offsetof(Problem, out_type),
       offsetof(Problem, blocks), sizeof(Problem)};
   for (size_t i = 0; i < sizeof(all) / sizeof(*all); ++i) out[i] = all[i];
+}
+
+// The launchers, over host memory and one row after another, so that all that leads to them can be run without a GPU.
+
+static float load(const void* x, int type, int64_t i) {
+  if (type == FP32) return ((const float*)x)[i];
+  const uint32_t bits = (uint32_t)((const uint16_t*)x)[i] << 16;  // bf16
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static void store(void* out, int type, int64_t i, float value) {
+  if (type == FP32) {
+    ((float*)out)[i] = value;
+    return;
+  }
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  ((uint16_t*)out)[i] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+struct HostRow {
+  int64_t x_at, out_at, label;
+  bool valid;
+  std::vector<float> x;
+
+  HostRow(const Problem& p, int64_t row)
+      : x_at(row_offset(row, p.inner_rows, p.x_stride_outer, p.x_stride_inner)),
+        out_at(row_offset(row, p.inner_rows, p.out_stride_outer, p.out_stride_inner)),
+        label(p.labels[row]),
+        valid(label != p.ignore_index) {
+    for (int64_t v = 0; v < p.n_cols; ++v) x.push_back(load(p.x, p.x_type, x_at + v));
+  }
+
+  State score_by(const Problem& p, int blocks) const {
+    std::vector<int> visited(x.size());
+    const int itemsize = p.x_type == FP32 ? 4 : 2, before = ((uint64_t)p.x / itemsize + x_at) % (16 / itemsize);
+    const float scale = p.outer * LOG2E;
+    return itemsize == 2 ? score<8>(x.data(), p.n_cols, before, blocks, scale, visited.data())
+                         : score<4>(x.data(), p.n_cols, before, blocks, scale, visited.data());
+  }
+
+  void write(const Problem& p, const Slopes& s, int64_t target) const {
+    for (int64_t v = 0; v < p.n_cols; ++v) {
+      const float dx = v == target ? gradient_label(x[v], s, p.outer) : gradient_element(x[v], s, p.outer);
+      store(p.out, p.out_type, out_at + v, is_live(s) ? dx : 0.0f);
+    }
+  }
+};
+
+static State score_valid(const Problem& p, const HostRow& row, int blocks) {
+  return row.valid ? row.score_by(p, blocks) : start_state();
+}
+
+extern "C" int fused_po_statistics(const Problem* p, int policy, void*) {
+  for (int64_t r = 0; r < p->n_rows; ++r) {
+    const HostRow row(*p, r);
+    finish_row(*p, r, row.valid, score_valid(*p, row, 1), row.valid ? row.x[row.label] : 0.0f, policy, true);
+  }
+  return 0;
+}
+
+extern "C" int fused_po_gradient(const Problem* p, void*) {
+  for (int64_t r = 0; r < p->n_rows; ++r) {
+    const HostRow row(*p, r);
+    row.write(*p, slopes_of(*p, r), row.label - p->first_col);
+  }
+  return 0;
+}
+
+static int one_reads = 0;
+
+extern "C" int host_one_reads() { return one_reads; }
+
+extern "C" int fused_po_one_read(const Problem* p, int policy, void*) {
+  if (!begin_together(*p)) return 801;
+  ++one_reads;
+  for (int64_t r = 0; r < p->n_rows; ++r) {
+    const HostRow row(*p, r);
+    const float x = row.valid ? row.x[row.label] : 0.0f;
+    row.write(*p, finish_row(*p, r, row.valid, score_valid(*p, row, p->blocks), x, policy, true), row.label);
+  }
+  return 0;
+}
+
+extern "C" int fused_po_scale(void* values, const float* factor, int64_t n, int type, void*) {
+  for (int64_t i = 0; i < n; ++i) store(values, type, i, load(values, type, i) * *factor);
+  return 0;
 }

@@ -1,15 +1,19 @@
 """The CUDA kernels' arithmetic on the host: rows by lanes, blocks and clusters in their real order, losses, layout."""
 
+import contextlib
 import ctypes
 import importlib
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Scaling, assert_close, oracle, plain, random_labels
+from helpers import DEVICE, IGNORE, Scaling, assert_close, oracle, plain, random_labels
+from policy_problems import LOSSES, given, problem
 
+import fused_po
 from fused_po.reference.policy import Form, Given, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +92,7 @@ def test_nan_and_infinity_stay_in_their_row(host):
 
 FORMS = [
     Form("clip", 0.8, 1.2),
+    Form("clip", 0.8, 1.2, 1.1),  # a dual clip below the clip range
     Form("clip", 0.8, 1.28, 2.0, "k3", 0.3, True, 0.1),
     Form("weight", 0.0, 2.0, kl="k2", kl_coef=0.3, kl_times_ratio=False),
     Form("weight", 1.0, 1.0, entropy_coef=0.2),
@@ -127,3 +132,87 @@ def test_the_structure_is_the_headers(host):
     found = (ctypes.c_int64 * (len(expected) + 1))()
     host.host_offsets(found)
     assert list(found) == [*expected, ctypes.sizeof(cuda.Problem)]
+
+
+# From the public functions down to the launchers, which the host library has too.
+
+
+@pytest.fixture
+def gpu(host, monkeypatch):
+    """gpu(major, on_chip): the host as a GPU of this generation and shared memory; or a real GPU, as it is."""
+    if DEVICE == "cuda":
+        return lambda major, on_chip=0: None
+
+    def pretend(major: int, on_chip: int = 233472) -> None:
+        about = SimpleNamespace(major=major, shared_memory_per_multiprocessor=on_chip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+
+    monkeypatch.setattr(cuda.build, "library", lambda: host)
+    monkeypatch.setattr(cuda, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return pretend
+
+
+def close(ours, theirs):
+    """To rounding: bf16 gradients by a unit in the last place, of sums in another order."""
+    for a, b in zip(ours, theirs, strict=True):
+        bounds = {"rtol": 2**-7, "atol": 1e-6} if a.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
+        torch.testing.assert_close(a, b, **bounds)
+
+
+@pytest.mark.parametrize("name", ("ppo, dual clip", "cispo", "sapo", "sft"))
+@pytest.mark.parametrize(
+    "major, on_chip, dtype", ((9, 233472, torch.bfloat16), (9, 5000, torch.float32), (8, 1, torch.float32))
+)
+def test_policy_loss_from_logits(gpu, host, name, major, on_chip, dtype, seed, poison):
+    gpu(major, on_chip)
+    t = problem(dtype, 3, 4, 333, LOSSES[name][0], "k3")
+    how = {"loss_type": LOSSES[name][0], **LOSSES[name][1], "kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.1}
+    found = []
+    for backend, inplace in (("reference", False), ("cuda", False), ("cuda", True)):
+        x = torch.cat([t["logits"]] * 2, 1).requires_grad_()
+        before = host.host_one_reads()
+        out = fused_po.policy_loss_from_logits(
+            (x * 1)[:, 4:], *given(t), **how, inplace_backward=inplace, backend=backend
+        )
+        (out.loss * 2).backward()
+        found.append((*(v.detach() for v in out if v is not None), x.grad))
+        assert DEVICE == "cuda" or host.host_one_reads() - before == (inplace and major == 9)
+    for ours in found[1:]:
+        close(ours, found[0])
+
+
+@pytest.mark.parametrize("major", (8, 9))
+@pytest.mark.parametrize("inplace", (False, True))
+def test_logps_from_logits(gpu, major, inplace, seed, poison):
+    gpu(major)
+    names, labels = ("logps", "entropy", "lse"), random_labels(12, 333).view(3, 4)
+    base = torch.randn(3, 5, 333, device=DEVICE)
+    found = []
+    for backend in ("reference", "cuda"):
+        x = base.clone().requires_grad_()
+        how = {"outputs": names, "temperature": 0.7, "inplace_backward": inplace, "backend": backend}
+        stats = fused_po.logps_from_logits((x * 1)[:, 1:], labels, **how)
+        (stats.logps.sum() - stats.entropy.square().sum() + 0.1 * stats.lse.sum()).backward()
+        found.append((*(v.detach() for v in stats[:3]), x.grad))
+    close(found[1], found[0])
+    assert (found[1][0][labels == IGNORE] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("major", (8, 9))
+def test_linear_logps(gpu, host, dtype, frozen, major, seed, poison):
+    gpu(major)
+    hidden, head = (torch.randn(n, 16, device=DEVICE).to(dtype) for n in (9, 333))
+    labels = random_labels(9, 333)
+    found = []
+    for backend in ("reference", "cuda"):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_(not frozen)
+        before = host.host_one_reads()
+        logps = fused_po.linear_logps(h, w, labels, backend=backend).logps
+        (logps * torch.linspace(-1, 1, 9, device=DEVICE)).sum().backward()
+        found.append((logps.detach(), h.grad, *([] if frozen else [w.grad])))
+    assert DEVICE == "cuda" or (host.host_one_reads() > before) == (major == 9)
+    close(found[1], found[0])

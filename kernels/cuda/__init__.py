@@ -117,7 +117,7 @@ def cluster_blocks(n_cols: int, itemsize: int, on_chip: int) -> int | None:
 def one_read(p: Problem, logits: torch.Tensor, policy: bool) -> bool:
     """Scores and writes in one pass; False where the GPU, the row's length or its alignment does not allow it."""
     about = torch.cuda.get_device_properties(logits.device)
-    blocks = cluster_blocks(logits.shape[2], logits.element_size(), about.shared_memory_per_block_optin)
+    blocks = cluster_blocks(logits.shape[2], logits.element_size(), about.shared_memory_per_multiprocessor - 1024)
     if about.major < 9 or blocks is None:
         return False
     p.blocks = blocks

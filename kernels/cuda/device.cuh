@@ -37,10 +37,6 @@ __device__ __forceinline__ void widen(const Pack<T, N>& pack, float (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = to_float(pack.v[i]);
 }
 
-__device__ __forceinline__ int64_t row_offset(int64_t row, int64_t inner_rows, int64_t outer, int64_t inner) {
-  return row / inner_rows * outer + row % inner_rows * inner;
-}
-
 // A row and what is needed to score it.
 template <class T>
 struct Row {
@@ -78,38 +74,6 @@ __device__ __forceinline__ State block_merge(State s) {
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
   __syncthreads();
   return threadIdx.x < 32 ? warp_merge(threadIdx.x < WARPS ? warps[threadIdx.x] : start_state()) : s;
-}
-
-// The gradient's ingredients of a scored row; with `write`, its numbers go to p.tokens. x: the label's logit.
-template <class T>
-__device__ Slopes finish_row(const Problem& p, const Row<T>& row, const State& s, float x, bool policy, bool write) {
-  const bool valid = row.valid;
-  Slopes out = {s.shift, valid ? log2f(s.d) : INFINITY, valid ? entropy_of(s) : 0.0f, valid ? 1.0f : 0.0f, 0.0f, 0.0f};
-  const float logp = valid ? label_logp(x, s, p.outer * LOG2E) : 0.0f;
-  Terms terms = {};
-  if (policy && valid) {
-    const bool has_old = p.old_logps, has_ref = p.ref_logps;
-    const Token token = {p.advantages[row.index], p.weights[row.index], has_old ? p.old_logps[row.index] : 0.0f,
-                         has_ref ? p.ref_logps[row.index] : 0.0f, has_old};
-    terms = token_terms(p, token, logp, out.entropy);
-    out.g_logp = terms.slope;
-    out.g_entropy = -p.entropy_coef * token.weight;
-  }
-  if (!write) return out;
-  const float fields[TOKEN_FIELDS] = {out.shift,  out.norm,    logp,        out.entropy,  terms.loss,
-                                      terms.kl, terms.ratio, terms.clipped, terms.slope};
-  const int n_fields = policy ? TOKEN_FIELDS : ENTROPY + 1;
-#pragma unroll
-  for (int i = 0; i < TOKEN_FIELDS; ++i)
-    if (i < n_fields) p.tokens[i * p.n_rows + row.index] = fields[i];
-  return out;
-}
-
-// Whether rows of x and out begin equally far from a 16-byte boundary, counted in columns of x's groups.
-inline bool begin_together(const Problem& p) {
-  const int64_t in_size = p.x_type == FP32 ? 4 : 2, out_size = p.out_type == FP32 ? 4 : 2, n = 16 / in_size;
-  const int64_t x = (int64_t)p.x / in_size % n, out = (int64_t)p.out / out_size % n;
-  return x == out && p.x_stride_outer % n == p.out_stride_outer % n && p.x_stride_inner % n == p.out_stride_inner % n;
 }
 
 // The types of logits and gradient, by name: f(In{}, Out{}). What cannot be served is cudaErrorInvalidValue.

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS) one_read_kernel(const Problem p, cons
   if (threadIdx.x == 0) {  // every block merges the same states in the same order
     s = *cluster.map_shared_rank(&block_state, 0);
     for (int r = 1; r < p.blocks; ++r) s = combine(s, *cluster.map_shared_rank(&block_state, r));
-    slopes = finish_row(p, row, s, label_x, policy, rank == 0);
+    slopes = finish_row(p, row.index, row.valid, s, label_x, policy, rank == 0);
   }
   cluster.sync();  // nobody leaves while its state may be read, or writes while a label's logit may
 

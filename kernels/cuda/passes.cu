@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(const Problem p, co
     }
   }
   s = block_merge(s);
-  if (threadIdx.x == 0) finish_row(p, row, s, label_x, policy, true);
+  if (threadIdx.x == 0) finish_row(p, row.index, row.valid, s, label_x, policy, true);
 }
 
 constexpr int GROUPS_A_THREAD = 4;
@@ -38,12 +38,7 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(const Problem p, cons
   const Row<In> row(p, blockIdx.x);
   Out* out = (Out*)p.out + row_offset(row.index, p.inner_rows, p.out_stride_outer, p.out_stride_inner);
   const int64_t label = row.label - p.first_col;
-  const float* tokens = p.tokens + row.index;
-  Slopes s = {tokens[0], tokens[p.n_rows], 0.0f, 0.0f, 0.0f, 0.0f};
-  if (p.g_logps) s.g_logp = p.g_logps[row.index];
-  if (p.g_entropy) s.g_entropy = p.g_entropy[row.index], s.entropy = p.entropy[row.index];
-  if (p.g_lse) s.g_lse = p.g_lse[row.index];
-  if (!p.g_logps && !p.g_entropy && !p.g_lse) s.g_logp = 1.0f;  // the basis
+  const Slopes s = slopes_of(p, row.index);
   const bool live = is_live(s);
 
   const auto element = [&](float x, int64_t column) {

@@ -42,6 +42,10 @@ struct Problem {
   int32_t kind, estimator, kl_times_ratio, x_type, out_type, blocks;  // blocks: of a cluster
 };
 
+FP_HD int64_t row_offset(int64_t row, int64_t inner_rows, int64_t outer, int64_t inner) {
+  return row / inner_rows * outer + row % inner_rows * inner;
+}
+
 FP_HD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -112,6 +116,13 @@ FP_HD Layout layout_of(uint64_t address, int64_t n_cols, int itemsize) {
   int64_t lead = (size - before) % size;
   if (lead > n_cols) lead = n_cols;
   return {(int)lead, size, (n_cols - lead) / size, n_cols};
+}
+
+// Whether rows of x and out begin equally far from a 16-byte boundary, counted in columns of x's groups.
+FP_HD bool begin_together(const Problem& p) {
+  const int64_t in_size = p.x_type == FP32 ? 4 : 2, out_size = p.out_type == FP32 ? 4 : 2, n = 16 / in_size;
+  const int64_t x = (int64_t)p.x / in_size % n, out = (int64_t)p.out / out_size % n;
+  return x == out && p.x_stride_outer % n == p.out_stride_outer % n && p.x_stride_inner % n == p.out_stride_inner % n;
 }
 
 // The groups of block `rank` of `blocks`: [begin, end).
@@ -222,6 +233,40 @@ FP_HD float gradient_element(float x, const Slopes& s, float outer) {
 FP_HD float gradient_label(float x, const Slopes& s, float outer) {
   const float log2p = fmaf(x, outer * LOG2E, -s.shift) - s.norm, logp = (log2p < FLOOR ? FLOOR : log2p) * LN2;
   return (exp2_fast(log2p) * (s.g_lse - s.g_entropy * (logp + s.entropy)) - s.g_logp * expm1f(logp)) * outer;
+}
+
+// The gradient's ingredients of a row that has been scored: the basis, or a policy loss's gradient. x: the label's
+// logit. With `write`, the row's numbers go to p.tokens.
+FP_HD Slopes finish_row(const Problem& p, int64_t row, bool valid, const State& s, float x, bool policy, bool write) {
+  Slopes out = {s.shift, valid ? log2f(s.d) : INFINITY, valid ? entropy_of(s) : 0.0f, valid ? 1.0f : 0.0f, 0.0f, 0.0f};
+  const float logp = valid ? label_logp(x, s, p.outer * LOG2E) : 0.0f;
+  Terms terms = {};
+  if (policy && valid) {
+    const bool has_old = p.old_logps, has_ref = p.ref_logps;
+    const Token token = {p.advantages[row], p.weights[row], has_old ? p.old_logps[row] : 0.0f,
+                         has_ref ? p.ref_logps[row] : 0.0f, has_old};
+    terms = token_terms(p, token, logp, out.entropy);
+    out.g_logp = terms.slope;
+    out.g_entropy = -p.entropy_coef * token.weight;
+  }
+  if (!write) return out;
+  const float fields[TOKEN_FIELDS] = {out.shift, out.norm,    logp,          out.entropy, terms.loss,
+                                      terms.kl,  terms.ratio, terms.clipped, terms.slope};
+  const int n_fields = policy ? TOKEN_FIELDS : ENTROPY + 1;
+#pragma unroll
+  for (int i = 0; i < TOKEN_FIELDS; ++i)
+    if (i < n_fields) p.tokens[i * p.n_rows + row] = fields[i];
+  return out;
+}
+
+// Those of the gradient pass: p.tokens begins with shift and norm; without incoming gradients it is the basis.
+FP_HD Slopes slopes_of(const Problem& p, int64_t row) {
+  Slopes s = {p.tokens[row], p.tokens[p.n_rows + row], 0.0f, 0.0f, 0.0f, 0.0f};
+  if (p.g_logps) s.g_logp = p.g_logps[row];
+  if (p.g_entropy) s.g_entropy = p.g_entropy[row], s.entropy = p.entropy[row];
+  if (p.g_lse) s.g_lse = p.g_lse[row];
+  if (!p.g_logps && !p.g_entropy && !p.g_lse) s.g_logp = 1.0f;
+  return s;
 }
 
 }  // namespace fused_po
