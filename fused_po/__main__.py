@@ -117,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ran.add_argument("--dtype", action="append", choices=[*selfcheck.DTYPES], help="may be given several times")
     ran.add_argument("--vocab", type=positive, help="vocabulary; 50257, or 4099 with --quick")
     ran.add_argument("--hidden", type=positive, help="hidden width; 256, or 96 with --quick")
-    ran.add_argument("--backend", help="triton or reference; the one that would be chosen if left out")
+    ran.add_argument("--backend", help="triton, cuda or reference; the one that would be chosen if left out")
     ran.add_argument("--seed", type=int, help="of the random inputs; a fresh one if left out")
     ran.add_argument("--only", default="", help="checks with this in their name")
     return parser.parse_args(argv)

@@ -84,6 +84,10 @@ def test_what_is_missing_is_named_with_the_way_out(tools, tmp_path, monkeypatch)
     assert library.cannot_build(("8.0", "10.0")).startswith(
         "nvcc 12.4 does not compile for sm_100; that takes CUDA 12.8"
     )
+    for release, arch in (("12.8", "10.0"), ("12.0", "9.0a"), ("11.0", "8.0")):  # the oldest that will do
+        toolkit(tools, tmp_path, monkeypatch, release)
+        assert library.cannot_build((arch,)) is None
+    toolkit(tools, tmp_path, monkeypatch, "12.4")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "nvcc 12.4 in" in library.cannot_build(wanted) and "torch is built with CUDA 13.0" in library.cannot_build(
         wanted

@@ -22,7 +22,7 @@ __device__ __forceinline__ void fold_batch(State& s, const Pack<T, GROUP<T>>* he
 }
 
 template <class In, class Out>
-__global__ void __launch_bounds__(THREADS) one_read_kernel(const Problem p, const bool policy) {
+__global__ void __launch_bounds__(THREADS, 2) one_read_kernel(const Problem p, const bool policy) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   constexpr int N = GROUP<In>;
