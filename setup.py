@@ -4,7 +4,10 @@ Each backend's folder is mapped on its own. Mapping the top-level folder `kernel
 and an `__init__.py` in it would shadow Hugging Face's package of that name, which transformers imports.
 """
 
+import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -18,6 +21,29 @@ demo = ["transformers>=5.17", "tokenizers", "safetensors", "peft", "pyyaml", "tq
 data = ["datasets"]
 bench = ["pytest-benchmark", "matplotlib", "trl", "liger-kernel"]
 test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ninja", "trl", "peft", "accelerate"]
+
+
+def compiled() -> dict:
+    """Arguments that build the CUDA backend ahead of time; none unless FUSED_PO_BUILD_CUDA=1 asks for it."""
+    if os.environ.get("FUSED_PO_BUILD_CUDA") != "1":
+        return {}
+    from torch.utils import cpp_extension
+
+    spec = importlib.util.spec_from_file_location("library", root / "kernels" / "cuda" / "library.py")
+    spec.loader.exec_module(library := importlib.util.module_from_spec(spec))
+    wanted = library.architectures_ahead()
+    reason = library.cannot_build(wanted)
+    if reason is not None:
+        sys.exit(f"FUSED_PO_BUILD_CUDA=1, but {reason}; without it the kernels are built on first use")
+    cpp_extension.CUDA_HOME = str(library.cuda_home())
+    print(f"building the CUDA backend for {', '.join(library.names(wanted))}", file=sys.stderr)
+    extension = cpp_extension.CUDAExtension(
+        "fused_po.kernels.cuda.compiled",
+        [f"kernels/cuda/{name}" for name in library.SOURCES],
+        extra_compile_args={"nvcc": library.flags(wanted)},
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
 
 setup(
     name="fused-po",
@@ -43,7 +69,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fused_po*"]) + [f"fused_po.kernels.{name}" for name in backends],
     package_dir={f"fused_po.kernels.{name}": f"kernels/{name}" for name in backends},
-    package_data={"fused_po": ["py.typed"]},
+    package_data={"fused_po": ["py.typed"], "fused_po.kernels.cuda": ["*.h", "*.cuh", "*.cu"]},
+    **compiled(),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "demo": demo,

@@ -5,8 +5,9 @@
 
 Per kernel: registers, spills (local loads and stores), 128-bit loads and stores, and instructions per element of
 logits: those of the main loop, or, for kernels that take one block of columns, those of the longest straight run of
-code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Needs torch and triton. All of it takes
-about one and a half minutes on two cores, most of it in the disassembler.
+code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Where there is nvcc, registers and
+spills of the CUDA kernels besides, as its assembler tells them. Needs torch and triton. All of it takes about two
+minutes on two cores, most of it in the disassembler.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
+import nvcc
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,7 +36,11 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100", "gfx942")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "x_ptr"}  # pointers to logits; the others point to statistics
+LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "values_ptr", "x_ptr"}  # pointers to logits; others: statistics
+FP32_ARGUMENTS = {
+    "beta", "bound", "decay", "entropy_coef", "gamma", "high", "inner", "kl_coef", "label_smoothing", "low", "outer",
+    "ref_inner", "ref_outer",
+}  # fmt: skip
 
 
 def load(name: str) -> types.ModuleType:
@@ -123,11 +129,26 @@ def shards_cases() -> list[Case]:
     return out
 
 
+def policy_cases(dtype: str) -> list[Case]:
+    out = [Case("scale", "policy", "scale_kernel", dtype, {"BLOCKS": 16})]
+    bare = {"KL_KIND": None, "KL_TIMES_RATIO": False, "ref_ptr": None}
+    forms = {"clip": bare, "clip, k3": {"KL_KIND": "k3", "KL_TIMES_RATIO": True}}
+    if dtype == "bf16":
+        forms |= {"weight": bare | {"old_ptr": None}, "gate, k2": {"KL_KIND": "k2", "KL_TIMES_RATIO": True}}
+    for name, constants in forms.items():
+        for overwrite in (False, True):
+            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, **constants}
+            label = f"policy, {name}" + (", and its gradient" if overwrite else "")
+            out.append(Case(label, "policy", "policy_kernel", dtype, flags))
+    return out
+
+
 def cases() -> list[Case]:
     """Every kernel in every form that changes its code."""
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
-        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype) + kl_cases(dtype)
+        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
+        out += kl_cases(dtype) + policy_cases(dtype)
     softcap = {"OUTPUTS": 3, "inner": 0.0}
     out.append(Case("statistics, logps+entropy, softcap", "statistics", "statistics_kernel", "bf16", softcap))
     out.append(Case("gradient, all, softcap", "gradient", "gradient_kernel", "bf16", {"inner": 0.0}))
@@ -158,8 +179,9 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
         if name in ("label_ptr", "owner_ptr", "mask_ptr"):
             return "*u8" if name == "mask_ptr" else "*i64"
         if name.endswith("_ptr"):
-            return "*" + (case.dtype if name in LOGITS_POINTERS and case.kernel != "dpo_kernel" else "fp32")
-        if name in ("outer", "inner", "ref_outer", "ref_inner", "beta", "label_smoothing", "gamma", "decay", "weight"):
+            logits = name in LOGITS_POINTERS and case.kernel != "dpo_kernel"
+            return "*" + (case.dtype if logits and (case.kernel, name) != ("policy_kernel", "ref_ptr") else "fp32")
+        if name in FP32_ARGUMENTS:
             return "fp32"
         return "i64" if "stride" in name or name == "ignore_index" else "i32"
 
@@ -235,10 +257,11 @@ def vector_path(code: list[tuple[int, str]]) -> int:
 
 def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     """Instructions a thread issues for each of its elements of logits."""
-    if case.kernel in ("dpo_kernel", "gae_kernel") or case.kernel.startswith("merge_"):
+    none = ("dpo_kernel", "gae_kernel", "scale_kernel")
+    if case.kernel in none or case.kernel.startswith("merge_") or case.constants.get("OVERWRITE"):
         return None
-    scans = ("statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel", "mixture_kernel")
-    count = main_loop(code) if case.kernel in scans else vector_path(code)
+    scans = "statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel", "mixture_kernel"
+    count = main_loop(code) if case.kernel in (*scans, "policy_kernel") else vector_path(code)
     return round(count * case.warps * 32 / case.block, 2)
 
 
@@ -284,6 +307,17 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def report_cuda(rows: list[dict]) -> str:
+    """A Markdown table: a line a CUDA kernel and type, registers by architecture, spilled bytes of all."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = ["| CUDA kernel | dtype | registers, " + ", ".join(archs) + " | bytes spilled |", "|---|---|---|---|"]
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):
+        mine = [row for row in rows if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+        registers = ", ".join(str(row["registers"]) for arch in archs for row in mine if row["arch"] == arch)
+        lines.append(f"| {kernel} | {dtype} | {registers} | {sum(row['spills'] for row in mine)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
@@ -299,6 +333,8 @@ def main() -> None:
         print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
     else:
         print(report(rows))
+        cuda = nvcc.figures()
+        print("\n" + (f"CUDA kernels: not compiled, {cuda}" if isinstance(cuda, str) else report_cuda(cuda)))
 
 
 if __name__ == "__main__":

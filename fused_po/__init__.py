@@ -9,14 +9,16 @@ from fused_po.ops.kl import KLStats, kl_from_logits
 from fused_po.ops.linear_kl import linear_kl
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
+from fused_po.ops.policy_loss import PolicyOutput, policy_loss_from_logits
 from fused_po.parallel import VocabParallel
-from fused_po.reduce import aggregate, sequence_logps
+from fused_po.reduce import aggregate, sequence_logps, token_weights
 from fused_po.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
     "DPOOutput",
     "KLStats",
+    "PolicyOutput",
     "Schedule",
     "TokenStats",
     "VocabParallel",
@@ -32,6 +34,8 @@ __all__ = [
     "logps_from_logits",
     "losses",
     "modules",
+    "policy_loss_from_logits",
     "sequence_logps",
     "shift_labels",
+    "token_weights",
 ]

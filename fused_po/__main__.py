@@ -33,7 +33,7 @@ PACKAGES = {  # what it is for, and the command that installs it
 }
 DTYPES = {**selfcheck.DTYPES, "fp64": torch.float64}
 WIDE = ("linear_logps", "linear_kl", "linear_dpo", "chunked_loss", "gae")  # their kernels see fp32, or fp64
-OPS = ("logps_from_logits", "kl_from_logits", "dpo_from_logits", *WIDE)
+OPS = ("logps_from_logits", "kl_from_logits", "dpo_from_logits", "policy_loss_from_logits", *WIDE)
 VARIABLES = ("FUSED_PO_DEBUG", BUDGET_VARIABLE, "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 QUICK, FULL = selfcheck.Size(192, 4099, 96), selfcheck.Size(512, 50257, 256)
 

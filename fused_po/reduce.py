@@ -179,3 +179,19 @@ def aggregate(
     if normed:
         divisor = divisor * checks.positive("max_length", max_length)
     return total * world_size / divisor
+
+
+def token_weights(mask: Tensor, mode: str = "token-mean", **counts: Count) -> Tensor:
+    """The weights w with which `aggregate(token_loss, mask, mode, **counts)` is sum w * token_loss.
+
+    For losses that take them beforehand: `policy_loss_from_logits` writes a gradient before anybody has reduced.
+
+    Args:
+        mask: [B, T], or packed [N] with cu_seqlens, non-zero where a token counts.
+        mode, counts: as `aggregate`: num_tokens, num_sequences, max_length, world_size, cu_seqlens.
+
+    Returns:
+        Like mask, fp32; 0 where nothing counts.
+    """
+    zeros = torch.zeros(checks.tensor("mask", mask).shape, device=mask.device)
+    return torch.func.grad(lambda token_loss: aggregate(token_loss, mask, mode, **counts))(zeros)

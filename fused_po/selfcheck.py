@@ -131,6 +131,15 @@ def weighted_sum(logps: Tensor, rows: Tensor, of: int) -> Tensor:
     return (logps * (rows + 1) / of).sum()
 
 
+def plain_policy(z: Tensor, old_z: Tensor, labels: Tensor) -> Values:
+    """SAPO's loss of tokens, with an entropy bonus: of the policy losses the one without corners."""
+    now, old = plain_stats(z, labels), plain_logps(old_z.detach(), labels)
+    a = torch.linspace(-1, 1, 2 * PAIRS, dtype=z.dtype, device=z.device).repeat_interleave(len(labels) // (2 * PAIRS))
+    tau = torch.where(a > 0, 1.0, torch.full_like(a, 1.05))
+    losses = -4 / tau * a * torch.sigmoid(tau * ((now["logps"] - old).exp() - 1)) - 0.1 * now["entropy"]
+    return {"loss": torch.where(labels != IGNORE, losses, 0).sum() / len(labels)}
+
+
 def plain_gae(t: Values, gamma: float = 0.99, lam: float = 0.95) -> Values:
     rewards, values = t["rewards"], t["values"]
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -214,6 +223,12 @@ def checks(backend: Optional[str]) -> Iterator[Check]:
         lambda t: {"losses": linear_dpo(t, on)},
         lambda t: plain_dpo(plain_scores(t), plain_scores(t, "ref_"), t["labels"]),
     )  # fmt: skip
+    for name, inplace in (("", False), (", in place", True)):
+        yield Check(
+            f"policy_loss_from_logits{name}", ("logits",),
+            lambda t, i=inplace: {"loss": policy_loss(t, inplace_backward=i, **on)},
+            lambda t: plain_policy(wide(t["logits"]), wide(t["ref_logits"]), t["labels"]),
+        )  # fmt: skip
     yield Check(
         "gae", (),
         lambda t: {"advantages": fused_po.gae(t["rewards"], t["values"], gamma=0.99, lam=0.95, **on)[0]},
@@ -251,6 +266,14 @@ def logits_of_pairs(t: Values) -> tuple[Tensor, ...]:
 def linear_dpo(t: Values, on: dict) -> Tensor:
     hidden, weight, ref_hidden, ref_weight = both_heads(t)
     return fused_po.linear_dpo(pairs(hidden), weight, pairs(t["labels"]), pairs(ref_hidden), ref_weight, **on).losses
+
+
+def policy_loss(t: Values, **how) -> Tensor:
+    logits, labels = pairs(t["logits"] + 0), pairs(t["labels"])
+    old = pairs(plain_logps(wide(t["ref_logits"]), t["labels"]))
+    a = torch.linspace(-1, 1, 2 * PAIRS, device=old.device)
+    how |= {"entropy_coef": 0.1, "weights": torch.full_like(old, 1 / labels.numel())}
+    return fused_po.policy_loss_from_logits(logits, labels, a, old, loss_type="sapo", **how).loss
 
 
 # Comparing.

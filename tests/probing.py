@@ -65,6 +65,7 @@ OWN = {  # where a name means something else, or a good call takes more than wha
     "dpo_from_logits": {"ref_logps": normal(B, T)},
     "linear_dpo": {"ref_logps": normal(B, T)},
     "cispo": {"cap": 3.0}, "kto": {"kl": 0.1}, "plackett_luce": {"rewards": normal(B, 3)},
+    "policy_loss_from_logits": {"advantages": normal(B, T), "old_logps": normal(B, T), "loss_type": "ppo"},
     "gmpo": {"advantages": normal(B)}, "rloo": {"advantages": normal(B)},
     "FusedLinearDPOLoss.forward": {"ref_input": normal(B, T, H), "ref_weight": normal(V, H)},
     "FusedLinearKTOLoss.forward": {"preference_labels": torch.arange(B) % 2 == 0},

@@ -192,6 +192,19 @@ def test_aggregate_compiles(mode, seed):
     torch.testing.assert_close(compiled(loss, mask, mode, **how), fused_po.aggregate(loss, mask, mode, **how))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("packed", (False, True))
+def test_token_weights_are_those_of_aggregate(mode, packed, seed):
+    mask = torch.rand(3, 5) < 0.6
+    counts = {COUNTED[mode]: 17} | ({"max_length": 9} if mode == "seq-mean-token-sum-norm" else {})
+    if packed:
+        mask, counts = mask.flatten(), counts | {"cu_seqlens": torch.tensor([0, 4, 4, 15])}
+    losses = torch.randn(mask.shape)
+    weights = fused_po.token_weights(mask, mode, **counts)
+    assert (weights[~mask] == 0).all()
+    torch.testing.assert_close((weights * losses).sum(), fused_po.aggregate(losses, mask, mode, **counts))
+
+
 def test_low_precision_is_added_up_in_fp32():
     value = fused_po.aggregate(torch.ones(1, 1001, dtype=torch.bfloat16), None, "seq-mean-token-sum")
     assert value.dtype == torch.float32 and value.item() == 1001

@@ -45,7 +45,7 @@ def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
     monkeypatch.setattr(fused_po, "kl_from_logits", wrong)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", "5")
     again = [line for line in out.splitlines() if line.startswith("to repeat: ")]
-    assert status == 1 and len(again) == 3 and "15 of 18 passed" in out
+    assert status == 1 and len(again) == 3 and "16 of 19 passed" in out
     assert again[0].endswith("--dtype fp32 --vocab 211 --hidden 16 --seed 5 --only 'kl_from_logits, reverse' --quick")
     words = again[0].removeprefix("to repeat: python -m fused_po ").replace("'kl_from_logits, reverse'", "?").split()
     words[words.index("?")] = "kl_from_logits, reverse"

@@ -7,7 +7,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 
@@ -15,6 +15,8 @@ from fused_po import kernels, reference
 
 NAMES = (*kernels.NAMES, "reference")
 ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None takes it even if Triton's interpreter could run: that is slow
+
+TRITON_CACHE_ERRORS = {"triton": (OSError, ValueError)}
 
 _interpreting = threading.Lock()  # Triton's interpreter swaps functions of the language while a kernel runs
 
@@ -28,7 +30,9 @@ def _launcher(name: str, function: Callable) -> Callable:
         try:
             with alone, torch.cuda.device_of(tensor):
                 return function(tensor, *arguments, **options)
-        except (OSError, ValueError) as error:  # folders that cannot be written, files that were cut: nothing of ours
+        except TRITON_CACHE_ERRORS.get(
+            name, ()
+        ) as error:  # folders that cannot be written, files that were cut: nothing of ours
             raise RuntimeError(
                 f"fused_po: backend {name!r} cannot compile or load a kernel ({type(error).__name__}: {error}). If its "
                 "cache is damaged or cannot be written, delete it, or let TRITON_CACHE_DIR name another folder; "
@@ -38,14 +42,23 @@ def _launcher(name: str, function: Callable) -> Callable:
     return launch
 
 
+class _Launchers:
+    """A backend's functions; what it lacks, its module refuses in its own words."""
+
+    def __init__(self, name: str) -> None:
+        self.module = kernels.load(name)
+        for function in self.module.__all__:
+            if function != "unsupported":
+                setattr(self, function, _launcher(name, getattr(self.module, function)))
+
+    def __getattr__(self, function: str) -> Callable:
+        return getattr(self.module, function)
+
+
 @functools.cache
-def get(name: str) -> ModuleType | SimpleNamespace:
+def get(name: str) -> ModuleType | _Launchers:
     """The functions of a backend that `resolve` has named."""
-    if name == "reference":
-        return reference
-    module = kernels.load(name)
-    launchers = (function for function in module.__all__ if function != "unsupported")
-    return SimpleNamespace(**{function: _launcher(name, getattr(module, function)) for function in launchers})
+    return reference if name == "reference" else _Launchers(name)
 
 
 def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -90,11 +103,12 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
     """The first backend that serves such tensors and runs."""
     if device.type in ALWAYS_REFERENCE:
         return "reference"
-    for name in kernels.NAMES:
+    names = [name for name in kernels.NAMES if name not in kernels.BY_NAME]
+    for name in names:
         if kernels.unsupported(name, device, dtype) is None and _try(name, device) is None:
             return name
-    if device.type == "cuda" and all(kernels.missing(name) for name in kernels.NAMES):
-        for name in kernels.NAMES:  # a GPU, and nothing to run on it
+    if device.type == "cuda" and all(kernels.missing(name) for name in names):
+        for name in names:  # a GPU, and nothing to run on it
             _try(name, device)
     return "reference"
 
@@ -130,7 +144,7 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     """What would run on tensors of this device (default: the GPU if there is one) and dtype, and why the rest not.
 
     >>> fused_po.backends("cpu")
-    {'triton': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
+    {'triton': 'no: a cpu tensor (...)', 'cuda': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,5 +155,6 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     said = {}
     for name in NAMES:
         reason = unsupported(name, device, dtype) or _tried.get((name, device))
-        said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else "yes, by name"
+        alone = ", and by name alone: it has not been measured on a GPU" if name in kernels.BY_NAME else ", by name"
+        said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else f"yes{alone}"
     return said

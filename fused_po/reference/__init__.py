@@ -5,6 +5,7 @@ The same entry points as a kernel backend, over blocks of rows small enough to s
 """
 
 from fused_po.reference.divergence import kl, kl_gradient, mixture
+from fused_po.reference.policy import policy, scale
 from fused_po.reference.preference import dpo, dpo_gradient, pair_statistics
 from fused_po.reference.rows import from_basis, gradient, score, statistics, stats_dtype, unsupported
 from fused_po.reference.scan import gae
@@ -22,6 +23,8 @@ __all__ = [
     "merge_scores",
     "mixture",
     "pair_statistics",
+    "policy",
+    "scale",
     "score",
     "statistics",
     "stats_dtype",

@@ -8,6 +8,8 @@ from_basis     the same from a kept basis, without the logits
 pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
 kl, kl_gradient    the exact KL of two rows of logits, and its gradient
 merge_scores, merge_kl, mixture    whole rows' results out of those of parts of the vocabulary
+policy         losses of tokens as PPO and GRPO have them, on request with the gradient in the logits' place
+scale          times a number, for such a gradient
 gae            rewards and values to generalised advantages and returns
 """
 
@@ -18,13 +20,14 @@ import triton
 from .gae import gae
 from .gradient import from_basis, gradient, score
 from .kl import kl, kl_gradient, mixture
+from .policy import policy, scale
 from .preference import dpo, dpo_gradient, pair_statistics
 from .shards import merge_kl, merge_scores
 from .statistics import statistics, statistics_kernel
 
 __all__ = [
     "dpo", "dpo_gradient", "from_basis", "gae", "gradient", "kl", "kl_gradient", "merge_kl", "merge_scores", "mixture",
-    "pair_statistics", "score", "statistics", "unsupported",
+    "pair_statistics", "policy", "scale", "score", "statistics", "unsupported",
 ]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)

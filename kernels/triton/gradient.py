@@ -39,12 +39,12 @@ def gradient_columns(
 
 @triton.jit
 def gradient_block(
-    x_row, out_row, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
+    x_row, out_row, block, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """This program's block of columns of one row. Blocks begin at 16-byte boundaries: the first may reach before 0."""
+    """One block of columns of one row. Blocks begin at 16-byte boundaries: the first may reach before 0."""
     live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
-    start = tl.program_id(1) * BLOCK - before_row(out_row, GROUP)
+    start = block * BLOCK - before_row(out_row, GROUP)
     here = (label >= start) & (label < start + BLOCK) & (label >= 0) & (label < n_cols) & live
     y = load_scaled(x_row + tl.where(here, label, 0), here, inner)
     log2p = tl.fma(y, outer * LOG2E, -shift) - norm
@@ -97,8 +97,9 @@ def gradient_kernel(
         g_logp = zero + 1.0
     x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
     out_row = row_start(out_ptr, row, inner_rows, out_stride_outer, out_stride_inner)
+    block = tl.program_id(1)
     gradient_block(
-        x_row, out_row, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK, GROUP
+        x_row, out_row, block, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK, GROUP
     )
 
 

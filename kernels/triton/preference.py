@@ -199,7 +199,10 @@ def dpo_gradient_kernel(
     shift = tl.load(tokens_ptr + SHIFT * n_rows + row)
     norm = tl.load(tokens_ptr + NORM * n_rows + row)
     label = tl.load(label_ptr + row)
-    gradient_block(x_row, out_row, label, n_cols, shift, norm, zero, g_logp, zero, zero, outer, inner, BLOCK, GROUP)
+    block = tl.program_id(1)
+    gradient_block(
+        x_row, out_row, block, label, n_cols, shift, norm, zero, g_logp, zero, zero, outer, inner, BLOCK, GROUP
+    )
 
 
 def dpo_gradient(logits, labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl, outer, inner, out):

@@ -77,6 +77,14 @@ def expm1(x):
 
 
 @triton.jit
+def exp(x):
+    """e^x of finite x to about 2 ulp: what rounding x log2(e) loses is made up for."""
+    t = x * LOG2E
+    rest = tl.fma(x, LOG2E, -t) + x * 1.925963e-8  # log2(e) less its nearest fp32
+    return tl.exp2(t) * (1.0 + rest * LN2)
+
+
+@triton.jit
 def load_scaled(pointers, mask, inner):
     """y of the logits behind `pointers`, fp32; masked-off lanes read -inf."""
     if mask is None:

@@ -1,0 +1,97 @@
+"""Policy-gradient losses of tokens: from rows of logits to losses, and on to the gradient in the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po.reference.preference import kl_estimate
+from fused_po.reference.rows import gradient, statistics
+
+# Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
+SHIFT, NORM, LOGP, ENTROPY, LOSS, KL, RATIO, CLIPPED, SLOPE = range(9)
+TOKEN_FIELDS = 9
+LOG_RATIO_CLAMP = 20.0
+
+
+class Form(NamedTuple):
+    """What a token's loss is: kind's, plus kl_coef KL, minus entropy_coef H. A is the advantage, rho pi / pi_old.
+
+    clip: -min(rho A, clip(rho, low, high) A), and where A < 0 at most -bound A. weight: -sg(clip(rho, low, high)) A
+    log pi. gate: -(4 / tau) s(tau (rho - 1)) A with tau low where A > 0, high elsewhere.
+    """
+
+    kind: str
+    low: float
+    high: float
+    bound: float = math.inf
+    kl: Optional[str] = None  # "k2" or "k3"
+    kl_coef: float = 0.0
+    kl_times_ratio: bool = True
+    entropy_coef: float = 0.0
+
+
+class Given(NamedTuple):
+    """Numbers of tokens, [N] each, in the statistics' dtype; 0 where a token does not count."""
+
+    advantages: Tensor
+    weights: Tensor  # of the tokens' losses in the batch's
+    old_logps: Optional[Tensor] = None  # None: rho is 1, and has its gradient
+    ref_logps: Optional[Tensor] = None
+
+
+def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its derivative in the log-prob, clipped) without KL and entropy; slope is that of the ratio."""
+    above, below = (ratio > form.high) & (a > 0), (ratio < form.low) & (a < 0)
+    clipped = above.to(logp.dtype) - below.to(logp.dtype)
+    if form.kind == "clip":
+        bounded = (ratio > form.bound) & (a < 0)
+        held = torch.where(above, form.high, torch.where(below, form.low, ratio.clamp(max=form.bound)))
+        loss = -a * torch.where(bounded | above | below, held, ratio)
+        return loss, torch.where(above | below | bounded, 0, -a * slope), clipped
+    if form.kind == "weight":
+        weight = ratio.clamp(form.low, form.high)
+        return -weight * a * logp, -weight * a, clipped
+    tau = torch.where(a > 0, form.low, torch.full_like(a, form.high))
+    u = tau * (ratio - 1)
+    gate, closed = torch.sigmoid(u), torch.sigmoid(-u)
+    return -gate * 4 / tau * a, -4 * gate * closed * a * slope, torch.zeros_like(a)
+
+
+def token_terms(logp: Tensor, entropy: Tensor, given: Given, form: Form) -> list[Tensor]:
+    """[loss, KL, ratio, clipped, slope] of tokens."""
+    log_ratio = torch.zeros_like(logp) if given.old_logps is None else logp - given.old_logps
+    ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    ratio_slope = torch.where(log_ratio.abs() <= LOG_RATIO_CLAMP, ratio, 0)
+    loss, slope, clipped = policy_term(logp, ratio, ratio_slope, given.advantages, form)
+    kl = torch.zeros_like(logp)
+    if form.kl is not None:
+        kl, kl_slope = kl_estimate(logp - given.ref_logps, form.kl)
+        if form.kl_times_ratio:
+            kl, kl_slope = kl * ratio, kl_slope * ratio + kl * ratio_slope
+        loss, slope = loss + form.kl_coef * kl, slope + form.kl_coef * kl_slope
+    return [loss - form.entropy_coef * entropy, kl, ratio, clipped, slope * given.weights]
+
+
+def policy(
+    logits: Tensor, labels: Tensor, given: Given, form: Form, outer: float, ignore_index: int, overwrite: bool
+) -> Tensor:
+    """tokens[TOKEN_FIELDS, N] of logits[O, I, V], labels[O * I]; `overwrite` puts their gradient in the logits' place.
+
+    The gradient is that of sum weights * loss.
+    """
+    logps, entropy, _, _, saved = statistics(logits, labels, outer, None, ignore_index, 3)
+    terms = [torch.where(labels != ignore_index, term, 0) for term in token_terms(logps, entropy, given, form)]
+    if overwrite:
+        g_entropy = -form.entropy_coef * given.weights if form.entropy_coef else None
+        gradient(logits, labels, saved, entropy, terms[-1], g_entropy, None, outer, None, logits)
+    return torch.stack([*saved, logps, entropy, *terms])
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply with a number on the device, in place; nothing is read if it is 1."""
+    if factor != 1:
+        values.mul_(factor)

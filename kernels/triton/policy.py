@@ -1,0 +1,149 @@
+"""Policy-gradient losses of tokens from logits: scores, loss, KL, and on request the gradient in the logits' place.
+
+One program takes a row. It reads it, forms the loss and its slope in the log-prob, and, if asked to, reads the row
+again and writes its gradient over it. The second walk goes backwards: it begins with what was read last, the part most
+likely to be in the L2 cache still. (How often it is there has not been measured.)
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from .gradient import gradient_block
+from .preference import kl_estimate
+from .rowmath import LN2, LOG2E, exp, log2, row_start
+from .statistics import label_logp, launch_shape, scan_row
+
+# Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
+SHIFT, NORM, LOGP, ENTROPY, LOSS, KL, RATIO, CLIPPED, SLOPE = (tl.constexpr(i) for i in range(9))
+TOKEN_FIELDS = 9
+LOG_RATIO_CLAMP = tl.constexpr(20.0)
+SCALED_BLOCKS = 16
+
+
+@triton.jit
+def policy_term(logp, ratio, ratio_slope, a, low, high, bound, KIND: tl.constexpr):
+    """(loss, its derivative in the log-prob, clipped) without KL and entropy."""
+    above = (ratio > high) & (a > 0.0)
+    below = (ratio < low) & (a < 0.0)
+    clipped = tl.where(above, 1.0, tl.where(below, -1.0, 0.0))
+    if KIND == "clip":
+        bounded = (ratio > bound) & (a < 0.0)
+        held = tl.where(above, high, tl.where(below, low, tl.where(bounded, bound, ratio)))
+        return -a * held, tl.where(above | below | bounded, 0.0, -a * ratio_slope), clipped
+    elif KIND == "weight":
+        weight = tl.minimum(tl.maximum(ratio, low), high)
+        return -weight * a * logp, -weight * a, clipped
+    else:
+        tau = tl.where(a > 0.0, low, high)
+        e = tl.exp2(-tl.abs(tau * (ratio - 1.0)) * LOG2E)
+        gate = tl.where(ratio > 1.0, 1.0, e) / (1.0 + e)
+        closed = tl.where(ratio > 1.0, e, 1.0) / (1.0 + e)
+        return -gate * 4.0 / tau * a, -4.0 * gate * closed * a * ratio_slope, clipped * 0.0
+
+
+@triton.jit(
+    do_not_specialize=["inner_rows", "stride_outer", "stride_inner"],
+    do_not_specialize_on_alignment=["x_ptr", "label_ptr"],
+)
+def policy_kernel(
+    x_ptr, label_ptr, advantage_ptr, weight_ptr, old_ptr, ref_ptr, tokens_ptr,
+    inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, ignore_index, low, high, bound, kl_coef,
+    entropy_coef, KIND: tl.constexpr, KL_KIND: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, OVERWRITE: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One program a row; OVERWRITE: the gradient of sum weights * loss goes where the logits are."""
+    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    label = tl.load(label_ptr + row)
+    valid = label != ignore_index
+    row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
+    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), outer * LOG2E, None, 3, BLOCK, GROUP)
+    logp, _ = label_logp(row_ptr, tl.where(valid, label, 0), valid, state, outer * LOG2E, None)
+    shift, norm = state[0], tl.where(valid, log2(state[1]), float("inf"))
+    logp = tl.where(valid, logp, 0.0)
+    entropy = tl.where(valid, (log2(state[1]) - state[2] / state[1]) * LN2, 0.0)
+
+    a = tl.load(advantage_ptr + row)
+    weight = tl.load(weight_ptr + row)
+    log_ratio = logp * 0.0
+    if old_ptr is not None:
+        log_ratio = tl.where(valid, logp - tl.load(old_ptr + row), 0.0)
+    inside = tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_CLAMP), LOG_RATIO_CLAMP)
+    ratio = exp(inside)
+    ratio_slope = tl.where(inside == log_ratio, ratio, 0.0)
+    loss, slope, clipped = policy_term(logp, ratio, ratio_slope, a, low, high, bound, KIND)
+    kl = logp * 0.0
+    if KL_KIND is not None:
+        kl, kl_slope = kl_estimate(tl.where(valid, logp - tl.load(ref_ptr + row), 0.0), KL_KIND)
+        if KL_TIMES_RATIO:
+            kl_slope = kl_slope * ratio + kl * ratio_slope
+            kl = kl * ratio
+        loss += kl_coef * kl
+        slope += kl_coef * kl_slope
+    slope *= weight
+    out = tokens_ptr + row
+    tl.store(out + SHIFT * n_rows, shift)
+    tl.store(out + NORM * n_rows, norm)
+    tl.store(out + LOGP * n_rows, logp)
+    tl.store(out + ENTROPY * n_rows, entropy)
+    tl.store(out + LOSS * n_rows, tl.where(valid, loss - entropy_coef * entropy, 0.0))
+    tl.store(out + KL * n_rows, tl.where(valid, kl, 0.0))
+    tl.store(out + RATIO * n_rows, tl.where(valid, ratio, 0.0))
+    tl.store(out + CLIPPED * n_rows, tl.where(valid, clipped, 0.0))
+    tl.store(out + SLOPE * n_rows, tl.where(valid, slope, 0.0))
+
+    if OVERWRITE:
+        tl.debug_barrier()  # every thread has read the label's logit before any of them writes there
+        zero = tl.full((), 0.0, tl.float32)
+        n_blocks = tl.cdiv(n_cols + GROUP - 1, BLOCK)
+        for i in tl.range(0, n_blocks):
+            gradient_block(
+                row_ptr, row_ptr, n_blocks - 1 - i, label, n_cols, shift, norm, entropy, slope, -entropy_coef * weight,
+                zero, outer, None, BLOCK, GROUP,
+            )  # fmt: skip
+
+
+def policy(logits, labels, given, form, outer, ignore_index, overwrite):
+    """tokens[TOKEN_FIELDS, N] of logits[O, I, V] (columns side by side), labels[O * I].
+
+    given: advantages, weights, and old_logps, ref_logps or None, [N] fp32 each, 0 where ignored. form: kind ("clip",
+    "weight", "gate"), low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef. overwrite: the logits become the
+    gradient of sum weights * loss.
+    """
+    n_rows = labels.numel()
+    tokens = torch.empty(TOKEN_FIELDS, n_rows, dtype=torch.float32, device=logits.device)
+    if n_rows:
+        policy_kernel[(n_rows,)](
+            logits, labels, *given, tokens, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1), outer,
+            ignore_index, form.low, form.high, form.bound, form.kl_coef, form.entropy_coef, KIND=form.kind,
+            KL_KIND=form.kl, KL_TIMES_RATIO=form.kl_times_ratio, OVERWRITE=overwrite,
+            **launch_shape(logits.shape[2], logits.element_size()),
+        )  # fmt: skip
+    return tokens
+
+
+@triton.jit
+def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Multiply n values with the factor; nothing is read if it is 1."""
+    factor = tl.load(factor_ptr)
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
+    if factor != 1.0:
+        for i in tl.range(0, BLOCKS):
+            at = start + i * BLOCK + tl.arange(0, BLOCK)
+            if start + i * BLOCK + BLOCK <= n:
+                value = tl.load(values_ptr + at).to(tl.float32) * factor
+                tl.store(values_ptr + at, value.to(values_ptr.dtype.element_ty))
+            else:
+                value = tl.load(values_ptr + at, mask=at < n).to(tl.float32) * factor
+                tl.store(values_ptr + at, value.to(values_ptr.dtype.element_ty), mask=at < n)
+
+
+def scale(values, factor):
+    """Multiply a tensor with a fp32 number on the device, in place; nothing is read if it is 1 and they lie dense."""
+    if not values.is_contiguous():
+        values.mul_(factor)
+    elif values.numel():
+        block = launch_shape(values.numel(), values.element_size())["BLOCK"]
+        grid = (triton.cdiv(values.numel(), block * SCALED_BLOCKS),)
+        scale_kernel[grid](values, factor, values.numel(), BLOCK=block, BLOCKS=SCALED_BLOCKS, num_warps=8)
