@@ -54,7 +54,7 @@ def on_backend(n: int, v: int) -> st.SearchStrategy:
     small = st.tuples(st.integers(0, n), st.sampled_from(COLUMNS[:-2]) | st.integers(1, 300), st.just("reference"))
     wide = st.tuples(st.integers(1, 3), st.sampled_from(COLUMNS), st.sampled_from(("reference", "triton")))
     few = st.tuples(st.integers(0, 3), st.integers(1, v), st.just("triton"))
-    return st.one_of(*[small] * 6, wide, few)
+    return st.one_of(*[small] * 14, wide, few)
 
 
 def top_of(dtype: str, backend: str) -> float:
