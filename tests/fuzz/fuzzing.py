@@ -186,6 +186,7 @@ def one_nat(
     scale = 2.0 if dtype == "fp64" else 1.0 if backend == "triton" else 4 * FP64 / FP32
     largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
     sizes = {name: float(f.abs().sum(-1).max()) if f.numel() else 0.0 for name, f in factors.items()}
-    units = {name: 4.0 if name == "log_sum_sq_probs" else 1.0 for name in names}  # a log, and twice a log
+    logs = {"log_sum_sq_probs": 4.0, "kl": 2.0}  # a log, and twice a log; a log of either side
+    units = {name: logs.get(name, 1.0) for name in names}
     units |= {"d " + name: largest * size for name, size in sizes.items()}
     return {name: scale * unit for name, unit in units.items()}
