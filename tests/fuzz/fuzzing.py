@@ -166,7 +166,7 @@ def judge(op: str, ours: Values, errors: Values, exact: Values, units: dict[str,
         )  # nothing is computed in less
         both = (torch.where(where, v, 0) for v in (value, exact[name]))
         beyond, most = assert_within(name, *both, errors[name], unit)
-        worst = max(worst, beyond / most if beyond else 0.0)
+        worst = max(worst, beyond / most if 0 < beyond < torch.inf else 0.0)  # infinite only where plain PyTorch's is
     count(op, worst)
 
 
@@ -183,9 +183,10 @@ def one_nat(
     kernels work in base 2: where one token has all of the probability plain PyTorch is exact, and they are off by the
     rounding of that probability. For float64 the truth is rounded as we are. Else it is good to float64's rounding.
     """
-    scale = 1.0 if backend == "triton" or dtype == "fp64" else 4 * FP64 / FP32
+    scale = 2.0 if dtype == "fp64" else 1.0 if backend == "triton" else 4 * FP64 / FP32
     largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
     sizes = {name: float(f.abs().sum(-1).max()) if f.numel() else 0.0 for name, f in factors.items()}
-    units = {name: 4.0 if name == "log_sum_sq_probs" else 1.0 for name in names}  # a log, and twice a log
+    logs = {"log_sum_sq_probs": 4.0, "kl": 2.0}  # a log, and twice a log; a log of either side
+    units = {name: logs.get(name, 1.0) for name in names}
     units |= {"d " + name: largest * size for name, size in sizes.items()}
     return {name: scale * unit for name, unit in units.items()}

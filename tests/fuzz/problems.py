@@ -54,7 +54,7 @@ def on_backend(n: int, v: int) -> st.SearchStrategy:
     small = st.tuples(st.integers(0, n), st.sampled_from(COLUMNS[:-2]) | st.integers(1, 300), st.just("reference"))
     wide = st.tuples(st.integers(1, 3), st.sampled_from(COLUMNS), st.sampled_from(("reference", "triton")))
     few = st.tuples(st.integers(0, 3), st.integers(1, v), st.just("triton"))
-    return st.one_of(*[small] * 6, wide, few)
+    return st.one_of(*[small] * 14, wide, few)
 
 
 def top_of(dtype: str, backend: str) -> float:
@@ -133,6 +133,10 @@ def draw_logits(case: Rows, labels: Tensor, slope: float, generator: torch.Gener
     # One copy in four differs by a nat: where all logits are equal the others' results are the same few numbers.
     spread = torch.full((case.copies(), 1, 1), apart(case.spread, slope, case.dtype), dtype=torch.float64)
     spread[3::4] = spread[3::4].clamp(min=1 / slope)
+    if case.kind == "ties":  # and stay equal
+        rows = copies_like(torch.ones(case.n, 1, dtype=torch.float64), 1 / 64, case.copies(), generator, torch.float64)
+        copies = base * rows.cpu()
+        return copies.clamp(-case.top, case.top).where(base > -torch.inf, -torch.inf).to(DTYPES[case.dtype]).to(DEVICE)
     return copies_like(base, spread, case.copies(), generator, DTYPES[case.dtype]).clamp(max=case.top)
 
 
