@@ -2,6 +2,7 @@
 #
 #   make test ARGS="-k dpo"              arguments for the program behind a target
 #   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
+#   make fuzz CASES=100000 SEED=7        more cases than the 20,000, and these again
 #   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
 #   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
 #   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
@@ -9,6 +10,8 @@
 PYTHON ?= python3
 PIP_INSTALL ?=
 ARGS ?=
+CASES ?= 20500
+SEED ?=
 
 ifdef NO_VENV
 RUN := $(PYTHON)
@@ -21,7 +24,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow integrations bench peers lint gpu-check clean own-packages
+.PHONY: help install demo test test-slow fuzz integrations bench peers lint gpu-check clean own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +39,12 @@ test: $(READY) ## the ordinary tests, on all cores
 
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
+
+fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: counts and a histogram in runs/fuzz
+	rm -rf runs/fuzz
+	FUSED_PO_FUZZ=$(CASES) FUSED_PO_FUZZ_OUT=runs/fuzz $(if $(SEED),FUSED_PO_SEED=$(SEED)) \
+		$(RUN) -m pytest tests/fuzz -v -s $(WORKERS) $(ARGS)
+	$(RUN) tests/fuzz/report.py runs/fuzz -o runs/fuzz
 
 integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
 	$(RUN) tests/with_peers.py $(ARGS)

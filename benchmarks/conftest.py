@@ -33,8 +33,9 @@ def device():
 @pytest.fixture(scope="session")
 def circumstances():
     """What a figure cannot be read without: versions, machine, commit, command."""
-    from measure import copy_bandwidth
     from providers import versions
+
+    from fused_po.planner.devices import copy_bandwidth
 
     if DEVICE == "cuda":
         machine = torch.cuda.get_device_name()
@@ -47,7 +48,7 @@ def circumstances():
         "versions": versions(),
         "commit": git.stdout.strip(),
         "command": " ".join(["pytest", *arguments]),
-        "copy GB/s": copy_bandwidth(DEVICE) / 1e9,
+        "copy GB/s": copy_bandwidth(torch.device(DEVICE)) / 1e9,
         "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"],
     }
 

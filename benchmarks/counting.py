@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -98,6 +99,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # garbage of earlier calls, collected meanwhile, would count as memory given back
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]

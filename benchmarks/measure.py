@@ -116,19 +116,6 @@ class Ceilings:
             torch.cuda.synchronize()
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a large copy of random numbers."""
-    source = torch.rand((1 << 30 if device == "cuda" else 1 << 26), device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * source.numel() * source.element_size() / statistics.median(times)
-
-
 def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device: str) -> dict:
     """What is known of a provider without a clock: why it is not run, or its errors, GEMMs, peak, and whether wrong."""
     reason = provider.absent() or provider.refuses(p.case, device)

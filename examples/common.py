@@ -9,10 +9,23 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
 
 def fail(message: str) -> None:
     """End the program with a message, not a traceback."""
     raise SystemExit(f"error: {message}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, or that no training runs on."""
+    try:
+        if torch.empty(0, device=device).device.type != "meta":
+            return
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+        reason = str(error).splitlines()[0][:100]
+    fail(f"--device: got {device!r}, expected cpu, cuda or cuda:1 ({reason})")
 
 
 def remove(path: Path) -> None:
@@ -45,19 +58,30 @@ def checkpoint(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step:08d}"
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """The folder that a flag names, if it can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{flag}: {folder} cannot be made ({error.strerror}); name another folder")
+
+
 def checkpoints(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the newest last."""
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line that an interruption cut short is left out."""
+    """Rows of a metrics file up to the first that is none: the last may have been cut short by an interruption."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int) and "stage" in row):
+            break
+        rows.append(row)
     return rows
 
 

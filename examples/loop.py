@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
 import common
 import comparisons
 import dataset
@@ -45,7 +46,8 @@ from tqdm import tqdm
 
 NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard", "parallel", "tp", "timeout")
 POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")
-NATURAL = ("sft_steps", "micro_batch_size", "eval_every")
+NATURAL = ("sft_steps", "micro_batch_size", "eval_every", "seed")
+UNIT = ("gamma", "lam")  # of the scripts that have them
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -135,16 +137,22 @@ def parse(
     if config:
         made.set_defaults(**from_yaml(made, config))
     args = made.parse_args(argv)
+    if args.model == "":
+        common.fail("--model: got an empty name, expected a Hub id or a folder; without the flag a tiny Llama is built")
+    common.check_device(args.device)
     parallel.check_flags(args)
     args.sft_steps = (0 if args.model else args.warm_up) if args.sft_steps is None else args.sft_steps
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
     for names, allowed, wanted in (
         (POSITIVE + positive, lambda v: 0 < v < math.inf, "a number above 0"),
         (NATURAL + natural, lambda v: 0 <= v < math.inf, "0 or more"),
+        ([name for name in UNIT if name in args], lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     ):
         for name in names:
             if not allowed(getattr(args, name)):
                 common.fail(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected {wanted}")
+    if args.seed >= 2**31:
+        common.fail(f"--seed: got {args.seed}, expected less than 2**31")
     if args.max_length <= args.max_prompt_length:
         common.fail(f"--max-length: got {args.max_length}, expected more than --max-prompt-length")
     if args.test_dataset is None:
@@ -229,7 +237,7 @@ class Run:
             if not (found := common.checkpoints(self.folder)):
                 common.fail(f"{self.folder}: no checkpoint to resume from; leave out --resume to start anew")
             self.kept = found[-1]
-            if (old := json.loads(path.read_text())) != settings:
+            if (old := self._arguments(path)) != settings:
                 names = [name for name in old | settings if old.get(name) != settings.get(name)]
                 changed = ", ".join(f"{name}: {old.get(name)} then, {settings.get(name)} now" for name in names)
                 common.fail(f"--resume: the run in {self.folder} was started with other arguments ({changed})")
@@ -239,7 +247,7 @@ class Run:
         self.log = self.board = None
         parallel.wait()
         if parallel.first():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            common.make_folder(self.folder, "--output")
             common.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
             lines = "".join(json.dumps(row) + "\n" for row in self.history)
             common.write_whole(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
@@ -259,6 +267,13 @@ class Run:
                 f"--output: {folder} holds a run already; --resume continues it, another folder leaves it alone"
             )
         return folder
+
+    def _arguments(self, path: Path) -> dict:
+        """Those that the run was started with."""
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            common.fail(f"--resume: {path} cannot be read ({error}); start anew in another folder")
 
     def _board(self):
         try:
@@ -313,7 +328,7 @@ class Run:
             common.fail(f"--resume: {self.folder} is past {stage}, but what that stage made is gone; start anew")
         if self.resumed > first:
             step = self.resumed
-            parallel.load(common.checkpoint(self.folder, step), learner, parts)
+            checkpoints.load(common.checkpoint(self.folder, step), learner, parts)
         learner.model.train()
         quiet = not sys.stderr.isatty() or not parallel.first()
         with tqdm(total=steps, initial=step - first, desc=stage, disable=quiet) as bar:
@@ -342,7 +357,7 @@ class Run:
     def _checkpoint(self, step: int, learner: Learner, parts: dict, keep: int = 2) -> None:
         if self.log is not None:
             self.log.flush()
-        parallel.save(common.checkpoint(self.folder, step), learner, parts)
+        checkpoints.save(common.checkpoint(self.folder, step), learner, parts)
         self.kept = step
         for old in common.checkpoints(self.folder)[:-keep] if parallel.first() else ():
             path = common.checkpoint(self.folder, old)

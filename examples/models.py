@@ -45,23 +45,26 @@ def quiet():
     return transformers
 
 
-def load(kind: str, path: str | Path, args, **how):
-    """A pretrained model of transformers' Auto class `kind`, in fp32, on `parallel.home(args)`."""
-    transformers = quiet()
+def load(kind: str, path: str | Path, args, flag: str = "--model", **how):
+    """A pretrained model of transformers' Auto class `kind`, in fp32, on `parallel.home(args)`.
+
+    None of its own code is run. flag: which gave the path, for the error.
+    """
+    how = dict(dtype=torch.float32, trust_remote_code=False, **how)
     try:
-        return getattr(transformers, kind).from_pretrained(path, dtype=torch.float32, **how).to(parallel.home(args))
-    except (OSError, ValueError) as error:
-        fail(f"--model: {str(path)!r} cannot be loaded ({error})")
+        return getattr(quiet(), kind).from_pretrained(path, **how).to(parallel.home(args))
+    except Exception as error:  # whatever a hub, a network, a damaged file or transformers may raise
+        fail(f"{flag}: {str(path)!r} cannot be loaded ({type(error).__name__}: {error})")
 
 
-def load_tokenizer(path: str | Path):
+def load_tokenizer(path: str | Path, flag: str = "--model"):
     """A pretrained tokenizer; it pads on the left, for `sample`."""
     try:
-        tokenizer = quiet().AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError) as error:
-        fail(f"--model: the tokenizer of {str(path)!r} cannot be loaded ({error})")
+        tokenizer = quiet().AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+    except Exception as error:
+        fail(f"{flag}: the tokenizer of {str(path)!r} cannot be loaded ({type(error).__name__}: {error})")
     if tokenizer.eos_token is None:
-        fail(f"--model: the tokenizer of {str(path)!r} has no eos_token, which ends an answer")
+        fail(f"{flag}: the tokenizer of {str(path)!r} has no eos_token, which ends an answer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 

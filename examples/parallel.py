@@ -14,7 +14,6 @@ How the scripts use it:
         engine(function)            function() as the forward of the wrapped model
         with engine.gathered():     all weights are here, as sampling wants them
         engine.whole(model)         the model with all its weights, on the first rank
-    save(...), load(...)            checkpoints, each rank its part; any number of ranks reads them
 
 A rank of tensor parallelism has the rows of its neighbours; "data ranks" are counted without them. In a process of its
 own, without a group, the same calls do nothing but their work.
@@ -28,9 +27,7 @@ import datetime
 import functools
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import common
 import torch
@@ -346,58 +343,3 @@ def tensor_parallel(model: nn.Module, ranks: dist.DeviceMesh) -> None:
     parallelize_module(model, ranks, {name: styles[style] for name, style in plan.items()})
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-
-
-def _state(learner, parts: dict) -> dict:
-    """What a checkpoint holds, by the names of the model without its wrappers."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    model, optimizer = get_state_dict(
-        learner.model, learner.optimizer, options=StateDictOptions(ignore_frozen_params=True)
-    )
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    state = {name: part.state_dict() for name, part in parts.items()}
-    return {"model": model, "optimizer": optimizer, "parts": state, "rng": {"cpu": torch.get_rng_state()} | cuda}
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Without the warning that a checkpoint is that of a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is .* single process")
-        yield
-
-
-def save(path: Path, learner, parts: dict) -> None:
-    """The learner, whatever else has a state_dict, torch's generators, into a folder that is whole or not there."""
-    import torch.distributed.checkpoint as checkpoint
-
-    state = _state(learner, parts)
-
-    def write(folder: Path | None) -> None:
-        try:
-            with alone():
-                checkpoint.save(state, checkpoint_id=agreed(lambda: folder))
-        except checkpoint.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
-
-    common.write_whole(path, write) if first() else write(None)
-    wait()
-
-
-def load(path: Path, learner, parts: dict) -> None:
-    """Puts back what `save` wrote, on any number of ranks."""
-    import torch.distributed.checkpoint as checkpoint
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    state = _state(learner, parts)
-    with alone():
-        checkpoint.load(state, checkpoint_id=path)
-    how = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    set_state_dict(learner.model, learner.optimizer, **how, options=options)
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    torch.set_rng_state(state["rng"]["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())

@@ -73,9 +73,10 @@ def scored(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, 
         if found != key or not good or not all(value.isfinite().all() for value in logps.values()):
             common.fail(f"--ref-cache: {path} is not what it is named after; delete it, and it is made anew")
     else:
+        if parallel.first():
+            common.make_folder(path.parent, "--ref-cache")
         logps = score(model, frozen, rows, fields, tokenizer, args)
         if parallel.first():
-            path.parent.mkdir(parents=True, exist_ok=True)
             whole = save(logps, metadata={"key": key})
             common.write_whole(path, lambda temporary: temporary.write_bytes(whole))
     split = {field: logps[field].split(lengths[field]) for field in fields}

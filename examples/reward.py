@@ -51,6 +51,10 @@ def parse(argv: list[str] | None = None):
     coef = "weight of -log s(log p(chosen) - log p(rejected)), through the supervised model's frozen LM head"
     add("--lm-coef", type=float, default=1.0, help=coef)
     args = loop.parse(parser, argv, ("samples", "max_completion_length"), natural=("centering", "lm_coef"))
+    if not (args.model or args.sft_steps):
+        common.fail(
+            "--sft-steps: got 0 without --model; a reward model starts from a trained one: leave it out, or name one"
+        )
     args.pairs = args.pairs or ("sampled" if args.dataset == str(comparisons.TRAIN) else "given")
     return args
 
@@ -69,8 +73,8 @@ def drawn_pairs(run: loop.Run, model, tokenizer, rows: list[dict], args, name: s
 def scalar_model(run: loop.Run, args):
     """The backbone of the supervised model with a new head of one output."""
     torch.manual_seed(args.seed)
-    start = run.folder / "sft" if args.sft_steps else args.model
-    model = models.load("AutoModelForSequenceClassification", start, args, num_labels=1)
+    start, flag = (run.folder / "sft", "--output") if args.sft_steps else (args.model, "--model")
+    model = models.load("AutoModelForSequenceClassification", start, args, flag, num_labels=1)
     return models.adapt(models.checkpointed(model, args), args)
 
 

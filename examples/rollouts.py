@@ -2,7 +2,7 @@
 
     parse(parser, argv)                        the flags below, beside those of loop.py
     train(args, panels, stage, train_steps)    the whole run around a script's own steps
-    begin(run, args, texts)                    -> (policy, frozen reference, tokenizer, prompts, held-out prompts)
+    begin(run, args, texts)                    -> (policy, reference, tokenizer, prompts, held-out prompts, judge)
     judge = judge_of(args, tokenizer, prompts) rewards of answers, by a program, a function or a reward model
     rollout(model, tokenizer, prompts, args, judge)
                                                rows with answer_ids, answer, ended, reward
@@ -69,14 +69,15 @@ def parse(
 
 
 def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
-    """(policy, frozen reference or None, tokenizer, prompts, held-out prompts), after the supervised steps."""
+    """(policy, frozen reference or None, tokenizer, prompts, held-out prompts, judge), after the supervised steps."""
     model, tokenizer, prompts, held_out = loop.start(args, texts)
     if args.sft_steps and not all("chosen_ids" in row for row in prompts):
         fail("--sft-steps: the data set has prompts alone, nothing to imitate; give --model and --sft-steps 0")
+    judge = judge_of(args, tokenizer, prompts + held_out)  # before the steps: it may not be there
     shape = argparse.Namespace(**{**vars(args), "batch_size": args.sft_batch_size})
     model = sft.warm_up(run, model, tokenizer, prompts, shape)
     frozen = models.freeze(model, args)
-    return models.adapt(model, args), frozen, tokenizer, prompts, held_out
+    return models.adapt(model, args), frozen, tokenizer, prompts, held_out, judge
 
 
 def by_program(rows: list[dict]) -> list[float]:
@@ -116,9 +117,10 @@ def by_model(folder: str, tokenizer, args) -> Judge:
     """The rewards of a reward model with the policy's tokenizer."""
     if not (Path(folder) / "config.json").is_file():
         fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
-    model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1).to(args.device)
-    model.eval().requires_grad_(False)
-    if models.load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+    flag = "--reward-model"
+    model = models.load("AutoModelForSequenceClassification", folder, args, flag, num_labels=1)
+    model = model.to(args.device).eval().requires_grad_(False)
+    if models.load_tokenizer(folder, flag).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
 
     @torch.no_grad()
@@ -305,8 +307,7 @@ def train(
     """
     texts = loop.load_rows(args, "prompt")
     with loop.Run(args, panels) as run:
-        model, frozen, tokenizer, prompts, held_out = begin(run, args, texts)
-        judge = judge_of(args, tokenizer, prompts + held_out)
+        model, frozen, tokenizer, prompts, held_out, judge = begin(run, args, texts)
         engine = parallel.Engine(args, module_of(model), frozen)
 
         def evaluate() -> dict[str, float]:

@@ -56,7 +56,7 @@ def warm_up(run: loop.Run, model, tokenizer, rows: list[dict], args, field: str 
     """
     done = run.folder / "sft"
     if args.sft_steps and done.is_dir():
-        model.load_state_dict(models.load("AutoModelForCausalLM", done, args).state_dict())
+        model.load_state_dict(models.load("AutoModelForCausalLM", done, args, "--output").state_dict())
         run.skip(args.sft_steps)
     elif args.sft_steps:
         rows = [{**row, "completion_ids": row[f"{field}_ids"]} for row in rows]

@@ -1,23 +1,40 @@
-"""`python -m fused_po info`: what is here and what would run. `python -m fused_po selfcheck`: is it right, here."""
+"""`python -m fused_po info`: what is here and would run; `selfcheck`: is it right, here; `plan`: what will it cost."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import json
+import os
+import platform
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 import fused_po
 from fused_po import selfcheck
+from fused_po.ops import backend as backends
+from fused_po.planner import command as planner
+from fused_po.schedule import BUDGET_VARIABLE
 
 PACKAGES = {  # what it is for, and the command that installs it
     "triton": ("the kernels on a GPU", "pip install triton"),
-    "transformers": ("integrations.transformers, the examples", "pip install transformers"),
-    "trl": ("integrations.trl", "pip install trl"),
+    "transformers": ("integrations.transformers, the examples", "pip install 'transformers>=5.17'"),
+    "peft": ("adapters (LoRA), the examples' --lora", "pip install peft"),
+    "datasets": ("the examples on data sets of the Hub", "pip install datasets"),
+    "trl": ("integrations.trl", "pip install 'trl>=1.15,<1.17'"),
+    "verl": ("integrations.verl", "pip install verl==0.9.1"),
+    "openrlhf": ("integrations.openrlhf", "pip install openrlhf==0.11.2"),
+    "liger-kernel": ("integrations.liger, `make peers bench`", "pip install liger-kernel==0.8.5"),
+    "axolotl": ("integrations.axolotl", "pip install 'axolotl>=0.19'"),
 }
+DTYPES = {**selfcheck.DTYPES, "fp64": torch.float64}
+WIDE = ("linear_logps", "linear_kl", "linear_dpo", "chunked_loss", "gae")  # their kernels see fp32, or fp64
+OPS = ("logps_from_logits", "kl_from_logits", "dpo_from_logits", *WIDE)
+VARIABLES = ("FUSED_PO_DEBUG", BUDGET_VARIABLE, "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 QUICK, FULL = selfcheck.Size(192, 4099, 96), selfcheck.Size(512, 50257, 256)
 
 
@@ -34,36 +51,67 @@ def devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB"
-    return found | {"cpu": f"{torch.get_num_threads()} threads"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return found | {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
+
+
+def served(device: str) -> dict[str, dict[str, str]]:
+    """By op and dtype of its inputs, the backend that backend=None takes."""
+    where, default = torch.device(device), fused_po.Schedule()
+    return {
+        op: {
+            name: backends.resolve(None, where, default.logits_dtype_for(dtype) if op in WIDE else dtype)
+            for name, dtype in DTYPES.items()
+        }
+        for op in OPS
+    }
+
+
+def missing() -> dict[str, str]:
+    """What is not here: what it is for, and the command that installs it."""
+    found = {name: f"{what}: {how}" for name, (what, how) in PACKAGES.items() if version_of(name) is None}
+    if torch.version.cuda is None and Path("/dev/nvidia0").exists():
+        found["CUDA in torch"] = "the GPU that is here: pip install --force-reinstall torch"
+    if torch.cuda.is_available() and not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        found["a C compiler"] = "Triton's launches: apt-get install gcc"
+    return found
 
 
 def info() -> dict:
-    """Versions, devices, and for each device and dtype which backend serves the ops, and why another does not."""
-    versions = {"fused_po": fused_po.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
-    versions |= {name: version_of(name) for name in PACKAGES}
-    served = {
-        device: {name: fused_po.backends(device, dtype) for name, dtype in (*selfcheck.DTYPES.items(), FP64)}
-        for device in devices()
+    """Versions, settings; for each device which backend serves each op, and why another does not; what is missing."""
+    versions = {"fused_po": fused_po.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"cuda": torch.version.cuda, **{name: version_of(name) for name in PACKAGES}}
+    return {
+        "versions": versions,
+        "settings": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "devices": devices(),
+        "ops": {device: served(device) for device in devices()},
+        "backends": {
+            device: {n: fused_po.backends(device, dtype) for n, dtype in DTYPES.items()} for device in devices()
+        },
+        "missing": missing(),
     }
-    missing = {name: f"{what}: {how}" for name, (what, how) in PACKAGES.items() if versions[name] is None}
-    return {"versions": versions, "devices": devices(), "backends": served, "missing": missing}
-
-
-FP64 = ("fp64", torch.float64)
 
 
 def print_info(found: dict) -> None:
     print(", ".join(f"{name} {value or '(absent)'}" for name, value in found["versions"].items()))
+    if found["settings"]:
+        print(", ".join(f"{name}={value}" for name, value in found["settings"].items()))
     for device, about in found["devices"].items():
-        print(f"\n{device}: {about}")
+        print(f"\n{device}: {about}\n")
+        print("  " + f"{'inputs of':20}" + "".join(f"{dtype:11}" for dtype in DTYPES).rstrip())
+        for op, choices in found["ops"][device].items():
+            print("  " + f"{op:20}" + "".join(f"{choices[dtype]:11}" for dtype in DTYPES).rstrip())
         by_answer: dict[str, list[str]] = {}
         for dtype, answers in found["backends"][device].items():
             for backend, answer in answers.items():
                 by_answer.setdefault(f"{backend}: {answer}", []).append(dtype)
+        print()
         for answer, dtypes in by_answer.items():
             print(f"  {', '.join(dtypes)}: {answer}")
+    print("\nmissing" * bool(found["missing"]))
     for name, what in found["missing"].items():
-        print(f"\nmissing {name}, for {what}")
+        print(f"  {name}, for {what}")
 
 
 def check(args: argparse.Namespace) -> int:
@@ -99,10 +147,14 @@ def check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are integers above 0")
-    return int(text)
+def device(text: str) -> str:
+    try:
+        if torch.empty(0, device=text).device.type != "meta":
+            return text
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+        reason = str(error).splitlines()[0][:80]
+    raise argparse.ArgumentTypeError(f"got {text!r}, here are {', '.join(devices())} ({reason})")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -110,16 +162,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, which backend would serve, what is missing")
     ran = commands.add_parser("selfcheck", help="every op against float64 on this machine, beside plain PyTorch")
-    for command in (about, ran):
+    planned = commands.add_parser("plan", help="memory, FLOPs, time and communication of head and loss, on each rank")
+    for command in (about, ran, planned):
         command.add_argument("--json", action="store_true", help="the same for programs")
     ran.add_argument("--quick", action="store_true", help="small and in fp32 and bf16: under a minute on a CPU")
-    ran.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    ran.add_argument("--device", type=device, default=here, help="cpu, cuda, cuda:1")
     ran.add_argument("--dtype", action="append", choices=[*selfcheck.DTYPES], help="may be given several times")
-    ran.add_argument("--vocab", type=positive, help="vocabulary; 50257, or 4099 with --quick")
-    ran.add_argument("--hidden", type=positive, help="hidden width; 256, or 96 with --quick")
-    ran.add_argument("--backend", help="triton or reference; the one that would be chosen if left out")
+    ran.add_argument("--vocab", type=planner.count, help="vocabulary; 50257, or 4099 with --quick")
+    ran.add_argument("--hidden", type=planner.count, help="hidden width; 256, or 96 with --quick")
+    named = f"{' or '.join(backends.NAMES)}; the one that would be chosen if left out"
+    ran.add_argument("--backend", choices=backends.NAMES, help=named)
     ran.add_argument("--seed", type=int, help="of the random inputs; a fresh one if left out")
     ran.add_argument("--only", default="", help="checks with this in their name")
+    planner.add_flags(planned)
     return parser.parse_args(argv)
 
 
@@ -127,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "selfcheck":
         return check(args)
+    if args.command == "plan":
+        return planner.plan(args)
     found = info()
     print(json.dumps(found, indent=1)) if args.json else print_info(found)
     return 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -65,6 +66,29 @@ def positive(name: str, value: object) -> float:
     return number(name, value, "finite numbers > 0", lambda v: v > 0)
 
 
+def whole(name: str, value: object, least: int | None = None) -> int:
+    """`value` if it is an int, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: got {value}, allowed are integers >= {least}")
+    return value
+
+
+def flags(**values: object) -> None:
+    """Refuse, by name, what is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected True or False")
+
+
+def several(name: str, value: object, of: str) -> tuple:
+    """`value` as a tuple if it is a sequence of that kind, such as "names"; not a string, not a tensor."""
+    if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a list or tuple of {of}")
+    return tuple(value)
+
+
 def choice(name: str, value: object, allowed: Iterable) -> None:
     """Refuse a value that is not among the allowed ones; an unknown name is told the nearest known one."""
     allowed = tuple(allowed)
@@ -74,12 +98,15 @@ def choice(name: str, value: object, allowed: Iterable) -> None:
         raise ValueError(f"{name}: got {value!r}, allowed are {', '.join(map(repr, allowed))}{hint}")
 
 
+def given(**values: object) -> dict:
+    """What is not None, by name: the optional arguments of `alike`."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def alike(**values: object) -> None:
-    """Refuse floating tensors, by name, that differ in shape or device from the first; None is passed over."""
+    """Refuse floating tensors, by name, that differ in shape or device from the first."""
     first, shape, device = "", torch.Size(), torch.device("cpu")
     for name, value in values.items():
-        if value is None:
-            continue
         value = floating(name, value)
         if not first:
             first, shape, device = name, value.shape, value.device
@@ -92,6 +119,8 @@ def mask_like(name: str, mask: object, like: Tensor, of: str) -> Tensor:
     """`mask` as bool if it is a tensor of like's shape; non-zero means that a position counts."""
     if tensor(name, mask).shape != like.shape:
         raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(like.shape)}, that of {of}")
+    if mask.is_complex():
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool, or numbers of which 0 means no")
     same_device(name, mask, like.device)
     return mask.bool()
 
@@ -123,7 +152,8 @@ def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
 
 def only_with(name: str, value: object, default: object, used: bool, where: str) -> None:
     """Refuse an argument that was set although nothing would read it."""
-    if not used and value != default:
+    plain = isinstance(value, (bool, int, float, str, type(None)))  # other values' == may be no bool
+    if not used and not (plain and value == default):
         raise ValueError(f"{name}: got {value}, which only {where} reads; leave it at {default}")
 
 
@@ -134,6 +164,26 @@ def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tu
         return logit_scale / temperature, None
     softcap = positive("softcap", softcap)
     return softcap / temperature, logit_scale / softcap
+
+
+def called(**theirs: str) -> Callable:
+    """A function whose errors name its own arguments: ours, of the functions it calls, to theirs."""
+
+    def renamed(error: Exception) -> Exception:
+        names, colon, rest = str(error).partition(": ")
+        return type(error)(", ".join(theirs.get(name, name) for name in names.split(", ")) + colon + rest)
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*arguments, **options):
+            try:
+                return function(*arguments, **options)
+            except (TypeError, ValueError) as error:
+                raise renamed(error) from None
+
+        return run
+
+    return decorate
 
 
 def debug() -> bool:

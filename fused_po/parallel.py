@@ -59,12 +59,17 @@ class VocabParallel:
         if not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(f"group: got {type(self.group).__name__}, expected a torch.distributed.ProcessGroup")
         if self.sizes is not None:
+            if not isinstance(self.sizes, (tuple, list)):
+                raise TypeError(
+                    f"sizes: got {type(self.sizes).__name__}, expected a tuple of ints, the rows of each rank"
+                )
             sizes, ranks = tuple(self.sizes), self.group.size()
             if len(sizes) != ranks or not all(isinstance(n, int) and n >= 0 for n in sizes) or not any(sizes):
                 raise ValueError(f"sizes: got {sizes}, expected the rows of each of the group's {ranks} ranks")
             object.__setattr__(self, "sizes", sizes)
-        if self.sequence_dim is not None and not isinstance(self.sequence_dim, int):
-            raise TypeError(f"sequence_dim: got {type(self.sequence_dim).__name__}, expected an int or None")
+        if self.sequence_dim is not None:
+            checks.whole("sequence_dim", self.sequence_dim)
+        checks.flags(partial_grad=self.partial_grad)
 
 
 ProcessGroupLike = Union[None, "dist.ProcessGroup", VocabParallel]

@@ -90,6 +90,7 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: shapes that do not fit, by name.
     """
+    checks.flags(average=average)
     kept, mask, bounds = _checked("logps", logps, mask, cu_seqlens)
     counts = _sequence_sums(mask.to(kept.dtype), bounds)
     if ld_alpha is not None:
@@ -164,8 +165,7 @@ def aggregate(
         raise ValueError(
             f"max_length: got {max_length}, expected a length with 'seq-mean-token-sum-norm' and only then"
         )
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size: got {world_size!r}, allowed are integers >= 1")
+    checks.whole("world_size", world_size, 1)
     kept, mask, bounds = _checked("token_loss", token_loss, mask, cu_seqlens)
     counted = mask.to(kept.dtype)
     if mode == "token-mean":

@@ -22,6 +22,11 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
+def default_budget(device: torch.device, memory: int) -> int:
+    """Bytes for the kept basis on such a device with so much memory, where nobody says."""
+    return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
+
+
 def logits_budget(budget: int | None, device: torch.device) -> int:
     """Bytes for the kept basis on this device: the one asked for, or the variable's, or the default."""
     if device.type == "meta":
@@ -34,7 +39,7 @@ def logits_budget(budget: int | None, device: torch.device) -> int:
             raise ValueError(f"{name}: got {text!r}, allowed are whole numbers >= 0, in bytes")
         budget = int(text)
     if budget is None:
-        return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
+        return default_budget(device, memory)
     if budget > memory:
         raise ValueError(
             f"{name}: got {budget} bytes, allowed on {device} are 0 to {memory}, all its memory; what is not needed "
@@ -58,7 +63,8 @@ class Schedule:
     logits_dtype: the tile's dtype: torch.float32 (None means it, or float64 for float64 inputs), or the inputs' own
         low precision, which puts about 1e-2 nats of noise on a bf16 log-prob near p = 0.3.
     tile_bytes: the most bytes a tile of logits and its gradient may take, above one row; None: 128 MiB on CPU, 512 MiB
-        elsewhere. It decides which rows share a GEMM, so policy and reference must use the same.
+        elsewhere. It decides which rows share a GEMM, so policy and reference must use the same. With a vocabulary cut
+        over ranks two tiles are held at once, of half the bytes each.
     entropy_grad: False makes the entropy a constant, which saves its part of the backward under torch.compile.
     skip_zero_rows: on a GPU, drop tokens whose incoming gradient is exactly 0 from the backward's GEMMs, at the price
         of one host sync. On CPU they are always dropped.
@@ -86,13 +92,18 @@ class Schedule:
                 raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in {unit}, or None")
             if value < low:
                 raise ValueError(f"{name}: got {value}, allowed are ints >= {low}, in {unit}, or None")
-        for name in ("entropy_grad", "skip_zero_rows", "compact"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        checks.flags(entropy_grad=self.entropy_grad, skip_zero_rows=self.skip_zero_rows, compact=self.compact)
         if self.num_scored is not None and not self.compact:
             raise ValueError("num_scored: got it with compact=False, which computes every token; leave out one of them")
         if self.logits_dtype is not None:
             checks.choice("logits_dtype", self.logits_dtype, checks.FLOATS)
+
+    @staticmethod
+    def of(schedule: Schedule | None) -> Schedule:
+        """The one asked for, or the default."""
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: got {type(schedule).__name__}, expected a fused_po.Schedule, or None")
+        return schedule or Schedule()
 
     def tile_bytes_on(self, device: torch.device) -> int:
         """The tile's bound on this device."""
@@ -103,5 +114,6 @@ class Schedule:
         default = torch.float64 if dtype == torch.float64 else torch.float32
         chosen = self.logits_dtype or default
         if chosen not in (default, dtype):
-            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs are {default} and {dtype}")
+            allowed = " and ".join(map(str, dict.fromkeys((default, dtype))))
+            raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs: {allowed}")
         return chosen

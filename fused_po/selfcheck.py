@@ -18,7 +18,7 @@ import fused_po
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IGNORE = -100
 RMS_FACTOR, MAX_FACTOR = 2, 4
-PAIRS, JS_WEIGHT, SOFTCAP, TEMPERATURE = 32, 0.3, 20.0, 0.8
+PAIRS, JS_WEIGHT, SOFTCAP, TEMPERATURE, RANK, KL_COEF = 32, 0.3, 20.0, 0.8, 4, 0.1
 Values = dict[str, Tensor]
 
 
@@ -65,6 +65,7 @@ def problem(size: Size, dtype: torch.dtype, device: str, seed: int) -> Values:
     ref_weight = weight + 0.1 * normal(v, h) / h**0.5
     tensors = {"hidden": hidden, "weight": weight, "ref_hidden": hidden + 0.3 * normal(n, h), "ref_weight": ref_weight}
     tensors["logits"], tensors["ref_logits"] = hidden @ weight.T, tensors["ref_hidden"] @ ref_weight.T
+    tensors["u"], tensors["low"] = normal(n, RANK), normal(v, RANK) / RANK
     forbidden = torch.rand(v, generator=generator) < 0.02
     forbidden[labels] = False
     for name in ("logits", "ref_logits"):
@@ -119,6 +120,17 @@ def plain_dpo(z: Tensor, ref_z: Tensor, labels: Tensor, beta: float = 0.1) -> Va
     return {"losses": -torch.nn.functional.logsigmoid(beta * (ratios[:PAIRS] - ratios[PAIRS:]))}
 
 
+def plain_dpo_with_kl(z: Tensor, ref_z: Tensor, labels: Tensor) -> Values:
+    ratios = plain_logps(z, labels) - plain_logps(ref_z.detach(), labels)
+    k3 = torch.where(labels != IGNORE, torch.exp(-ratios) - 1 + ratios, 0).sum() / (labels != IGNORE).sum()
+    return {"loss": plain_dpo(z, ref_z, labels)["losses"].mean() + KL_COEF * k3}
+
+
+def weighted_sum(logps: Tensor, rows: Tensor, of: int) -> Tensor:
+    """A loss that separates over tokens: each weighs by its number in the batch."""
+    return (logps * (rows + 1) / of).sum()
+
+
 def plain_gae(t: Values, gamma: float = 0.99, lam: float = 0.95) -> Values:
     rewards, values = t["rewards"], t["values"]
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -164,6 +176,16 @@ def checks(backend: Optional[str]) -> Iterator[Check]:
             lambda t, a=how: some_stats(fused_po.linear_logps(*both_heads(t)[:2], t["labels"], **a), a["outputs"]),
             lambda t, n=outputs: {k: v for k, v in plain_stats(plain_scores(t), t["labels"]).items() if k in n},
         )  # fmt: skip
+    yield Check(
+        "linear_logps, low rank", ("hidden", "u", "low"),
+        lambda t: {"logps": low_rank_logps(t, on)},
+        lambda t: {"logps": plain_logps(wide(t["hidden"] @ t["weight"].T + t["u"] @ t["low"].T), t["labels"])},
+    )  # fmt: skip
+    yield Check(
+        "chunked_loss", head,
+        lambda t: {"loss": chunked(t, on)},
+        lambda t: {"loss": weighted_sum(plain_logps(plain_scores(t), t["labels"]), *numbered(t))},
+    )  # fmt: skip
     for direction in ("reverse", "forward", "js"):
         how = {"direction": direction, **({"js_weight": JS_WEIGHT} if direction == "js" else {}), **on}
         yield Check(
@@ -181,6 +203,12 @@ def checks(backend: Optional[str]) -> Iterator[Check]:
         lambda t: {"losses": fused_po.dpo_from_logits(*map(pairs, logits_of_pairs(t)), **on).losses},
         lambda t: plain_dpo(wide(t["logits"]), wide(t["ref_logits"]), t["labels"]),
     )  # fmt: skip
+    kl = {"kl": "k3", "kl_coef": KL_COEF, **on}
+    yield Check(
+        "dpo_from_logits, k3", ("logits",),
+        lambda t: {"loss": fused_po.dpo_from_logits(*map(pairs, logits_of_pairs(t)), **kl).loss},
+        lambda t: plain_dpo_with_kl(wide(t["logits"]), wide(t["ref_logits"]), t["labels"]),
+    )  # fmt: skip
     yield Check(
         "linear_dpo", head,
         lambda t: {"losses": linear_dpo(t, on)},
@@ -195,6 +223,25 @@ def checks(backend: Optional[str]) -> Iterator[Check]:
 
 def both_heads(t: Values) -> tuple[Tensor, ...]:
     return tuple(t[name] for name in ("hidden", "weight", "ref_hidden", "ref_weight"))
+
+
+def low_rank_logps(t: Values, on: dict) -> Tensor:
+    return fused_po.linear_logps(t["hidden"], t["weight"], t["labels"], low_rank=(t["u"], t["low"]), **on).logps
+
+
+def numbered(t: Values) -> tuple[Tensor, int]:
+    """(numbers of the rows, how many)."""
+    return torch.arange(len(t["labels"]), device=t["labels"].device), len(t["labels"])
+
+
+def chunked(t: Values, on: dict) -> Tensor:
+    """In chunks of about an eighth of the tokens."""
+    rows, of = numbered(t)
+    budget = fused_po.Schedule(logits_budget=of // 8 * 4 * len(t["weight"]))
+    how = {"schedule": budget, **on}
+    return fused_po.chunked_loss(
+        lambda stats, rows: weighted_sum(stats.logps, rows, of), *both_heads(t)[:2], t["labels"], rows // 4, **how
+    )
 
 
 def logits_of_pairs(t: Values) -> tuple[Tensor, ...]:

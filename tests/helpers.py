@@ -43,6 +43,11 @@ class Scaling(NamedTuple):
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature
 
+    @property
+    def steepest(self) -> float:
+        """The largest slope."""
+        return self.logit_scale / self.temperature
+
     def slope(self, raw: torch.Tensor) -> torch.Tensor:
         """d z / d raw."""
         slope = torch.full_like(raw, self.logit_scale / self.temperature)
@@ -78,13 +83,16 @@ def oracle(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, grads: dic
 
 
 def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling) -> dict:
-    """The same statistics as a person would write them, in fp32; autograd gives their gradients."""
-    valid, safe = labels != IGNORE, labels.clamp(min=0)
-    z = scaling.apply(raw.float())
+    """The same statistics as a person would write them, in fp32 (float64 for float64); autograd gives their gradients.
+
+    raw: [..., N, V], labels: [N].
+    """
+    valid, safe = labels != IGNORE, labels.clamp(min=0).expand(raw.shape[:-1])
+    z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
     logp = z.log_softmax(-1)
     p = logp.exp()
     stats = {
-        "logps": logp.gather(1, safe[:, None]).squeeze(1),
+        "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
         "entropy": -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
         "lse": z.logsumexp(-1),
         "mean_logits": z.mean(-1),
@@ -98,28 +106,36 @@ def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: lis
 
     theirs: plain PyTorch's (value, exact value), for this problem and others like it: one problem's error is luck.
     """
-
-    def error(value: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-        return (value.double() - exact)[exact.isfinite()].abs().flatten()
-
     assert ours.dtype == theirs[0][0].dtype, f"{name}: dtype {ours.dtype}, expected {theirs[0][0].dtype}"
+    errors = [(value.double() - exact)[exact.isfinite()].abs().flatten() for value, exact in theirs]
+    assert_within(name, ours, exact, torch.cat(errors))
+
+
+def assert_within(
+    name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0
+) -> tuple[float, float]:
+    """`assert_close` from plain PyTorch's errors; unit: a number whose rounding is let pass too.
+
+    Returns (our largest error beyond rounding, theirs); the first is at most twice the second.
+    """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     infinite = ~exact.isfinite()
     assert torch.equal(ours[infinite].double(), exact[infinite]), f"{name}: infinities differ"
-    ours_error, theirs_error = error(ours, exact), torch.cat([error(*pair) for pair in theirs])
+    ours_error = (ours.double() - exact)[~infinite].abs().flatten()
     if not ours_error.numel():
-        return
+        return 0.0, 0.0
     if not theirs_error.numel():  # nothing was scored: our zeros must be zeros
         theirs_error = torch.zeros_like(ours_error)
     assert not ours_error.isnan().any(), f"{name}: NaN"
     info = torch.finfo(ours.dtype)
-    rounding = exact[~infinite].abs() * info.eps / 2 + info.smallest_normal * info.eps
-    excess = (ours_error - rounding).max().item() - 2 * theirs_error.max().item()
-    assert excess <= 0, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {theirs_error.max():.3e}"
+    rounding = (exact[~infinite].abs() + unit) * info.eps / 2 + info.smallest_normal * info.eps
+    beyond, most = (ours_error - rounding).max().item(), theirs_error.max().item()
+    assert beyond <= 2 * most, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {most:.3e}"
     if ours_error.numel() < 64:  # a mean over so few is luck too
-        return
+        return max(0.0, beyond), most
     rms = [value.square().mean().sqrt().item() for value in (ours_error, theirs_error, rounding)]
     assert rms[0] <= 2 * rms[1] + rms[2], f"{name}: RMS error {rms[0]:.3e}, plain PyTorch's {rms[1]:.3e}"
+    return max(0.0, beyond), most
 
 
 @contextlib.contextmanager

@@ -5,14 +5,15 @@ import time
 
 import torch
 import torch.distributed as dist
-from counting import Collectives
+from counting import Collectives, run_inside
 from cut import own, same_everywhere
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_po
-from fused_po import Schedule, VocabParallel
+from fused_po import Schedule, VocabParallel, parallel
 from fused_po.integrations.verl import linear_cross_entropy
 
 V, H = 96, 8
@@ -48,6 +49,58 @@ def collectives(tile_rows: int, kept_rows: int, frozen: bool, outputs: tuple, n:
     with Collectives() as backward:
         (stats.logps * g).sum().backward()
     return forward.calls, backward.calls
+
+
+def frozen(rows: int, bias: bool) -> None:
+    """A head without gradients: those of hidden through log-probs and lse, which its labels' rows are part of."""
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, g = problem()
+    schedule = Schedule(tile_bytes=rows * 2 * LINE)
+    found = []
+    for part in (slice(0, V), slice(rank * V // n_ranks, (rank + 1) * V // n_ranks)):
+        h, group = hidden.clone().requires_grad_(), dist.group.WORLD if part != slice(0, V) else None
+        b = weight[part, 0] if bias else None
+        how = {"outputs": ("logps", "lse"), "process_group": group, "schedule": schedule}
+        stats = fused_po.linear_logps(h, weight[part], labels, b, **how)
+        (stats.logps * g + stats.lse * g.roll(1)).sum().backward()
+        found.append((stats.logps.detach(), stats.lse.detach(), h.grad))
+    for ours, expected in zip(*reversed(found)):
+        torch.testing.assert_close(ours, expected)
+    same_everywhere(*found[1])
+
+
+class Order(TorchDispatchMode):
+    """Products and collectives in the order they are begun, "mm" and "say"; "heard": what others have said has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.events.append("mm")
+        elif func.namespace == "c10d":
+            self.events.append("say")
+        return run_inside(self, func, args, kwargs or {})
+
+
+def overlap() -> tuple[list[str], list[str]]:
+    """The order of things in a forward of three tiles, and in its backward with all kept."""
+    hidden, weight, labels, g = problem()
+    part = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    hidden.requires_grad_()
+    checked = parallel.checked
+    schedule = Schedule(tile_bytes=2 * 7 * 4 * len(part), logits_budget=1 << 20)
+    try:
+        with Order() as forward:
+            parallel.checked = lambda everyone: forward.events.append("heard") or checked(everyone)
+            how = {"process_group": dist.group.WORLD, "schedule": schedule}
+            stats = fused_po.linear_logps(hidden, part, labels.clamp(min=0), **how)
+    finally:
+        parallel.checked = checked
+    with Order() as backward:
+        (stats.logps * g).sum().backward()
+    return forward.events, backward.events
 
 
 def divergence(direction: str) -> list:

@@ -13,6 +13,7 @@ import transformers
 from pipeline import metrics, script, weights
 from ranks import GROUP_TIMEOUT, Ranks
 
+import checkpoints  # isort: skip
 import common  # isort: skip
 import dataset  # isort: skip
 import models  # isort: skip
@@ -224,7 +225,7 @@ def test_a_model_that_cannot_be_cut(words, tmp_path, two):
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:
     """A run that resumes; the weights as they are once its checkpoint is read."""
-    found, load = {}, parallel.load
+    found, load = {}, checkpoints.load
 
     def recorded(path, learner, parts):
         load(path, learner, parts)
@@ -232,7 +233,7 @@ def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch
             found[key] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "load", recorded)
+        patch.setattr(checkpoints, "load", recorded)
         trained("dpo", words, output, "--checkpoint-every", "5", "--resume", *more)
     return found
 
@@ -242,7 +243,7 @@ def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
     every = ("--checkpoint-every", "5")
     four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
     parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
-    assert {f"__{rank}_0.distcp" for rank in range(4)} <= set(parts)
+    assert {f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)} | {"state.json"} == set(parts)
     common.remove(common.checkpoint(tmp_path / "four", 10))
     saved, wanted = weights(tmp_path / "four"), metrics(tmp_path / "four")[5:]
     for name, engine in (("fsdp", ENGINES["fsdp"]), ("tp", ENGINES["tp"]), ("one", ())):

@@ -1,126 +1,119 @@
-"""Every bad call names the argument, what came and what is allowed."""
+"""docs/bad-calls.md is true: every call in its tables raises that error, with that message."""
+
+import contextlib
+import re
+import shlex
+import sys
+import warnings
 
 import pytest
 import torch
+from pipeline import ROOT, script
 
 import fused_po
-from fused_po import Schedule, modules
 
-LOGITS, HIDDEN, WEIGHT = torch.randn(4, 3, 9), torch.randn(4, 3, 5), torch.randn(9, 5)
-LABELS = torch.zeros(4, 3, dtype=torch.long)
-REF = torch.zeros(4, 3)
-
-
-def logits(x=LOGITS, y=LABELS, **how):
-    return fused_po.logps_from_logits(x, y, **how)
+PAGE = (ROOT / "docs" / "bad-calls.md").read_text(encoding="utf-8")
+LIBRARY, REST = PAGE.split("\n## Integrations\n")
+INTEGRATIONS, COMMANDS = REST.split("\n## Command lines\n")
 
 
-def linear(h=HIDDEN, w=WEIGHT, y=LABELS, *more, **how):
-    return fused_po.linear_logps(h, w, y, *more, **how)
+def rows(text: str) -> list[tuple[str, str]]:
+    """(call, error) of its tables' rows; an … in an error stands for anything."""
+    return [(m[2], m[4]) for m in re.finditer(r"^\| (`+)(.+?)\1 \| (`+)(.+?)\3 \|$", text, re.M)]
 
 
-def dpo(x=LOGITS, y=LABELS, *refs, **how):
-    return fused_po.dpo_from_logits(x, y, *(refs or (None, REF)), **how)
+def block(text: str, language: str) -> str:
+    """The first block of code in that language."""
+    return re.search(rf"^```{language}\n(.*?)^```", text, re.M | re.S)[1]
 
 
-def linear_dpo(h=HIDDEN, w=WEIGHT, y=LABELS, **how):
-    return fused_po.linear_dpo(h, w, y, **({"ref_logps": REF} | how))
+def table(text: str) -> pytest.MarkDecorator:
+    found = rows(text)
+    return pytest.mark.parametrize("call, error", found, ids=[call for call, _ in found])
 
 
-def sequences(logps=REF, *more, **how):
-    return fused_po.sequence_logps(logps, *more, **how)
+def check(raised: str, error: str) -> None:
+    pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", error))
+    assert re.fullmatch(pattern, raised, re.S), f"it says {raised!r}, the page says {error!r}"
 
 
-BAD = [
-    # what is called, the error, what its message must contain
-    (lambda: logits([1.0]), TypeError, "logits: got list, expected a torch.Tensor"),
-    (lambda: logits(LOGITS.int()), TypeError, "logits: got dtype torch.int32, allowed are float64, float32"),
-    (lambda: logits(torch.randn(())), ValueError, r"logits: got shape \(\), expected \[..., V\]"),
-    (lambda: logits(torch.randn(4, 3, 0)), ValueError, "logits: got shape .* with V >= 1"),
-    (lambda: logits(y=LABELS[:3]), ValueError, r"labels: got shape \(3, 3\), expected \(4, 3\)"),
-    (lambda: logits(y=LABELS.float()), TypeError, "labels: got dtype torch.float32, expected an integer"),
-    (lambda: logits(y=None), TypeError, "labels: got NoneType"),
-    (lambda: logits(y=LABELS.to("meta")), ValueError, "labels: is on meta, expected cpu"),
-    (lambda: logits(y=LABELS + 9), ValueError, "labels: got 9 at flat position 0, allowed are 0 to 8, or ignore_index"),
-    (lambda: logits(y=LABELS - 1), ValueError, "labels: got -1 at flat position 0"),
-    (lambda: logits(y=LABELS - 100, ignore_index=-1), ValueError, "labels: got -100"),
-    (lambda: logits(temperature=0.0), ValueError, "temperature: got 0.0, allowed are finite numbers > 0"),
-    (lambda: logits(temperature=-1.0), ValueError, "temperature: got -1.0"),
-    (lambda: logits(temperature=float("nan")), ValueError, "temperature: got nan"),
-    (lambda: logits(temperature="hot"), TypeError, "temperature: got str, expected a number"),
-    (lambda: logits(logit_scale=0.0), ValueError, "logit_scale: got 0.0"),
-    (lambda: logits(softcap=-30.0), ValueError, "softcap: got -30.0"),
-    (lambda: logits(softcap=float("inf")), ValueError, "softcap: got inf"),
-    (lambda: logits(outputs=("logp",)), ValueError, "outputs: got 'logp', allowed are 'logps', 'entropy'"),
-    (lambda: logits(outputs="logps"), TypeError, r"outputs: got the string 'logps', expected a tuple .*\('logps',\)"),
-    (lambda: logits(outputs=()), ValueError, "outputs: got none"),
-    (lambda: logits(backend="tritn"), ValueError, "backend: got 'tritn', allowed are 'triton', 'reference', or None"),
-    (
-        lambda: logits(LOGITS.double(), backend="triton"),
-        ValueError,
-        "backend: 'triton' cannot serve dtype torch.float64",
-    ),
-    (lambda: linear(HIDDEN.long()), TypeError, "hidden: got dtype torch.int64"),
-    (lambda: linear(w=WEIGHT.T), ValueError, r"weight: got shape \(5, 9\), expected \[V, H\]"),
-    (lambda: linear(w=WEIGHT[:0]), ValueError, "weight: got shape .* with V >= 1"),
-    (lambda: linear(w=WEIGHT.double()), TypeError, "weight: got dtype torch.float64, expected torch.float32"),
-    (lambda: linear(w=WEIGHT.to("meta")), ValueError, "weight: is on meta"),
-    (lambda: linear(y=LABELS.flatten()), ValueError, r"labels: got shape \(12,\), expected \(4, 3\)"),
-    (lambda: linear(y=LABELS + 9), ValueError, "labels: got 9 at flat position 0"),
-    (lambda: linear(HIDDEN, WEIGHT, LABELS, torch.zeros(8)), ValueError, r"bias: got shape \(8,\), expected \(9,\)"),
-    (lambda: linear(HIDDEN, WEIGHT, LABELS, torch.zeros(9).int()), TypeError, "bias: got dtype torch.int32"),
-    (lambda: linear(schedule=Schedule(logits_dtype=torch.float16)), ValueError, "logits_dtype: got torch.float16"),
-    (lambda: Schedule(logits_dtype=torch.int8), ValueError, "logits_dtype: got torch.int8, allowed are"),
-    (lambda: Schedule(tile_bytes=0), ValueError, "tile_bytes: got 0, allowed are ints >= 1"),
-    (lambda: Schedule(tile_bytes=1e6), TypeError, "tile_bytes: got float, expected an int"),
-    (lambda: dpo(LOGITS[:3], LABELS[:3]), ValueError, r"logits: got shape \(3, 3, 9\), expected \[2B, T, V\]"),
-    (lambda: dpo(LOGITS[0], LABELS[0]), ValueError, r"logits: got shape \(3, 9\), expected \[2B, T, V\]"),
-    (lambda: dpo(y=LABELS[:2]), ValueError, "labels: got shape"),
-    (lambda: dpo(LOGITS, LABELS, None, None), ValueError, "expected exactly one of them"),
-    (lambda: dpo(LOGITS, LABELS, LOGITS, REF), ValueError, "expected exactly one of them"),
-    (lambda: dpo(LOGITS, LABELS, LOGITS[..., :8]), ValueError, "ref_logits: got shape"),
-    (lambda: dpo(LOGITS, LABELS, None, REF[:, :2]), ValueError, r"ref_logps: got shape \(4, 2\)"),
-    (lambda: dpo(LOGITS, LABELS, None, REF.int()), TypeError, "ref_logps: got dtype"),
-    (lambda: dpo(beta=0.0), ValueError, "beta: got 0.0, allowed are finite numbers > 0"),
-    (lambda: dpo(label_smoothing=0.5), ValueError, "label_smoothing: got 0.5, allowed are 0 <= label_smoothing < 0.5"),
-    (lambda: dpo(kl="k4"), ValueError, "kl: got 'k4', allowed are None, 'k1', 'k2', 'k3', 'full'"),
-    (lambda: dpo(kl_coef=0.1), ValueError, "kl_coef: got 0.1 without an estimator"),
-    (lambda: dpo(kl="k1", kl_coef=-1.0), ValueError, "kl_coef: got -1.0"),
-    (lambda: dpo(LOGITS, LABELS, None, REF.sum(1), kl="k1"), ValueError, "kl: got 'k1' with ref_logps summed"),
-    (lambda: linear_dpo(HIDDEN[:3], y=LABELS[:3]), ValueError, r"hidden: got shape \(3, 3, 5\), expected \[2B, T, H\]"),
-    (lambda: linear_dpo(ref_logps=None), ValueError, "ref_hidden, ref_weight, ref_logps: expected"),
-    (lambda: linear_dpo(ref_logps=None, ref_hidden=HIDDEN), ValueError, "ref_hidden, ref_weight, ref_logps: expected"),
-    (lambda: linear_dpo(ref_bias=torch.zeros(9)), ValueError, "ref_bias: given without ref_hidden"),
-    (
-        lambda: linear_dpo(ref_logps=None, ref_hidden=HIDDEN, ref_weight=WEIGHT[:8]),
-        ValueError,
-        "ref_weight: got shape .* the policy's vocabulary",
-    ),
-    (lambda: sequences(REF, REF[:2]), ValueError, "mask: got shape"),
-    (lambda: sequences(REF[0]), ValueError, r"logps: got shape \(3,\), expected \[B, T\] without cu_seqlens"),
-    (lambda: sequences(REF[0], cu_seqlens=LABELS), ValueError, "cu_seqlens: got shape"),
-    (lambda: modules.DPOLoss(beta=-1), ValueError, "beta: got -1"),
-    (lambda: modules.FusedLinearDPOLoss(loss_type="ipo"), ValueError, "loss_type: got 'ipo', allowed are 'sigmoid'"),
-    (lambda: modules.FusedLinearDPOLoss()(WEIGHT, HIDDEN, LABELS), ValueError, "ref_input, ref_weight: got None"),
-    (lambda: modules.FusedLinearDPOLoss(chunk_size=2), TypeError, "chunk_size"),
-    (
-        lambda: modules.FusedLinearDPOLoss(use_ref_model=False)(WEIGHT, HIDDEN[:3], LABELS[:3]),
-        ValueError,
-        "_input: got 3 sequences, expected an even number",
-    ),
-    (lambda: fused_po.shift_labels([1, 2]), TypeError, "labels: got list"),
-]
+def fail(call: str, names: dict) -> str:
+    with pytest.raises(Exception) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eval(call, names)
+    return f"{type(caught.value).__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize("call, error, message", BAD, ids=[f"{i}-{row[2][:30]}" for i, row in enumerate(BAD)])
-def test_bad_call(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+NAMES: dict = {}
+exec(block(LIBRARY, "python"), NAMES)
 
 
-def test_good_calls_of_the_same_shapes():
-    for call in (logits, linear, dpo, linear_dpo, sequences):
-        call()
+@table(LIBRARY)
+def test_calls(call, error):
+    check(fail(call, dict(NAMES)), error)
+
+
+@pytest.fixture(scope="module")
+def integrated():
+    """What the page's second block defines, beside the first."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("trl")
+    names = dict(NAMES)
+    exec(block(INTEGRATIONS, "python"), names)
+    return names
+
+
+@table(INTEGRATIONS)
+def test_integrations(call, error, integrated):
+    with contextlib.suppress(ValueError):  # a model that is not fused
+        integrated["unfuse_lm_head"](integrated["model"])
+    check(fail(call, integrated), error)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The files of the page's block, in the current folder."""
+    for path, text in re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", block(COMMANDS, "text"), re.M | re.S):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text.strip())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@table(COMMANDS)
+def test_command_lines(call, error, folder, monkeypatch, capsys):
+    """Exit status 1, or argparse's 2, and no more than one line: no traceback."""
+    name, *words = shlex.split(call)
+    monkeypatch.setattr(sys, "argv", [name])
+    before = {path.relative_to(folder) for path in folder.glob("**/*")}
+    example = script(name.removesuffix(".py"))
+    with pytest.raises(SystemExit) as stopped:
+        example.train(example.parse(words))
+    said = stopped.value.code
+    if said == 2:
+        said = capsys.readouterr().err.splitlines()[-1].removeprefix(f"{name}: ")
+    check(said, error)
+    assert not (folder / "ran").exists(), "what came from a file was run"
+    left = {path.relative_to(folder).parts[0] for path in folder.glob("**/*")} - {path.parts[0] for path in before}
+    assert left <= {"runs"}
+
+
+def test_the_page_is_as_long_as_it_says():
+    counts = [len(rows(text)) for text in (LIBRARY, INTEGRATIONS, COMMANDS)]
+    assert f"{sum(counts)} bad calls" in PAGE and counts[0] >= 100 and counts[2] >= 40
+    assert len(set(rows(PAGE))) == sum(counts)
+
+
+def test_good_calls_of_the_same_names():
+    names = dict(NAMES)
+    for call in (
+        "logps_from_logits(logits, labels)",
+        "linear_logps(hidden, weight, labels, bias)",
+        "dpo_from_logits(logits, labels, ref_logps=logps)",
+        "linear_dpo(hidden, weight, labels, ref_logps=summed)",
+        "sequence_logps(logps, mask)",
+    ):
+        eval(call, names)
 
 
 def test_backends_says_why():
@@ -128,11 +121,3 @@ def test_backends_says_why():
     assert said["reference"] == "yes, chosen by backend=None"
     assert said["triton"].startswith(("no: ", "yes, by name"))
     assert fused_po.backends("cpu", torch.float64)["triton"].startswith("no: dtype torch.float64")
-
-
-def test_labels_are_checked_on_a_gpu_when_asked_for(monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU: on a CPU labels are always checked, see the table above")
-    monkeypatch.setenv("FUSED_PO_DEBUG", "1")
-    with pytest.raises(ValueError, match="labels: got 9"):
-        logits(LOGITS.cuda(), LABELS.cuda() + 9)

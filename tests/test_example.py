@@ -12,12 +12,12 @@ import pytest
 import torch
 from pipeline import EXAMPLES
 
+import checkpoints  # isort: skip
 import common  # isort: skip
 import comparisons  # isort: skip
 import dataset  # isort: skip
 import dpo  # isort: skip
 import models  # isort: skip
-import parallel  # isort: skip
 
 TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
 
@@ -139,13 +139,13 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     uninterrupted = dpo.train(arguments(small_data, whole))
     for stop in (2, 5):  # once in the supervised stage, once in DPO
 
-        def interrupt(path, learner, parts, stop=stop, save=parallel.save):
+        def interrupt(path, learner, parts, stop=stop, save=checkpoints.save):
             save(path, learner, parts)
             if path.name >= common.checkpoint(path.parent, stop).name:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(parallel, "save", interrupt)
+            patch.setattr(checkpoints, "save", interrupt)
             dpo.train(arguments(small_data, broken, *(["--resume"] if stop > 2 else [])))
     shares = dpo.train(arguments(small_data, broken, "--resume"))
     assert shares == uninterrupted

@@ -1,5 +1,7 @@
 """The exact KL against float64 in the tests' own words: values, gradients, extremes, schedules, and its uses."""
 
+import math
+
 import pytest
 import torch
 from helpers import BACKENDS, DEVICE, IGNORE, Scaling, assert_close, random_labels
@@ -18,8 +20,16 @@ def terms(a, b):
     return torch.where(counted, a.exp() * (torch.where(counted, a, 0) - torch.where(counted, b, 0)), 0)
 
 
+def mixture(p, q, weight):
+    """log(w q + (1 - w) p) of log-probs, without underflow; 0 where neither may be said."""
+    neither = (p == -torch.inf) & (q == -torch.inf)
+    return torch.logaddexp(
+        q.masked_fill(neither, 0) + math.log(weight), p.masked_fill(neither, 0) + math.log1p(-weight)
+    )
+
+
 def in_torch(logits, ref_logits, labels, direction, weight, scaling=None, ref_scaling=None):
-    """(kl, logps, ref_logps, entropy) [N] as a person would write them, in the dtype of the logits."""
+    """(kl, logps, ref_logps, entropy) [..., N] as a person would write them, in the dtype of the logits [..., N, V]."""
     scaling, ref_scaling = scaling or Scaling(), ref_scaling or Scaling()
     p, q = scaling.apply(logits).log_softmax(-1), ref_scaling.apply(ref_logits).log_softmax(-1)
     if direction == "reverse":
@@ -27,9 +37,9 @@ def in_torch(logits, ref_logits, labels, direction, weight, scaling=None, ref_sc
     elif direction == "forward":
         kl = terms(q, p).sum(-1)
     else:
-        m = (weight * q.exp() + (1 - weight) * p.exp()).log()
+        m = mixture(p, q, weight)
         kl = weight * terms(q, m).sum(-1) + (1 - weight) * terms(p, m).sum(-1)
-    valid, at = labels != IGNORE, labels.clamp(min=0)[..., None]
+    valid, at = labels != IGNORE, labels.clamp(min=0).expand(p.shape[:-1])[..., None]
     entropy = -(p.exp() * p.masked_fill(p == -torch.inf, 0)).sum(-1)
     values = kl, p.gather(-1, at).squeeze(-1), q.gather(-1, at).squeeze(-1), entropy
     return tuple(torch.where(valid, v, 0) for v in values)

@@ -188,19 +188,6 @@ def test_broken_rows_stay_alone(backend, seed):
     assert x.grad.isfinite().all(-1)[[0, 4]].all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_past_two_to_the_31(backend, seed):
-    """Two rows 2^31 elements apart, in memory that is never touched between them."""
-    v, apart = 300, 2**31 + 16
-    storage = torch.empty(apart + v, dtype=torch.bfloat16, device=DEVICE)
-    logits = storage.as_strided((2, v), (apart, 1))
-    logits.copy_(torch.randn(2, v, device=DEVICE))
-    labels = random_labels(2, v, "none")
-    got = fused_po.logps_from_logits(logits, labels, backend=backend).logps
-    expected = fused_po.logps_from_logits(logits.contiguous(), labels, backend=backend).logps
-    torch.testing.assert_close(got, expected)
-
-
 def check_linear(hidden, weight, bias, labels, scaling, backend, schedule=None, n=None):
     """Forward and gradients of the first n rows of hidden [N, H] against the oracle; all N rows bound the error.
 

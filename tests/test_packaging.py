@@ -48,7 +48,11 @@ def stand_in(folder: Path) -> Path:
 INTEGRATIONS = sorted(f"fused_po.integrations.{path.stem}" for path in ROOT.glob("fused_po/integrations/[!_]*"))
 
 
-@pytest.mark.parametrize("modules", ("fused_po", ", ".join(INTEGRATIONS)), ids=("fused_po", "integrations"))
+@pytest.mark.parametrize(
+    "modules",
+    ("fused_po", "fused_po.planner.command", ", ".join(INTEGRATIONS)),
+    ids=("fused_po", "planner", "integrations"),
+)
 def test_import_is_light(modules, tmp_path):
     """From a foreign folder, and past torch nothing is imported but the package itself and the standard library."""
     code = (
@@ -111,6 +115,9 @@ RULES = {
     | {f"fused_po.{name}" for name in ("losses", "ops", "parallel", "reduce", "reference", "schedule")},
     "fused_po.ops.backend": {"torch", "fused_po.kernels", "fused_po.reference"},
     "fused_po.parallel": COMMON | {"fused_po.reference"},
+    "fused_po.planner": COMMON
+    | {f"fused_po.{name}" for name in ("ops", "planner", "schedule")}
+    | {"transformers"},  # for a Hub id, when asked
     "fused_po.reduce": COMMON | {"fused_po.losses"},
     "fused_po.reference": COMMON | {"fused_po.reference"},
     "fused_po.schedule": COMMON,

@@ -110,6 +110,19 @@ def test_one_all_gather_a_tile(groups, n_ranks, outputs, tile_rows, tiles):
             assert sum(size for _, size in backward) == 20 * rank_cases.H, backward
 
 
+def test_what_is_said_is_said_under_a_product(groups):
+    """A tile's all_gather travels while the next tile is projected, the sum of hidden's gradient under the head's."""
+    for forward, backward in groups(2).run(rank_cases.overlap):
+        assert forward == ["mm", "say", "mm", "say", "heard", "mm", "say", "heard", "heard"]
+        assert backward == ["mm", "say", "mm"]
+
+
+@pytest.mark.parametrize("n_ranks", (2, 4))
+@pytest.mark.parametrize("rows, bias", ((100, False), (3, True)), ids=("one tile", "many tiles, bias"))
+def test_a_frozen_head(groups, n_ranks, rows, bias):
+    groups(n_ranks).run(rank_cases.frozen, rows, bias)
+
+
 @pytest.mark.parametrize("direction, times", (("reverse", 1), ("forward", 1), ("js", 2)))
 def test_the_divergence_gathers_once_or_twice(groups, direction, times):
     for said in groups(2).run(rank_cases.divergence, direction):

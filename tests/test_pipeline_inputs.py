@@ -27,6 +27,7 @@ import models  # isort: skip
 import parallel  # isort: skip
 
 SCRIPTS = ("sft", "reward", "dpo", "kto")
+OWN = {"reward": ("--sft-steps", "1")}  # it starts from a trained model
 ASK, SAY, ERR = ([{"role": r, "content": c}] for r, c in (("user", "1 or 2?"), ("assistant", "2"), ("assistant", "1")))
 TEXTS = {"prompt": "1 or 2?", "chosen": "It is 2.", "rejected": "It is 1."}
 
@@ -164,7 +165,7 @@ def test_wrong_formats(want, row, message, tmp_path):
 def test_every_script_says_what_it_wants(name, words, tmp_path):
     bad = written(tmp_path, {"question": "a", "answer": "b"})
     with pytest.raises(SystemExit, match=r"rows.jsonl, line 1: field .* is missing; wanted .*'question', 'answer'"):
-        run(name, [*words, "--dataset", bad], tmp_path / "run")
+        run(name, [*words, *OWN.get(name, ()), "--dataset", bad], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -172,13 +173,13 @@ def test_every_script_says_what_it_wants(name, words, tmp_path):
 def test_nothing_to_measure_on(name, words, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match=r"none.jsonl: the test set holds no rows; expected one JSON object"):
-        run(name, [*words, "--test-dataset", str(tmp_path / "none.jsonl")], tmp_path / "run")
+        run(name, [*words, *OWN.get(name, ()), "--test-dataset", str(tmp_path / "none.jsonl")], tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_prompts_over_the_limit(name, words, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no row is left: all prompts are longer than --max-prompt-length 3 tokens"):
-        run(name, [*words, "--max-prompt-length", "3"], tmp_path / "run")
+        run(name, [*words, *OWN.get(name, ()), "--max-prompt-length", "3"], tmp_path / "run")
     assert "60 of 60 rows left out" in capsys.readouterr().err or name == "kto"
 
 
@@ -234,7 +235,7 @@ def test_what_adapters_and_events_take(words, tmp_path, monkeypatch):
 
 def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
     """At the second checkpoint: the first is whole, nothing half-written is left, and the run goes on from it."""
-    write, folder = checkpoint.FileSystemWriter.write_data, tmp_path / "run"
+    write, folder = checkpoint.HuggingFaceStorageWriter.write_data, tmp_path / "run"
 
     def full(self, *args):
         if "checkpoint-00000004" in str(self.path):
@@ -244,7 +245,7 @@ def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
 
     short = [*words, "--steps", "6", "--checkpoint-every", "2"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+        patch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
         run("dpo", short, folder)
     message = str(stopped.value)
     assert "No space left on device; make room. The last checkpoint is whole:" in message
@@ -350,7 +351,7 @@ def test_events_for_tensorboard(words, tmp_path, monkeypatch):
 
 def test_pairs_are_what_the_checking_program_says(words):
     """The same for a seed; chosen answers are right, rejected ones wrong; the generator is left as it was."""
-    args = script("reward").parse(words)
+    args = script("reward").parse([*words, *OWN["reward"]])
     texts = loop.load_rows(args, "preference")
     model, tokenizer, rows, _ = loop.start(args, texts)
     learner = loop.learner(parallel.Engine(args, model), 3e-3, 60)

@@ -13,23 +13,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dpo_in_torch(logits, labels, ref_logps, beta, smoothing, kl, kl_coef, dtype):
-    """The loss and everything reported, of logits [2B, T, V], by autograd in `dtype`; ref_logps [2B, T]."""
+    """The loss and all that is reported, of logits [..., 2B, T, V], by autograd in `dtype`.
+
+    labels: [2B, T]; ref_logps: [..., 2B, T], or [..., 2B] sums.
+    """
     valid = labels != IGNORE
-    logp = logits.to(dtype).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    logp, ref = (torch.where(valid, t.to(dtype), 0) for t in (logp, ref_logps))
-    chosen, rejected = logp.sum(-1).chunk(2)
-    ref_chosen, ref_rejected = ref.sum(-1).chunk(2)
+    at = labels.clamp(min=0).expand(logits.shape[:-1])[..., None]
+    logp = torch.where(valid, logits.to(dtype).log_softmax(-1).gather(-1, at).squeeze(-1), 0)
+    ref = ref_logps.to(dtype)
+    ref = torch.where(valid, ref, 0) if ref.ndim == logp.ndim else ref
+    chosen, rejected = logp.sum(-1).chunk(2, -1)
+    ref_chosen, ref_rejected = (ref.sum(-1) if ref.ndim == logp.ndim else ref).chunk(2, -1)
     rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     h = rewards[0] - rewards[1]
     log_sigmoid = torch.nn.functional.logsigmoid
     losses = -(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h)
     out = dict(losses=losses, chosen_logps=chosen, rejected_logps=rejected)
     out |= dict(chosen_rewards=rewards[0], rejected_rewards=rewards[1], margins=h)
-    out["loss"] = losses.mean()
+    out["loss"] = losses.sum(-1) / max(1, losses.shape[-1])
     if kl:
         r = logp - ref
         k = {"k1": r, "k2": r * r / 2, "k3": torch.exp(-r) - 1 + r}[kl]
-        out["kl_per_token"], out["kl"] = k, k.sum() / valid.sum()
+        out["kl_per_token"], out["kl"] = k, k.sum((-1, -2)) / valid.sum().clamp(min=1)
         out["loss"] = out["loss"] + kl_coef * out["kl"]
     return out
 

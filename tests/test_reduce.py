@@ -90,15 +90,15 @@ def test_ld_alpha_gradcheck(seed):
 
 
 def plain(rows, mode, max_length=None, num_tokens=None, num_sequences=None):
-    """The loss of lists of token losses, by the modes' definitions."""
-    full = [row for row in rows if len(row)]
-    num_tokens = sum(map(len, full)) if num_tokens is None else num_tokens
+    """The loss of lists of token losses [..., n], by the modes' definitions."""
+    full = [row for row in rows if row.shape[-1]]
+    num_tokens = sum(row.shape[-1] for row in full) if num_tokens is None else num_tokens
     num_sequences = len(full) if num_sequences is None else num_sequences
     if mode == "token-mean":
-        return sum(row.sum() for row in full) / num_tokens
+        return sum(row.sum(-1) for row in full) / num_tokens
     if mode == "seq-mean-token-mean":
-        return sum(row.mean() for row in full) / num_sequences
-    return sum(row.sum() for row in full) / num_sequences / (1 if max_length is None else max_length)
+        return sum(row.mean(-1) for row in full) / num_sequences
+    return sum(row.sum(-1) for row in full) / num_sequences / (1 if max_length is None else max_length)
 
 
 def lengths_of(mode):

@@ -1,6 +1,8 @@
 """`python -m fused_po info` and `selfcheck`: what is right passes, what is wrong is found, named and repeatable."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -24,8 +26,12 @@ def test_all_pass_and_every_op_is_there(capsys, seed):
     assert all(r["passed"] and 0 <= r["ours"] < 1e-2 and r["plain"] >= 0 for r in found["results"])
     assert {r["dtype"] for r in found["results"]} == {"fp32", "bf16"}
     checked = {r["check"].split(",")[0] for r in found["results"]}
-    ops = {"logps_from_logits", "linear_logps", "kl_from_logits", "linear_kl", "dpo_from_logits", "linear_dpo", "gae"}
-    assert checked == ops <= set(fused_po.__all__)
+    assert checked == set(command.OPS) <= set(fused_po.__all__)
+    functions = {name: getattr(fused_po, name) for name in fused_po.__all__}
+    takes_a_backend = {
+        name for name, f in functions.items() if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
+    }
+    assert checked == takes_a_backend, "every op of the package"
 
 
 @pytest.mark.parametrize("what", ("value", "gradient"))
@@ -39,7 +45,7 @@ def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
     monkeypatch.setattr(fused_po, "kl_from_logits", wrong)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", "5")
     again = [line for line in out.splitlines() if line.startswith("to repeat: ")]
-    assert status == 1 and len(again) == 3 and "12 of 15 passed" in out
+    assert status == 1 and len(again) == 3 and "15 of 18 passed" in out
     assert again[0].endswith("--dtype fp32 --vocab 211 --hidden 16 --seed 5 --only 'kl_from_logits, reverse' --quick")
     words = again[0].removeprefix("to repeat: python -m fused_po ").replace("'kl_from_logits, reverse'", "?").split()
     words[words.index("?")] = "kl_from_logits, reverse"
@@ -55,7 +61,16 @@ def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, seed, monkeyp
 
     monkeypatch.setattr(fused_po, "gae", broken)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", str(seed))
-    assert status == 1 and "14 of 15 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
+    assert status == 1 and "17 of 18 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
+
+
+def test_a_bar_where_somebody_looks(capsys, monkeypatch):
+    assert run(capsys, *SMALL, "--only", "gae")[0] == 0
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert command.main([*SMALL, "--only", "gae"]) == 0
+    bar = capsys.readouterr().err
+    assert bar.startswith("\r[" + "#" * 15 + "." * 15 + "] 1/2 gae") and "\r[" + "#" * 30 + "] 2/2 gae" in bar
+    assert bar.endswith("\n")
 
 
 def test_infinities_and_nan_do_not_pass():
@@ -70,17 +85,42 @@ def test_infinities_and_nan_do_not_pass():
 def test_info(capsys, monkeypatch):
     status, out = run(capsys, "info")
     assert status == 0 and f"torch {torch.__version__}" in out and "reference: yes, chosen by backend=None" in out
+    assert re.search(r"^  linear_kl +\w+ +\w+ +\w+ +reference$", out, re.M)
     monkeypatch.setattr(command, "version_of", lambda name: None)
-    assert "missing trl, for integrations.trl: pip install trl" in run(capsys, "info")[1]
+    monkeypatch.setenv("FUSED_PO_DEBUG", "1")
+    out = run(capsys, "info")[1]
+    assert "missing\n" in out and "  trl, for integrations.trl: pip install 'trl>=1.15,<1.17'" in out
+    assert "FUSED_PO_DEBUG=1" in out
     found = json.loads(run(capsys, "info", "--json")[1])
-    assert set(found) == {"versions", "devices", "backends", "missing"} and "cpu" in found["devices"]
-    assert set(found["backends"]["cpu"]) == {"fp32", "bf16", "fp16", "fp64"}
+    assert set(found) == {"versions", "settings", "devices", "ops", "backends", "missing"} and "cpu" in found["devices"]
+    assert set(found["missing"]) == set(command.PACKAGES)
+    for device in found["devices"]:
+        assert set(found["backends"][device]) == {"fp32", "bf16", "fp16", "fp64"}
+        for op, choices in found["ops"][device].items():
+            assert op in fused_po.__all__ and choices["fp64"] == "reference"
+            assert choices["fp32"] == ("reference" if device == "cpu" else "triton")
+
+
+def test_info_says_what_is_wrong_with_a_gpu(monkeypatch):
+    """A card without CUDA in torch; kernels without the compiler that Triton takes to launch them."""
+    monkeypatch.setattr(command.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert command.missing()["CUDA in torch"].endswith("pip install --force-reinstall torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    assert command.missing()["a C compiler"] == "Triton's launches: apt-get install gcc"
+    monkeypatch.setenv("CC", "tcc")
+    assert "a C compiler" not in command.missing()
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (("selfcheck", "--vocab", "0"), "argument --vocab: got '0', allowed are integers above 0"),
+        (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', here are "),
+        (("selfcheck", "--device", "meta"), "argument --device: got 'meta', here are "),
+        (("selfcheck", "--backend", "cuda"), "argument --backend: invalid choice: 'cuda'"),
         (("selfcheck", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
         ((), "the following arguments are required: command"),
     ],

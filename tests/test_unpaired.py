@@ -194,7 +194,7 @@ BAD = [
         "undesirable_weight: got inf",
     ),
     (lambda: losses.kto(LOGPS, LOGPS, TWO, loss_type="apo_zero"), ValueError, "did you mean 'apo_zero_unpaired'"),
-    (lambda: losses.kto_kl(LOGPS, LOGPS[:1]), ValueError, "ref_logps: got shape"),
+    (lambda: losses.kto_kl(LOGPS, LOGPS[:1]), ValueError, "ref_kl_logps: got shape"),
     (lambda: losses.bco(LOGPS, LOGPS, TWO, torch.zeros(3)), ValueError, "delta: got shape"),
     (lambda: losses.bco(LOGPS, LOGPS, TWO, 0.0, weights=torch.ones(3)), ValueError, "weights: got shape"),
     (lambda: losses.udm_weights(torch.tensor([1.5])), ValueError, "prob_desirable: got 1.5"),

@@ -212,7 +212,8 @@ def fuse_lm_head(
     base = _base(model)
     if STATE in vars(base):
         unfuse_lm_head(base)
-    state = _State(always, backend, schedule)
+    checks.flags(always=always)
+    state = _State(always, backend, Schedule.of(schedule))
     _install(base, state)
     try:
         if logit_scale is None or not is_sharded(state.head):

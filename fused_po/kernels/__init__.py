@@ -22,6 +22,8 @@ def _load(name: str) -> ModuleType | str:
     except ImportError as error:
         installed = getattr(error, "name", "") != "triton"
         return f"{error}; " + ("run `pip install -e .` in the clone" if installed else "run `pip install triton`")
+    except Exception as error:  # whatever a broken installation raises: the others must still be found
+        return f"importing it raises {type(error).__name__}: {error}"
 
 
 def load(name: str) -> ModuleType:
@@ -32,7 +34,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def missing(name: str) -> str | None:
+    """Why the backend cannot be imported, or None if it can."""
+    module = _load(name)
+    return module if isinstance(module, str) else None
+
+
 def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve tensors of this device and dtype, or None if it can."""
-    module = _load(name)
-    return module if isinstance(module, str) else module.unsupported(device, dtype)
+    return missing(name) or load(name).unsupported(device, dtype)

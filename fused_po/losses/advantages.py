@@ -135,6 +135,7 @@ def whiten(
     Returns:
         Like values, at least fp32, 0 where the mask is False. Equal values give exactly 0 (or their mean).
     """
+    checks.flags(shift_mean=shift_mean, unbiased=unbiased)
     eps = checks.number("eps", eps, "numbers >= 0", lambda x: x >= 0)
     checks.floating("values", values)
     mask = (

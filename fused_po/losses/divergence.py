@@ -70,7 +70,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k3", *, clam
 
     Args and formulas: as `kl_loss`.
     """
-    return _estimate(_log_ratio(logps.detach(), ref_logps, clamp), _estimator(estimator))
+    return _estimate(_log_ratio(logps, ref_logps, clamp).detach(), _estimator(estimator))
 
 
 def kl_loss(
@@ -101,6 +101,7 @@ def kl_loss(
         [...], unreduced.
     """
     kind = _estimator(estimator)
+    checks.flags(straight_through=straight_through)
     if kind == "k1" and not straight_through and old_logps is None:
         _warn_once(
             "k1 as a loss",
@@ -149,9 +150,9 @@ def kl_in_reward(
             "down, also where the policy is below its reference; k1 is the one for rewards",
         )
     beta = checks.number("beta", beta, "finite numbers >= 0", lambda v: v >= 0)
-    checks.floating("rewards", rewards)
     r = _log_ratio(logps, ref_logps, clamp).detach()
     mask = checks.mask_like("mask", mask, logps, "logps")
+    checks.same_device("rewards", checks.floating("rewards", rewards), logps.device)
     penalty = torch.where(mask, beta * _estimate(r, kind), 0)
     if rewards.shape == logps.shape:
         return torch.where(mask, rewards.detach(), 0) - penalty
@@ -240,6 +241,11 @@ def diffusion_dpo(
     return dpo(-chosen_kl, -rejected_kl, -ref_chosen_kl, -ref_rejected_kl, beta=beta)
 
 
+def _check_update(current_kl: float, n_steps: int) -> None:
+    checks.number("current_kl", current_kl, "finite numbers", lambda v: True)
+    checks.number("n_steps", n_steps, "finite numbers >= 0", lambda v: v >= 0)
+
+
 class FixedKLController:
     """A KL coefficient that stays what it is; called as `AdaptiveKLController`."""
 
@@ -247,7 +253,8 @@ class FixedKLController:
         self.value = checks.number("kl_coef", kl_coef, "finite numbers >= 0", lambda v: v >= 0)
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Nothing."""
+        """Nothing, but for a look at the numbers."""
+        _check_update(current_kl, n_steps)
 
 
 class AdaptiveKLController:
@@ -267,5 +274,6 @@ class AdaptiveKLController:
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """Take in the KL of `n_steps` samples, a host number: this is where a sync belongs, once a step."""
-        error = checks.number("current_kl", current_kl, "finite numbers", lambda v: True) / self.target - 1
+        _check_update(current_kl, n_steps)
+        error = current_kl / self.target - 1
         self.value *= 1 + min(max(error, -0.2), 0.2) * n_steps / self.horizon

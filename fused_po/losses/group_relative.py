@@ -132,6 +132,8 @@ def weight_like(weights: Tensor, mask: Tensor) -> Tensor:
     shapes = (tuple(mask.shape), tuple(mask[:, :1].shape))
     if tuple(checks.tensor("weights", weights).shape) not in shapes:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {shapes[0]} or {shapes[1]}")
+    if weights.dtype != torch.bool:
+        checks.floating("weights", weights)
     checks.same_device("weights", weights, mask.device)
     return torch.where(mask, weights.detach(), 0)
 
@@ -195,6 +197,7 @@ def grpo(
     if (ref_logps is None) != (beta == 0):
         got = "None" if ref_logps is None else "a tensor"
         raise ValueError(f"ref_logps: got {got} with beta {beta}; a KL term needs both, and beta=0 has none")
+    checks.flags(use_bias_correction_kl=use_bias_correction_kl)
     checks.only_with("use_bias_correction_kl", use_bias_correction_kl, True, beta > 0, "beta > 0")
     checks.only_with("log_ratio_clamp", log_ratio_clamp, 20.0, beta > 0 or loss_type != "vespo", "a ratio")
     t = tokens(logps, old_logps, advantages, mask)

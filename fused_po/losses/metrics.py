@@ -21,7 +21,7 @@ Metrics = dict[str, Tensor]
 
 def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     """The mean of what counts, detached; 0 where nothing does. What is masked may be NaN."""
-    values = values.detach()
+    values = checks.tensor("values", values).detach()
     if mask is None:
         return values.sum() / max(1, values.numel())
     mask = checks.mask_like("mask", mask, values, "values")
@@ -30,8 +30,9 @@ def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 def token_metrics(mask: Tensor, *, kl: Optional[Tensor] = None, entropy: Optional[Tensor] = None) -> Metrics:
     """kl and entropy, means over the tokens that count, of what is given. mask, kl, entropy: [...] alike."""
-    given = {"kl": kl, "entropy": entropy}
-    return {name: masked_mean(value, mask) for name, value in given.items() if value is not None}
+    found = checks.given(kl=kl, entropy=entropy)
+    checks.tensor("mask", mask)
+    return {name: masked_mean(checks.floating(name, value), mask) for name, value in found.items()}
 
 
 def preference_metrics(
@@ -156,6 +157,7 @@ def policy_metrics(
     """
     p = plan(loss_type, epsilon, epsilon_high, None, importance_sampling_level, settings)
     checks.only_with("weights", None if weights is None else "a tensor", None, loss_type == "vespo", "vespo")
+    checks.flags(use_bias_correction_kl=use_bias_correction_kl)
     checks.only_with("use_bias_correction_kl", use_bias_correction_kl, True, ref_logps is not None, "ref_logps")
     t = tokens(logps, old_logps, advantages, mask)
     ratio, a = ratio_of(t, p.level, 20.0), t.advantages

@@ -30,6 +30,7 @@ PREFERENCE_LOSSES = {
     "aot": (anchored.aot, {"label_smoothing"}),
     "aot_unpaired": (anchored.aot_unpaired, {"label_smoothing"}),
 }
+_score = checks.called(alpha="f_alpha")(pairwise.f_divergence_score)
 OF_DIFFERENCES = {"sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", "sft"}
 
 
@@ -61,6 +62,8 @@ def _refuse_unused(types: list, label_smoothing: float, f_divergence: str, lengt
     if f_divergence != "reverse_kl" and not set(types) <= OF_DIFFERENCES:
         wrong = sorted(set(types) - OF_DIFFERENCES)
         raise ValueError(f"f_divergence: got {f_divergence!r}, but {wrong} must have 'reverse_kl': see losses.anchored")
+    for name, length in checks.given(chosen_length=lengths[0], rejected_length=lengths[1]).items():
+        checks.tensor(name, length)  # whether a loss of the list reads it or not
     missing = [name for name in types if "lengths" in PREFERENCE_LOSSES[name][1]]
     if missing and (lengths[0] is None or lengths[1] is None):
         raise ValueError(
@@ -105,12 +108,12 @@ def preference_loss(
     Returns:
         [B], unreduced. The mean of "sft" is the NLL's mean over all the chosen answers' tokens, as in TRL.
     """
-    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    types = [loss_type] if isinstance(loss_type, str) else [*checks.several("loss_type", loss_type, "names")]
     if not types:
         raise ValueError("loss_type: got an empty list, expected at least one name")
     for name in types:
         checks.choice("loss_type", name, PREFERENCE_LOSSES)
-    weights = [1.0] * len(types) if loss_weights is None else list(loss_weights)
+    weights = [1.0] * len(types) if loss_weights is None else checks.several("loss_weights", loss_weights, "numbers")
     if len(weights) != len(types):
         raise ValueError(f"loss_weights: got {len(weights)}, expected {len(types)}, one for each loss_type")
     for weight in weights:
@@ -125,7 +128,7 @@ def preference_loss(
     scores = logps
     if f_divergence != "reverse_kl":
         both = (chosen, ref_chosen), (rejected, ref_rejected)
-        scores = tuple(pairwise.f_divergence_score(*pair, f_divergence, alpha=f_alpha) for pair in both)
+        scores = tuple(_score(*pair, f_divergence, alpha=f_alpha) for pair in both)
     total = torch.zeros_like(chosen)
     for name, weight in zip(types, weights):
         total = total + weight * _one(name, logps, scores, beta, label_smoothing, lengths, discopop_tau)

@@ -16,6 +16,7 @@ KINDS = ("truncate", "mask", "reject")
 
 def sampler_log_ratio(name: str, logps: Tensor, sampler_logps: Tensor, mask: Tensor, allow_missing: bool) -> Tensor:
     """log pi - log pi_sampler, a constant, 0 where masked and, if allowed, where the sampler has NaN."""
+    checks.flags(allow_missing=allow_missing)
     missing = sampler_logps.isnan()
     if not allow_missing:
         checks.finite("sampler_logps", sampler_logps, mask)

@@ -47,7 +47,8 @@ def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) ->
     """
     table = _checked(wins)
     n = len(table)
-    labels = [str(i) for i in range(n)] if names is None else [str(name) for name in names]
+    names = range(n) if names is None else names
+    labels = [*map(str, names if isinstance(names, str) else checks.several("names", names, "names"))]
     if len(labels) != n:
         raise ValueError(f"names: got {len(labels)}, expected {n}, one for each row of wins")
     _refuse_no_maximum(table, labels)

@@ -31,7 +31,8 @@ def log_ratios(
     chosen: Tensor, rejected: Tensor, ref_chosen: Optional[Tensor] = None, ref_rejected: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """(w, l), after a look at shapes; the reference detached."""
-    checks.alike(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    references = checks.given(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    checks.alike(chosen=chosen, rejected=rejected, **references)
     w = chosen if ref_chosen is None else chosen - ref_chosen.detach()
     l = rejected if ref_rejected is None else rejected - ref_rejected.detach()
     return w, l
@@ -66,7 +67,7 @@ def f_divergence_score(
         logps, ref_logps: [B], or any shape. divergence: one of F_DIVERGENCES. alpha: for "alpha_divergence".
     """
     checks.choice("divergence", divergence, F_DIVERGENCES)
-    checks.alike(logps=logps, ref_logps=ref_logps)
+    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
     checks.number("alpha", alpha, "finite numbers", lambda v: True)
     r = logps if ref_logps is None else logps - ref_logps.detach()
     if divergence == "js_divergence":
@@ -103,7 +104,7 @@ def dpo(
     if isinstance(margin, Tensor):
         checks.alike(chosen=chosen, margin=margin)
         h = h - margin.detach()
-    elif margin:
+    elif margin != 0:
         h = h - checks.number("margin", margin, "finite numbers", lambda v: True)
     return smoothed_logistic(h, smoothing(label_smoothing))
 
@@ -341,7 +342,9 @@ def plackett_luce_dpo(
     Returns:
         [B], unreduced.
     """
-    checks.alike(logps=logps, ref_logps=ref_logps)
+    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
+    if logps.ndim != 2:
+        raise ValueError(f"logps: got shape {tuple(logps.shape)}, expected [B, K], the best first")
     ratios = logps if ref_logps is None else logps - ref_logps.detach()
     return plackett_luce(checks.positive("beta", beta) * ratios, mask)
 
@@ -360,7 +363,7 @@ def wpo_weights(logps: Tensor, mask: Tensor, log_sum_sq_probs: Optional[Tensor] 
     Returns:
         [B], without gradient.
     """
-    checks.alike(logps=logps, log_sum_sq_probs=log_sum_sq_probs)
+    checks.alike(logps=logps, **checks.given(log_sum_sq_probs=log_sum_sq_probs))
     mask = checks.mask_like("mask", mask, logps, "logps")
     if logps.shape[0] % 2:
         raise ValueError(f"logps: got {logps.shape[0]} sequences, expected an even number, chosen first")

@@ -206,7 +206,8 @@ def soft_gate(ratio: Tensor, advantages: Tensor, temperature_pos: float = 1.0, t
     """-(4 / tau) s(tau (rho - 1)) A."""
     pos, neg = checks.positive("temperature_pos", temperature_pos), checks.positive("temperature_neg", temperature_neg)
     tau = torch.where(advantages > 0, pos, torch.full_like(advantages, neg))  # of two numbers it would be fp32
-    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    gate = torch.nn.functional.logsigmoid(tau * (ratio - 1)).exp()  # the sigmoid's own slope, s (1 - s), cancels near 1
+    return -gate * 4 / tau * advantages
 
 
 def sapo(

@@ -64,6 +64,7 @@ def alphapo_reward(logps: Tensor, alpha: float) -> Tensor:
 
     Gupta et al. 2025, arXiv:2501.03884. Past alpha |log p| = 20 it goes on along its tangent; TRL's overflows.
     """
+    checks.floating("logps", logps)
     checks.number("alpha", alpha, "finite numbers", lambda v: True)
     return -saturating_expm1(-alpha * logps) / alpha if alpha else logps
 
@@ -154,7 +155,7 @@ def tpo(
         gamma: "tpo-l"'s margin, TRL's tpo_l_gamma. alpha: >= 0, of gold's likelihood, TRL's tpo_alpha.
     """
     checks.choice("loss_type", loss_type, TPO_LOSSES)
-    checks.alike(chosen=chosen, rejected=rejected, gold=gold)
+    checks.alike(chosen=chosen, rejected=rejected, **checks.given(gold=gold))
     alpha = checks.number("alpha", alpha, "finite numbers >= 0", lambda v: v >= 0)
     checks.only_with("gamma", gamma, 0.5, loss_type == "tpo-l", 'loss_type="tpo-l"')
     checks.only_with("alpha", alpha, 1.0, gold is not None, "gold's likelihood")
@@ -180,4 +181,5 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll_coef: float
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """log [odds(chosen) / odds(rejected)] of mean log-probs [B]: ORPO's contrast, TRL's metric log_odds_chosen."""
+    checks.alike(chosen=chosen, rejected=rejected)
     return (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))

@@ -57,6 +57,7 @@ def gspo(
     bound = ratio_bound(high, None, delta)
     t = tokens(logps, old_logps, advantages, mask)
     ratio = importance_ratio(sequence_mean(t.log_ratio, t.mask), log_ratio_clamp)
+    checks.flags(token_level=token_level)
     if token_level:
         ratio = ratio.detach() * (t.logps - t.logps.detach()).exp()
     return unreduced(clipped_surrogate(ratio, t.advantages, low, high, bound), t.mask)
@@ -177,19 +178,21 @@ def vespo_weight(
     """phi of `vespo`, like the advantages, a constant; log_ratio is 0 where masked."""
     given = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
     given = {name: checks.positive(name, value) for name, value in given.items()}
-    log_w = log_ratio.detach().clamp(-20.0, 20.0).sum(-1, keepdim=True)
+    # In float64: k times the rounding of a large log w would be the error of phi.
+    log_w = log_ratio.detach().double().clamp(-20.0, 20.0).sum(-1, keepdim=True)
     if weights is not None:
         if checks.floating("weights", weights).shape not in (mask.shape, mask[:, :1].shape):
             shapes = f"{tuple(mask.shape)} or {tuple(mask[:, :1].shape)}"
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {shapes}")
-        log_weights = weights.detach().log().clamp(LOWEST, 20.0)
+        checks.same_device("weights", weights, mask.device)
+        log_weights = weights.detach().double().log().clamp(LOWEST, 20.0)
         counted = mask if weights.shape == mask.shape else mask.any(-1, keepdim=True)
         log_w = log_w + torch.where(counted, log_weights, 0).sum(-1, keepdim=True)
     log_w = log_w.clamp(LOWEST, 20.0)
     positive = advantages >= 0
     k = torch.where(positive, given["k_pos"], torch.full_like(advantages, given["k_neg"]))
     lam = torch.where(positive, given["lambda_pos"], torch.full_like(advantages, given["lambda_neg"]))
-    return (k * log_w - lam * log_w.expm1()).clamp(max=60.0).exp()
+    return (k * log_w - lam * log_w.expm1()).clamp(max=60.0).exp().to(log_ratio.dtype)
 
 
 def vespo(

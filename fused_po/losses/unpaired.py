@@ -21,7 +21,7 @@ Number = Union[float, Tensor]
 
 def log_ratio(logps: Tensor, ref_logps: Optional[Tensor]) -> Tensor:
     """r, after a look at shapes; the reference detached."""
-    checks.alike(logps=logps, ref_logps=ref_logps)
+    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
     return logps if ref_logps is None else logps - ref_logps.detach()
 
 
@@ -117,7 +117,9 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor, *, clamp: bool = True) -> Ten
         kl_logps, ref_kl_logps: [B'], sequence log-probs of the mismatched pairs. None of them: 0.
         clamp: at 0 from below.
     """
-    ratios = log_ratio(kl_logps, checks.tensor("ref_kl_logps", ref_kl_logps))
+    checks.alike(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    checks.flags(clamp=clamp)
+    ratios = log_ratio(kl_logps, ref_kl_logps)
     mean = ratios.sum() / max(1, ratios.numel())
     return mean.clamp(min=0) if clamp else mean
 
@@ -147,7 +149,7 @@ def bco(
     loss = -logsigmoid(torch.where(desirable, logit, -logit))
     if weights is None:
         return loss
-    checks.alike(logps=logps, weights=weights)
+    checks.alike(logps=logps, **checks.given(weights=weights))
     checks.finite("weights", weights)
     return weights.detach() * loss
 
@@ -196,6 +198,8 @@ class RunningMean:
     def update(self, rewards: Tensor) -> Tensor:
         """Take in rewards of any shape; the new mean, a float64 scalar on their device."""
         checks.finite("rewards", checks.floating("rewards", rewards))
+        if rewards.device.type == "meta":
+            raise ValueError("rewards: is on meta, where there are no values to take a mean of")
         self.count += rewards.numel()
         self.mean = self.mean.to(rewards.device)
         if rewards.numel():
@@ -208,4 +212,7 @@ class RunningMean:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a state_dict."""
-        self.mean, self.count = state["mean"].clone().double(), int(state["count"])
+        if not isinstance(state, dict) or {"mean", "count"} - set(state):
+            got = f"a dict with {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+            raise TypeError(f"state: got {got}, expected what state_dict gives, with 'mean' and 'count'")
+        self.mean, self.count = checks.floating("mean", state["mean"]).clone().double(), int(state["count"])

@@ -25,6 +25,10 @@ DPO_LOSSES = (
 )  # fmt: skip
 Result = tuple[Tensor, tuple[Tensor, ...]]
 
+# The names that users of these modules know, of the arguments of the functions below them.
+named_as_ligers = checks.called(hidden="_input", weight="lin_weight", labels="target")
+named_as_references = checks.called(hidden="ref_input", weight="ref_weight", bias="ref_bias", labels="target")
+
 
 class Scored(NamedTuple):
     """Sequences [S] scored under one head."""
@@ -48,9 +52,12 @@ class Scored(NamedTuple):
         return losses.sft(tokens).sum() / mask.sum().clamp(min=1)
 
 
+@named_as_ligers
 def score(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Optional[Tensor], ignore_index: int, average: bool
 ) -> Scored:
+    if checks.floating("hidden", hidden).ndim != 3:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [B, T, H]")
     logps = linear_logps(hidden, weight, target, bias, ignore_index=ignore_index).logps
     mask = target != ignore_index
     return Scored(logps, mask, sequence_logps(logps, mask, average=average), mean_logits(hidden, weight, bias))
@@ -73,6 +80,7 @@ def score_pairs(hidden: Tensor, *rest) -> Scored:
     return score(hidden, *rest)
 
 
+@named_as_references
 def score_reference(
     like: Scored, target: Tensor, reference: tuple, used: bool, ignore_index: int, average: bool
 ) -> Tensor:
@@ -130,6 +138,8 @@ class FusedLinearDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.choice("loss_type", loss_type, DPO_LOSSES)
+        checks.flags(compute_nll_loss=compute_nll_loss, use_ref_model=use_ref_model, average_log_prob=average_log_prob)
+        checks.whole("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss = ignore_index, compute_nll_loss
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
         self.use_ref_model, self.average_log_prob, self.beta = use_ref_model, average_log_prob, beta
@@ -177,6 +187,8 @@ class FusedLinearCPOLoss(nn.Module):
         average_log_prob: bool = False,
     ) -> None:
         super().__init__()
+        checks.flags(compute_nll_loss=compute_nll_loss, average_log_prob=average_log_prob)
+        checks.whole("ignore_index", ignore_index)
         self.ignore_index, self.average_log_prob = ignore_index, average_log_prob
         self.compute_nll_loss, self.beta = compute_nll_loss, beta
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
@@ -213,6 +225,8 @@ class FusedLinearSimPOLoss(nn.Module):
         gamma: float = 0.5,
     ) -> None:
         super().__init__()
+        checks.flags(compute_nll_loss=compute_nll_loss)
+        checks.whole("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss, self.beta = ignore_index, compute_nll_loss, beta
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
         self.how = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing)
@@ -239,6 +253,8 @@ class FusedLinearORPOLoss(nn.Module):
 
     def __init__(self, ignore_index: int = -100, beta: float = 0.1, compute_nll_loss: bool = True) -> None:
         super().__init__()
+        checks.flags(compute_nll_loss=compute_nll_loss)
+        checks.whole("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss = ignore_index, compute_nll_loss
         self.beta = checks.positive("beta", beta)
 
@@ -296,6 +312,8 @@ class FusedLinearKTOLoss(nn.Module):
         undesirable_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        checks.flags(use_ref_model=use_ref_model, average_log_prob=average_log_prob)
+        checks.whole("ignore_index", ignore_index)
         self.ignore_index, self.beta = ignore_index, beta
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
         self.how = dict(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
@@ -316,8 +334,9 @@ class FusedLinearKTOLoss(nn.Module):
         """(loss, sums of the (chosen_logps, rejected_logps, chosen_logits, rejected_logits, chosen_rewards,
         rejected_rewards)) from _input [B, T, H], lin_weight [V, H], target [B, T] (aligned), preference_labels [B],
         booleans (required), and the reference's like. kl: z0, a scalar or [B], see `losses.kto_kl`; None: 0."""
-        if getattr(preference_labels, "dtype", None) != torch.bool or preference_labels.shape != target.shape[:1]:
-            got = f"{preference_labels.dtype} {[*preference_labels.shape]}" if preference_labels is not None else "None"
+        known = isinstance(preference_labels, Tensor)
+        got = f"{preference_labels.dtype} {[*preference_labels.shape]}" if known else repr(preference_labels)
+        if got != f"torch.bool {[*checks.tensor('target', target).shape[:1]]}":
             raise ValueError(f"preference_labels: got {got}, expected booleans [B], True for desirable answers")
         how = self.ignore_index, self.average_log_prob
         ours = score(_input, lin_weight, target, bias, *how)

@@ -39,6 +39,11 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: > 0, "vespo"'s.
     """
 
+    @checks.called(
+        epsilon="epsilon_low",
+        **{name: f"sapo_{name}" for name in ("temperature_pos", "temperature_neg")},
+        **{name: f"vespo_{name}" for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
+    )
     def __init__(
         self,
         beta: float = 0.04,
@@ -61,6 +66,7 @@ class FusedLinearGRPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.choice("loss_type", loss_type, LOSSES)
+        checks.flags(use_ref_model=use_ref_model, use_bias_correction_kl=use_bias_correction_kl)
         self.beta = checks.number("beta", beta, "finite numbers >= 0", lambda v: v >= 0)
         self.use_ref_model, self.loss_type, self.level = use_ref_model, loss_type, importance_sampling_level
         self.temperature = checks.positive("temperature", temperature)
@@ -89,6 +95,10 @@ class FusedLinearGRPOLoss(nn.Module):
         one = torch.zeros(1, 1)
         losses.grpo(one, one, one, one, loss_type=loss_type, **self.how)  # settings that cannot be are errors already
 
+    @checks.called(
+        hidden="_input", weight="lin_weight", labels="selected_token_ids", num_tokens="num_items_in_batch",
+        weights="vllm_is_ratio",
+    )  # fmt: skip
     def forward(
         self,
         _input: Tensor,
@@ -116,12 +126,16 @@ class FusedLinearGRPOLoss(nn.Module):
             vllm_is_ratio: [B], [B, 1] or [B, T], weights >= 0 for a sampler that is not the old policy.
             num_items_in_batch: tokens of the whole step, over micro-batches and ranks, for "dapo", "cispo", "vespo".
         """
+        checks.tensor("selected_token_ids", selected_token_ids)
         mask = checks.mask_like("attention_mask", attention_mask, selected_token_ids, "selected_token_ids")
         labels = torch.where(mask, selected_token_ids, IGNORE)
         logps = linear_logps(_input, lin_weight, labels, bias, temperature=self.temperature).logps
+        if checks.floating("advantages", advantages).shape != logps.shape[:1]:
+            got, expected = tuple(advantages.shape), tuple(logps.shape[:1])
+            raise ValueError(f"advantages: got shape {got}, expected {expected}, one an answer")
         old = logps.detach() if old_per_token_logps is None else old_per_token_logps
         ref = self._reference(labels, ref_per_token_logps, (ref_input, ref_weight, ref_bias))
-        checks.alike(logps=logps, old_per_token_logps=old, ref_per_token_logps=ref)
+        checks.alike(logps=logps, old_per_token_logps=old, **checks.given(ref_per_token_logps=ref))
         weights = vllm_is_ratio
         if weights is not None:
             weights = weights[:, None] if checks.floating("vllm_is_ratio", weights).ndim == 1 else weights

@@ -18,6 +18,7 @@ from fused_po.ops.logps import logps_from_logits, shift_labels
 from fused_po.reduce import aggregate
 
 
+@checks.called(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
 def step_loss(
     loss: Tensor,
     mask: Tensor,
@@ -27,6 +28,7 @@ def step_loss(
     global_batch_size: Optional[float],
 ) -> Tensor:
     """The mean over tokens, or over sequences of means over tokens; with counts, this rank's share of the step's."""
+    checks.whole("world_size", dp_size, 1)
     name, count, other = "batch_num_tokens", batch_num_tokens, global_batch_size
     if not token_level_loss:
         name, count, other = "global_batch_size", global_batch_size, batch_num_tokens
@@ -38,7 +40,7 @@ def step_loss(
 
 
 def action_mask_like(action_mask: Optional[Tensor], log_probs: Tensor) -> Tensor:
-    """The mask as booleans; None: all ones."""
+    """The mask as booleans; None: all ones. log_probs: those, or values."""
     if action_mask is None:
         return torch.ones_like(log_probs, dtype=torch.bool)
     return checks.mask_like("action_mask", action_mask, log_probs, "the log-probs or values")
@@ -75,6 +77,9 @@ class PolicyLoss(nn.Module):
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ) -> None:
         super().__init__()
+        checks.flags(token_level_loss=token_level_loss)
+        checks.number("clip_eps_low", clip_eps_low, "numbers in (0, 1]", lambda v: 0 < v <= 1)
+        checks.positive("clip_eps_high", clip_eps_high)
         checks.choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
         checks.choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
         checks.choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
@@ -87,10 +92,11 @@ class PolicyLoss(nn.Module):
         clips = weighs and is_correction_level == "token" and is_correction_gating == "ratio"
         where = 'policy_loss_type="ppo" with is_correction_level="token" and is_correction_gating="ratio"'
         checks.only_with("is_correction_mode", is_correction_mode, "mask", clips, where)
+        is_correction_threshold = checks.several("is_correction_threshold", is_correction_threshold, "two numbers")
         low = is_correction_threshold[0] if len(is_correction_threshold) == 2 else None
         if low is None or (is_correction_gating != "ratio" and low > 0):
             allowed = "(low, high)" if is_correction_gating == "ratio" else "(low, high) with low <= 0: an upper bound"
-            raise ValueError(f"is_correction_threshold: got {tuple(is_correction_threshold)}, expected {allowed}")
+            raise ValueError(f"is_correction_threshold: got {is_correction_threshold}, expected {allowed}")
         self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
         self.policy_loss_type, self.is_correction_level = policy_loss_type, is_correction_level
         self.dual_clip, self.clip_eps_low, self.clip_eps_high = dual_clip, clip_eps_low, clip_eps_high
@@ -125,7 +131,8 @@ class PolicyLoss(nn.Module):
             got = f"is_correction_level={self.is_correction_level!r}"
             raise ValueError(f"rollout_log_probs: got None with {got}; the correction needs them")
         rollout_log_probs = rollout_log_probs if corrects else None
-        checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs)
+        sampled = checks.given(rollout_log_probs=rollout_log_probs)
+        checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, **sampled)
         mask = action_mask_like(action_mask, log_probs)
         clip = dict(epsilon=self.clip_eps_low, epsilon_high=self.clip_eps_high)
         vllm_kl = filtered = None
@@ -189,6 +196,7 @@ class ValueLoss(nn.Module):
 
     def __init__(self, clip_eps: Optional[float] = None, token_level_loss: bool = True) -> None:
         super().__init__()
+        checks.flags(token_level_loss=token_level_loss)
         self.clip_eps = None if clip_eps is None else checks.positive("clip_eps", clip_eps)
         self.token_level_loss = token_level_loss
 
@@ -203,7 +211,7 @@ class ValueLoss(nn.Module):
         global_batch_size: Optional[float] = None,
     ) -> Tensor:
         """The loss of values, old values and returns [B, T]; the other arguments as in `PolicyLoss`."""
-        mask = action_mask_like(action_mask, values)
+        mask = action_mask_like(action_mask, checks.floating("values", values))
         loss = losses.value_loss(values, old_values, returns, mask, clip_eps=self.clip_eps)
         return step_loss(loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
 
@@ -217,6 +225,7 @@ class SFTLoss(nn.Module):
 
     def __init__(self, token_level_loss: bool = True) -> None:
         super().__init__()
+        checks.flags(token_level_loss=token_level_loss)
         self.token_level_loss = token_level_loss
 
     def forward(
@@ -228,6 +237,7 @@ class SFTLoss(nn.Module):
         global_batch_size: Optional[float] = None,
     ) -> Tensor:
         """The loss of log-probs and mask [B, T]; the other arguments as in `PolicyLoss`."""
+        checks.floating("per_token_logps", per_token_logps)
         mask = checks.mask_like("loss_mask", loss_mask, per_token_logps, "per_token_logps")
         loss = losses.sft(per_token_logps, mask)
         return step_loss(loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
@@ -256,6 +266,7 @@ class PairWiseLoss(nn.Module):
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
         """The mean loss of rewards and margins, all of one shape."""
+        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.given(margin=margin))
         return losses.bradley_terry(chosen_reward, reject_reward, margin=margin).mean()
 
 
@@ -266,6 +277,7 @@ class LogExpLoss(nn.Module):
         """The mean loss of rewards of one shape. A margin, which OpenRLHF's drops without a word, is an error."""
         if margin is not None:
             raise ValueError("margin: given, but LogExpLoss has none; PairWiseLoss does")
+        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward)
         return losses.bradley_terry(chosen_reward, reject_reward).mean()
 
 
@@ -279,6 +291,7 @@ class DPOLoss(nn.Module):
 
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
         super().__init__()
+        checks.flags(ipo=ipo)
         self.beta = checks.positive("beta", beta)
         allowed = "0 <= label_smoothing < 0.5"
         self.label_smoothing = checks.number("label_smoothing", label_smoothing, allowed, lambda v: 0 <= v < 0.5)
@@ -293,6 +306,12 @@ class DPOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(mean loss, chosen rewards [B], rejected rewards [B]) from four [B] log-probs; the rewards are detached."""
+        checks.alike(
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            reference_chosen_logps=reference_chosen_logps,
+            reference_rejected_logps=reference_rejected_logps,
+        )
         policy = (policy_chosen_logps, policy_rejected_logps)
         reference = (reference_chosen_logps, reference_rejected_logps)
         if self.ipo:

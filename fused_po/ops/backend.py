@@ -1,19 +1,51 @@
-"""Which backend runs an op."""
+"""Which backend runs an op, and what becomes of one that does not run here."""
 
 from __future__ import annotations
 
-from types import ModuleType
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 from fused_po import kernels, reference
 
 NAMES = (*kernels.NAMES, "reference")
+ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None takes it even if Triton's interpreter could run: that is slow
+
+_interpreting = threading.Lock()  # Triton's interpreter swaps functions of the language while a kernel runs
 
 
-def get(name: str) -> ModuleType:
-    """The module of a backend that `resolve` has named."""
-    return reference if name == "reference" else kernels.load(name)
+def _launcher(name: str, function: Callable) -> Callable:
+    """A backend's function, run with the device of its first tensor current: kernels launch on the current device."""
+
+    @functools.wraps(function)
+    def launch(tensor: torch.Tensor, *arguments, **options):
+        alone = _interpreting if tensor.device.type == "cpu" else contextlib.nullcontext()
+        try:
+            with alone, torch.cuda.device_of(tensor):
+                return function(tensor, *arguments, **options)
+        except (OSError, ValueError) as error:  # folders that cannot be written, files that were cut: nothing of ours
+            raise RuntimeError(
+                f"fused_po: backend {name!r} cannot compile or load a kernel ({type(error).__name__}: {error}). If its "
+                "cache is damaged or cannot be written, delete it, or let TRITON_CACHE_DIR name another folder; "
+                "backend='reference' runs without it"
+            ) from error
+
+    return launch
+
+
+@functools.cache
+def get(name: str) -> ModuleType | SimpleNamespace:
+    """The functions of a backend that `resolve` has named."""
+    if name == "reference":
+        return reference
+    module = kernels.load(name)
+    launchers = (function for function in module.__all__ if function != "unsupported")
+    return SimpleNamespace(**{function: _launcher(name, getattr(module, function)) for function in launchers})
 
 
 def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -23,18 +55,57 @@ def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     return kernels.unsupported(name, device, dtype)
 
 
-def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend for such tensors. A backend asked for by name runs or raises; None takes the best.
+_tried: dict[tuple[str, torch.device], str | None] = {}  # (backend, device) -> why it does not run there
+_trying = threading.Lock()
 
-    On CPU tensors None means the reference, even where Triton's interpreter could run: that is for tests.
+
+def _try(name: str, device: torch.device) -> str | None:
+    """Why a backend does not run on a device that it serves: one row of eight logits is scored, once a process.
+
+    A compiler that is missing, a driver too old, a cache that cannot be written show here, before any result depends
+    on which backend made it. What fails warns, once.
     """
-    if backend is None:
-        backend = "reference"
-        if device.type != "cpu":
-            able = (name for name in kernels.NAMES if kernels.unsupported(name, device, dtype) is None)
-            backend = next(able, backend)
+    if type(torch.empty(0)) is not torch.Tensor:  # fake tensors: nothing runs now
+        return None
+    with _trying:
+        if (name, device) not in _tried:
+            try:
+                score = get(name).statistics
+                score(torch.zeros(1, 1, 8, device=device), torch.zeros(1, device=device).long(), 1.0, None, -100, 1)
+            except torch.OutOfMemoryError:
+                return None  # says nothing about the backend; the op will say it better
+            except Exception as error:  # whatever a compiler, a driver or a file system may raise
+                _tried[name, device] = reason = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"fused_po: backend {name!r} does not run on {device}, the next best takes its place ({reason}). "
+                    f"backend={name!r} raises the whole error; `python -m fused_po info` says what runs",
+                    stacklevel=4,
+                )
+            else:
+                _tried[name, device] = None
+        return _tried[name, device]
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    """The first backend that serves such tensors and runs."""
+    if device.type in ALWAYS_REFERENCE:
+        return "reference"
+    for name in kernels.NAMES:
+        if kernels.unsupported(name, device, dtype) is None and _try(name, device) is None:
+            return name
+    if device.type == "cuda" and all(kernels.missing(name) for name in kernels.NAMES):
+        for name in kernels.NAMES:  # a GPU, and nothing to run on it
+            _try(name, device)
+    return "reference"
+
+
+def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend for such tensors. A backend asked for by name runs or raises; None takes the best."""
+    backend = _best(device, dtype) if backend is None else backend
     if backend not in NAMES:
         raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, NAMES))}, or None to choose")
+    if backend != "reference" and kernels.missing(backend):
+        raise ValueError(f"backend: {backend!r} is not there: {kernels.missing(backend)}")
     reason = unsupported(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {reason}; backend=None takes one that can")
@@ -46,16 +117,29 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
 resolve._dynamo_marked_constant = True
 
 
+def _device(device: object) -> torch.device:
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: got {type(device).__name__}, expected a str, a torch.device or None")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected one such as 'cpu', 'cuda' or 'cuda:1'") from error
+
+
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     """What would run on tensors of this device (default: the GPU if there is one) and dtype, and why the rest not.
 
     >>> fused_po.backends("cpu")
     {'triton': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype such as torch.bfloat16")
     chosen = resolve(None, device, dtype)
     said = {}
     for name in NAMES:
-        reason = unsupported(name, device, dtype)
+        reason = unsupported(name, device, dtype) or _tried.get((name, device))
         said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else "yes, by name"
     return said

@@ -178,9 +178,9 @@ def chunked_loss(
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
     hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
-    checks.label_range(labels, shards.n_cols(weight.shape[0]), ignore_index)
+    checks.label_range(labels, shards.n_cols(weight.shape[0]), checks.whole("ignore_index", ignore_index))
     groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
-    schedule, bits = schedule or Schedule(), output_bits(outputs)
+    schedule, bits = Schedule.of(schedule), output_bits(outputs)
     if schedule.num_scored is not None or not schedule.compact:
         raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
     scaling = checks.scaling(temperature, logit_scale, softcap)

@@ -66,6 +66,9 @@ def _with_exact_kl(
     return out._replace(loss=loss, kl=mean_kl.detach(), kl_per_token=stats.kl.detach())
 
 
+_reference_logps = checks.called(hidden="ref_hidden", weight="ref_weight", bias="ref_bias")(linear_logps)
+
+
 def _check_stacked(name: str, value: Tensor, dims: int) -> None:
     checks.floating(name, value)
     if value.ndim != dims or value.shape[0] % 2 or value.shape[-1] == 0:
@@ -154,6 +157,8 @@ def dpo_from_logits(
             raise ValueError(f"ref_logits: got shape {got}, expected {expected}, the policy's")
         ref_logits = ref_logits.detach()
     loss_numbers = _check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, logits.device)
+    checks.flags(inplace_backward=inplace_backward)
+    checks.whole("ignore_index", ignore_index)
     if kl == "full":
         how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
         how |= dict(inplace_backward=inplace_backward, backend=backend)
@@ -229,11 +234,11 @@ def linear_dpo(
         return _with_exact_kl(stats, labels, numbers, ignore_index, backend)
     logps = linear_logps(hidden, weight, labels, bias, **how).logps
     if ref_hidden is not None and ref_weight is not None:
-        if ref_weight.shape[:1] != weight.shape[:1]:
+        if checks.tensor("ref_weight", ref_weight).shape[:1] != weight.shape[:1]:
             got, expected = tuple(ref_weight.shape), weight.shape[0]
             raise ValueError(f"ref_weight: got shape {got}, expected [{expected}, H'], the policy's vocabulary")
         with torch.no_grad():
-            ref_logps = linear_logps(ref_hidden, ref_weight, labels, ref_bias, **how).logps
+            ref_logps = _reference_logps(ref_hidden, ref_weight, labels, ref_bias, **how).logps
     beta, smoothing, coef = numbers
     name = backends.resolve(backend, logps.device, logps.dtype)
     ref_logps = ref_logps.detach().to(logps.dtype)

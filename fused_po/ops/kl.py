@@ -58,7 +58,7 @@ def kl_stats(results: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size, 
 
 def stacked(like: Tensor, *grads: Optional[Tensor]) -> Tensor:
     """[3, N] incoming gradients, 0 where there are none."""
-    return torch.stack([torch.zeros_like(like) if g is None or not g.numel() else g for g in grads])
+    return torch.stack([torch.zeros_like(like) if g is None else g for g in grads])
 
 
 def side(value: PerSide, which: int) -> Optional[float]:
@@ -92,6 +92,7 @@ def counted_labels(
 ) -> Tensor:
     """Labels in the shape of like [..., *] without its last dimension, ignore_index where a token does not count."""
     shape, why = like.shape[:-1], f"{name}'s shape without its last dimension"
+    checks.whole("ignore_index", ignore_index)
     if labels is None:
         labels = torch.zeros(shape, dtype=torch.int64, device=like.device)
         if ignore_index == 0:
@@ -183,9 +184,11 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, g_kl, g_logps, g_entropy, g_tokens):
     nothing = (None,) * (4 + len(ctx.how))
     logits, ref_logits, labels, tokens = ctx.saved_tensors
-    if all(g is None or not g.numel() for g in (g_kl, g_logps, g_entropy)):
+    with_labels = ctx.how[-3]
+    given = (g_kl, g_logps, g_entropy) if with_labels else (g_kl, None, None)
+    if all(g is None for g in given):
         return nothing
-    arguments = ref_logits, labels, tokens, stacked(tokens[0], g_kl, g_logps, g_entropy), *ctx.how
+    arguments = ref_logits, labels, tokens, stacked(tokens[0], *given), *ctx.how
     if ctx.inplace:
         grad = logits.detach()
         torch.ops.fused_po.kl_bwd_(grad, *arguments)
@@ -245,6 +248,7 @@ def kl_from_logits(
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
     checks.alike(logits=logits, ref_logits=ref_logits)
+    checks.flags(inplace_backward=inplace_backward)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
     how = direction_of(direction, js_weight)

@@ -254,8 +254,11 @@ class _Backward(HeadBackward):
         )
         g_kl, *others = (g[some].contiguous() for g in self.grads)
         rows = self.rows.at(some)
-        how = rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out
-        self.run.from_basis(d_logp, *how, first_col=columns.start)
+        if self.active[2]:  # there is no softcap then: see `backward`
+            how = rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out
+            self.run.from_basis(d_logp, *how, first_col=columns.start)
+        else:
+            torch.mul(d_logp, others[0][:, None], out=out)
         return out.addcmul_(d, g_kl[:, None])
 
     def recompute(self, some: slice, columns: slice, weight: Tensor, logits: Tensor, out: Tensor) -> Tensor:

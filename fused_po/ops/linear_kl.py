@@ -90,7 +90,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
-    given = [None if g is None or not g.numel() else g for g in (g_kl, g_logps, g_entropy)]
+    with_labels = ctx.how[-3]
+    given = (g_kl, g_logps, g_entropy) if with_labels else (g_kl, None, None)
     if all(g is None for g in given):
         return (None,) * (8 + len(ctx.how))
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
@@ -145,23 +146,24 @@ def linear_kl(
     checks.floating("hidden", hidden)
     if hidden.ndim < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [..., H]")
-    with_labels, ref_hidden, ref_weight = labels is not None, ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
+    with_labels = labels is not None
     hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
+    counted = counted_labels(labels, mask, hidden, "hidden", ignore_index)
+    check_operands(hidden, weight, counted, bias, shards)
+    ref_hidden = checks.floating("ref_hidden", ref_hidden).detach()
+    ref_weight = checks.floating("ref_weight", ref_weight).detach()
+    ref_bias = None if ref_bias is None else checks.floating("ref_bias", ref_bias).detach()
     ref_hidden, ref_weight, ref_bias, ref_shards = placed(ref_hidden, ref_weight, ref_bias, process_group, "ref_weight")
     if shards[:2] != ref_shards[:2]:
         got, expected = ref_shards.sizes or "the whole vocabulary", shards.sizes or "the whole vocabulary"
         raise ValueError(f"ref_weight: its ranks hold {got}, expected {expected}, as the policy's head; cut both alike")
-    counted = counted_labels(labels, mask, hidden, "hidden", ignore_index)
-    check_operands(hidden, weight, counted, bias, shards)
-    checks.floating("ref_hidden", ref_hidden)
     checks.same_device("ref_hidden", ref_hidden, hidden.device)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         got, expected = tuple(ref_hidden.shape), tuple(hidden.shape[:-1])
         raise ValueError(f"ref_hidden: got shape {got}, expected {(*expected, 'H')}, as many tokens as hidden's")
     _check_reference(ref_hidden, ref_weight, counted, ref_bias, weight)
     schedule, sides, kind = (
-        schedule or Schedule(),
+        Schedule.of(schedule),
         scalings(temperature, logit_scale, softcap),
         direction_of(direction, js_weight),
     )
@@ -185,13 +187,12 @@ def linear_kl(
 
 def _check_reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor], policy: Tensor) -> None:
     """The reference's operands, by their own names."""
-    checks.floating("ref_weight", weight)
     checks.same_device("ref_weight", weight, hidden.device)
     expected = policy.shape[0], hidden.shape[-1]
     if tuple(weight.shape) != expected:
         why = "[V, H'] with the policy's vocabulary and ref_hidden's width"
         raise ValueError(f"ref_weight: got shape {tuple(weight.shape)}, expected {expected}, {why}")
     if bias is not None:
-        checks.same_device("ref_bias", checks.floating("ref_bias", bias), hidden.device)
+        checks.same_device("ref_bias", bias, hidden.device)
         if tuple(bias.shape) != expected[:1]:
             raise ValueError(f"ref_bias: got shape {tuple(bias.shape)}, expected {expected[:1]}, the vocabulary")

@@ -150,7 +150,8 @@ def linear_logps(
     """
     hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
-    schedule = schedule or Schedule()
+    schedule = Schedule.of(schedule)
+    checks.whole("ignore_index", ignore_index)
     bits, low = output_bits(outputs), None
     if low_rank is not None:
         u, low = check_low_rank(low_rank, hidden, weight)
@@ -250,5 +251,6 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
     if (cheap or checks.debug()) and count > bound:
         raise ValueError(f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}")
     rows = torch.nonzero_static(scored, size=bound, fill_value=-1).squeeze(1)
-    rows = torch.where(rows < 0, scored.int().argmin(), rows)
+    if bound:  # no labels, no argmin
+        rows = torch.where(rows < 0, scored.int().argmin(), rows)
     return rows, torch.where(count > bound, torch.nan, 0.0)

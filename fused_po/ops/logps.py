@@ -38,7 +38,7 @@ def output_bits(outputs: tuple[str, ...]) -> int:
     """The outputs' names as bits, in the order of TokenStats."""
     if isinstance(outputs, str):
         raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names such as ({outputs!r},)")
-    for name in outputs:
+    for name in (outputs := checks.several("outputs", outputs, "names")):
         checks.choice("outputs", name, TokenStats._fields)
     if not outputs:
         raise ValueError(f"outputs: got none, allowed are {', '.join(map(repr, TokenStats._fields))}")
@@ -243,6 +243,8 @@ def logps_from_logits(
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
     bits = output_bits(outputs)
+    checks.flags(inplace_backward=inplace_backward)
+    checks.whole("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
     *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
@@ -254,4 +256,6 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     Models return at position t the logits of token t + 1; every function here wants the two aligned.
     """
-    return torch.nn.functional.pad(checks.tensor("labels", labels)[..., 1:], (0, 1), value=ignore_index)
+    if checks.tensor("labels", labels).ndim < 1:
+        raise ValueError("labels: got shape (), expected [..., T]")
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=checks.whole("ignore_index", ignore_index))

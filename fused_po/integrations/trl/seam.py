@@ -41,9 +41,7 @@ def patch(schedule: Optional[Schedule] = None, *, any_version: bool = False) -> 
         RuntimeError: TRL is of a version that was never tested, or lacks a place that is changed. Nothing is changed.
     """
     global _installed
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a fused_po.Schedule or None")
-    schedule = schedule or Schedule()
+    schedule = Schedule.of(schedule)
     if _installed is not None:
         _installed.scoring.schedule = schedule
         return

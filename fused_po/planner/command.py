@@ -1,0 +1,224 @@
+"""The flags of `python -m fused_po plan`, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+
+import torch
+
+from fused_po.ops.gemm import gemm_dtype
+from fused_po.planner.devices import STATED, Device, measured
+from fused_po.planner.model import DTYPES, HeadShape, read_head
+from fused_po.planner.report import report
+from fused_po.planner.work import LOSSES, Work
+from fused_po.schedule import CPU_TILE_BYTES, GPU_TILE_BYTES, default_budget
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+GEMM_ROWS, GEMM_COLUMNS = 2048, 2**15  # at most, of the product that --measure times
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are integers above 0")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes: 0, 512MiB, 2GiB, 1.5GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    unit = found and UNITS.get(found[2])
+    if not unit:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes such as 0, 512MiB, 2GiB or 80GB")
+    return int(float(found[1]) * unit)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are shares above 0 and up to 1")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    model = parser.add_argument_group("the head")
+    model.add_argument("--model", help="a config.json, a folder with one, or a Hub id (which needs transformers)")
+    model.add_argument("--vocab", type=count, help="with --hidden, in the place of --model: the head's rows")
+    model.add_argument("--hidden", type=count, help="the width of the hidden states")
+    model.add_argument("--dtype", choices=[*DTYPES], help="of hidden states and head; the model's, or bf16")
+    model.add_argument("--bias", action="store_true", help="the head has a bias")
+    model.add_argument("--head", choices=("trainable", "frozen"), default="trainable", help="frozen: LoRA, probes")
+    batch = parser.add_argument_group("the batch of one data-parallel rank, and the loss")
+    batch.add_argument("--tokens", type=count, required=True, help="tokens of a sequence, prompt and padding included")
+    many = batch.add_mutually_exclusive_group()
+    many.add_argument("--pairs", type=count, help="chosen and rejected answers; 1 if left out")
+    many.add_argument("--sequences", type=count, help="in the place of --pairs, for losses of single answers")
+    batch.add_argument("--scored", type=share, default=1.0, help="share of the tokens that are no prompt or padding")
+    about = "logps: no reference, or its cached log-probs; dpo: its head runs too; kl: exact KL; dpo-kl: both in one"
+    batch.add_argument("--loss", choices=[*LOSSES], default="dpo", help=about)
+    batch.add_argument("--entropy", action="store_true", help="a gradient flows through the entropy too; with logps")
+    ranks = parser.add_argument_group("the ranks")
+    ranks.add_argument("--tp", type=count, default=1, help="ranks over which the vocabulary is cut")
+    ranks.add_argument("--dp", type=count, default=1, help="ranks with batches of their own")
+    about = "what data-parallel ranks do with the head: copies, or shards gathered once (fsdp) or twice (zero3) a step"
+    ranks.add_argument("--dp-mode", choices=("ddp", "fsdp", "zero3"), default="ddp", help=about)
+    how = parser.add_argument_group("how")
+    about = "Schedule.logits_budget, such as 2GiB; 1/32 of the device's memory (1GiB on a CPU), whatever "
+    about += "FUSED_PO_LOGITS_BUDGET says"
+    how.add_argument("--budget", type=size, help=about)
+    how.add_argument("--tile", type=size, help="Schedule.tile_bytes; 512MiB, 128MiB on a CPU")
+    how.add_argument("--device", choices=[*STATED], default="h100", help="whose stated ceilings count; h100")
+    how.add_argument("--measure", action="store_true", help="time a GEMM and a copy here, and plan for this machine")
+    how.add_argument("--free", type=size, help="memory left to the head and the loss; all of the device's")
+
+
+def chosen_head(args: argparse.Namespace) -> HeadShape:
+    """The head that --model, or --vocab and --hidden, name."""
+    by_hand = (args.vocab is not None) + (args.hidden is not None)
+    if args.model is not None and by_hand:
+        raise ValueError("--model: given with --vocab or --hidden; leave out the one or the other")
+    if args.model is not None:
+        head = read_head(args.model)
+    elif by_hand == 2:
+        head = HeadShape("head", args.vocab, args.hidden, None)
+    else:
+        missing = "--vocab" if args.vocab is None and args.hidden is not None else "--hidden"
+        name = missing if by_hand else "--model"
+        raise ValueError(f"{name}: missing; expected --model, or --vocab and --hidden")
+    dtype = DTYPES[args.dtype] if args.dtype else head.dtype or torch.bfloat16
+    return head._replace(dtype=dtype, bias=head.bias or args.bias)
+
+
+def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
+    """The device whose ceilings count: stated, or this one."""
+    stated = STATED[args.device]
+    if not args.measure:
+        return stated
+    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if sys.stderr.isatty():
+        print(f"measuring a GEMM and a copy on {kind} ...", file=sys.stderr)
+    dtype = gemm_dtype(kind, head.dtype, torch.float32)
+    rows, columns = min(GEMM_ROWS, args.tokens), min(-(-head.vocab // args.tp), GEMM_COLUMNS)
+    return measured((rows, head.hidden, columns), dtype, kind, stated)
+
+
+def chosen_work(args: argparse.Namespace, head: HeadShape, device: Device) -> Work:
+    """What one rank does in a step."""
+    if args.entropy and args.loss != "logps":
+        raise ValueError(f"--entropy: got it with --loss {args.loss}, but only --loss logps reads it; leave it out")
+    if args.tp > head.vocab:
+        raise ValueError(f"--tp: got {args.tp}, allowed are 1 to {head.vocab}, the rows of the head")
+    budget = default_budget(torch.device(device.kind), device.memory) if args.budget is None else args.budget
+    if budget > device.memory:
+        raise ValueError(
+            f"--budget: got {human(budget)}, allowed are 0 to {human(device.memory)}, all of {device.name}"
+        )
+    tile = args.tile if args.tile is not None else CPU_TILE_BYTES if device.kind == "cpu" else GPU_TILE_BYTES
+    if tile < 1:
+        raise ValueError("--tile: got 0, allowed are bytes above 0")
+    sequences = args.sequences or 2 * (args.pairs or 1)
+    if args.sequences and args.loss in ("dpo", "dpo-kl"):
+        raise ValueError(f"--sequences: not with --loss {args.loss}, which is of pairs; give --pairs, or --loss logps")
+    tokens = sequences * args.tokens
+    return Work(
+        tokens=tokens, scored=max(1, round(tokens * args.scored)), vocab=head.vocab, hidden=head.hidden,
+        ref_hidden=head.hidden, dtype=head.dtype, bias=head.bias, loss=args.loss,
+        needs=(True, args.head == "trainable"), entropy=args.entropy, tile_bytes=tile, budget=budget,
+        device=torch.device(device.kind), sequences=sequences, tp=args.tp, dp=args.dp, dp_mode=args.dp_mode,
+    )  # fmt: skip
+
+
+def human(value: float) -> str:
+    """Bytes for people."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if value >= UNITS[unit.upper()]:
+            scaled = value / UNITS[unit.upper()]
+            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.3g}{unit}"
+    return f"{value:.0f}B"
+
+
+def seconds(value: float) -> str:
+    """A time for people."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def table(title: str, rows: list[dict], mark: str = "") -> list[str]:
+    """Contenders or schedules, one a line."""
+    lines = [f"\n{title:30} {'GEMMs':>6} {'TFLOP':>9} {'at least':>9} {'peak':>9} {'in all':>9} {'tp sends':>9}"]
+    for r in rows:
+        figures = f"{r['GEMMs']:6.2f} {r['flops'] / 1e12:9.4g} {seconds(r['seconds']):>9}"
+        held = f"{human(r['peak bytes']):>9} {human(r['total bytes']):>9} {human(r['sent bytes']):>9}"
+        said = "" if r["fits"] else "  does not fit"
+        lines.append(f"{r['name']:30} {figures} {held}{said}{'  ' + r['note'] if r['note'] else ''}")
+    return lines
+
+
+def text(found: dict) -> str:
+    """The report for people."""
+    head, work, device = found["head"], found["work"], found["device"]
+    tied = {True: "tied to the embedding", False: "not tied", None: ""}[head["tied"]]
+    about = [f"[{head['vocab']}, {head['hidden']}]", head["dtype"], tied, "with bias" if head["bias"] else ""]
+    softcap = f"softcap {head['softcap']}" if head["softcap"] else ""
+    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {name}" for name, rate in device["flops"].items())
+    lines = [
+        f"{head['name']}: LM head {', '.join(x for x in (*about, softcap, head['note']) if x)}",
+        f"a step of a rank: {work['tokens']} tokens, {work['scored']} scored, loss {work['loss']}; "
+        f"tp {work['tp']} x dp {work['dp']} ({work['dp_mode']}) = {found['ranks']} ranks, "
+        f"{found['rows of the head on a rank']} rows of the head on each",
+        f"device: {device['name']}, {rates}, {device['bandwidth'] / 1e12:.3g} TB/s, {human(device['memory'])} "
+        f"({device['source']})",
+        f"\nruns: {found['runs']}",
+        f"      budget {human(work['budget'])}, {found['kept tokens']} tokens kept; {found['tile rows']} rows a tile",
+        "\nmemory of a rank, without the rest of the model and the optimizer",
+    ]
+    held = {**found["held bytes"], **found["peak"]["bytes"]}
+    lines += [f"  {name:44} {human(value):>9}" for name, value in held.items()]
+    lines.append(f"  {'in all, at its peak in the ' + found['peak']['moment']:44} {human(sum(held.values())):>9}")
+    lines.append(f"\n{'steps':46} {'TFLOP':>9} {'moved':>9} {'sent':>9} {'at least':>9}")
+    for s in found["steps"]:
+        flops = f"{s['flops'] / 1e12:.4g}" if s["flops"] else "-"
+        moved, sent = (human(s[k]) if s[k] else "-" for k in ("moved", "sent"))
+        under = f"  under {s['hidden_by']}" if s["hidden_by"] else "  under the model's" * (s["kind"] == "dp")
+        lines.append(f"  {s['name']:44} {flops:>9} {moved:>9} {sent:>9} {seconds(s['seconds']):>9}{under}")
+    lines += table("fused_po's schedules", found["schedules"]) + table("on the same work", found["beside"])
+    lines.append("\n" + ("fits" if found["fits"] else "does not fit"))
+    lines += [f"  {line}" for line in found["advice"]]
+    return "\n".join(lines)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Run the command; the exit status: 0, or 1 where it does not fit."""
+    try:
+        head = chosen_head(args)
+        device = chosen_device(args, head)
+        work = chosen_work(args, head, device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    free = device.memory if args.free is None else args.free
+    found = {
+        "head": head._asdict() | {"dtype": str(head.dtype)},
+        "work": work._asdict() | {"dtype": str(work.dtype), "device": str(work.device)},
+        "device": device._asdict(),
+        "free bytes": free,
+        **report(work, device, free, human),
+    }
+    print(json.dumps(found, indent=1) if args.json else text(found))
+    return 0 if found["fits"] else 1

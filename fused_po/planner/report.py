@@ -1,0 +1,204 @@
+"""From costs to answers: times on a device, which schedule runs, what does not fit, and what to change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from fused_po.planner import peers
+from fused_po.planner.cost import Plan, ours
+from fused_po.planner.devices import Device, collective_seconds, rate_name
+from fused_po.planner.work import Cost, Work
+
+MOST_RANKS = 1024  # over which cutting the vocabulary is tried
+WORTH = 0.02  # of the time: what a larger tile must save to be named
+
+
+class Times(NamedTuple):
+    """Seconds of one step on one rank."""
+
+    steps: list[float]
+    total: float  # of what nothing else hides; data-parallel collectives run under the rest of the model's backward
+
+
+def times_of(cost: Cost, work: Work, device: Device) -> Times:
+    """At least so long: products at the device's rate or its memory's, passes at its memory's, collectives on rings."""
+    rate = rate_of(work, device)
+    seconds, by_name, total = [], {}, 0.0
+    for step in cost.steps:
+        if step.kind in ("tp", "dp"):
+            ranks, stride = (work.tp, 1) if step.kind == "tp" else (work.dp, work.tp)
+            time = collective_seconds(device, step.sent, ranks, stride, step.rounds, step.count)
+        else:
+            time = max(step.flops / rate, step.moved / device.bandwidth)
+        seconds.append(time)
+        by_name[step.name] = time
+        if step.kind != "dp":
+            total += max(0.0, time - by_name.get(step.hidden_by, 0.0)) if step.hidden_by else time
+    return Times(seconds, total)
+
+
+def schedules(work: Work) -> dict[str, Work]:
+    """The same work under every schedule."""
+    row = Plan(work).basis_row
+    everything = work._replace(needs=(True, True), budget=row * work.scored)
+    found = {
+        "no gradients": work._replace(needs=(False, False), entropy=False),
+        "head frozen": work._replace(needs=(True, False)),
+        "head trainable, all kept": everything,
+        "head trainable, nothing kept": everything._replace(budget=0),
+    }
+    exact = everything._replace(loss="kl", budget=row * work.scored)
+    if not work.kl_bases:
+        found |= {"exact KL, all kept": exact, "exact KL, nothing kept": exact._replace(budget=0)}
+    return found
+
+
+def runs(work: Work) -> str:
+    """Which schedule will run."""
+    if work.keep == "nothing":
+        return "no gradients: scores alone"
+    what = "linear_kl" if work.kl_bases else "linear_logps"
+    if work.keep == "product":
+        return f"{what} with the head frozen: basis x head in the forward, no GEMM in the backward"
+    if work.kept_rows == work.scored:
+        return f"{what}, every token's basis kept: nothing is computed again"
+    share = work.kept_rows / work.scored
+    return f"{what}, {share:.0%} of the scored tokens kept within the budget; the others are projected again"
+
+
+def gemms(cost: Cost, work: Work) -> float:
+    """FLOPs in GEMMs over the scored tokens."""
+    return cost.flops / (2 * work.scored * work.hidden * work.columns)
+
+
+def fits(work: Work, free: int) -> bool:
+    """Whether the head and the loss fit into so many bytes."""
+    return ours(work).total <= free
+
+
+def with_tokens(work: Work, share: float) -> Work:
+    """The work on a share of the tokens."""
+    tokens = max(1, int(work.tokens * share))
+    return work._replace(tokens=tokens, scored=max(1, min(tokens, int(work.scored * share))))
+
+
+def smallest_tp(work: Work, free: int) -> Optional[int]:
+    """The least power of two of ranks over which to cut the vocabulary so that it fits."""
+    tp = 2
+    while tp <= MOST_RANKS and tp < work.vocab:
+        if tp > work.tp and fits(work._replace(tp=tp), free):
+            return tp
+        tp *= 2
+    return None
+
+
+def largest_budget(work: Work, free: int) -> Optional[int]:
+    """The most MiB of budget, up to the work's, with which it fits; None where it does not with none either."""
+    if not fits(work._replace(budget=0), free):
+        return None
+    low, high = 0, work.budget >> 20
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(work._replace(budget=middle << 20), free) else (low, middle - 1)
+    return low << 20
+
+
+def tokens_that_fit(work: Work, free: int) -> int:
+    """How many tokens, of an ever halved batch, fit at a time; 0 where none do."""
+    share = 1.0
+    while share * work.tokens >= 1:
+        if fits(with_tokens(work, share), free):
+            return with_tokens(work, share).tokens
+        share /= 2
+    return 0
+
+
+def advice(work: Work, device: Device, free: int, size) -> list[str]:
+    """What to change, most telling first. size: writes bytes for people."""
+    cost, plan, said = ours(work), Plan(work), []
+    if cost.total > free:
+        said.append(f"does not fit: {size(cost.total)} needed, {size(free)} there")
+        budget, tp, tokens = largest_budget(work, free), smallest_tp(work, free), tokens_that_fit(work, free)
+        if work.kept_rows and budget is not None:
+            said.append(f"--budget {budget >> 20}MiB fits: tokens beyond it cost a GEMM")
+        if tp:
+            said.append(f"--tp {tp} fits: each rank then holds {-(-work.vocab // tp)} rows of the head")
+        if tokens:
+            said.append(f"{tokens} of the {work.tokens} tokens fit at a time: fewer pairs, and gradients accumulated")
+        if len(said) == 1:
+            said.append("the head and the tokens are too much together: --tp and fewer pairs, or a larger device")
+    elif work.keep == "basis" and work.kept_rows < work.scored:
+        whole = work._replace(budget=-(-plan.basis_row * work.scored >> 20) << 20)
+        needed = f"{whole.budget >> 20}MiB"
+        if fits(whole, free):
+            saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
+            said.append(f"--budget {needed} keeps every token and fits: {saved * 1e3:.3g} ms a step less")
+        else:
+            other = (
+                "" if work.kl_bases else "; chunked_loss scores nothing twice in any budget, with an fp32 [V, H] sum"
+            )
+            said.append(f"all tokens kept would take --budget {needed}, which does not fit{other}")
+    tile = better_tile(work, device, free)
+    if tile:
+        saved = times_of(cost, work, device).total - times_of(ours(tile), tile, device).total
+        said.append(
+            f"a tile has {plan.tile_rows} rows, too few for the head that each reads: --tile "
+            f"{tile.tile_bytes >> 20}MiB fits, {saved * 1e3:.3g} ms a step less"
+        )
+    return said
+
+
+def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:
+    """The work with tiles so large that products hardly wait for the head; None if they are, or none fits."""
+    best, time = None, times_of(ours(work), work, device).total
+    larger = work
+    while Plan(larger).tile_rows < work.scored:
+        larger = larger._replace(tile_bytes=2 * larger.tile_bytes)
+        faster = times_of(ours(larger), larger, device).total
+        if not fits(larger, free) or faster > (1 - WORTH) * time:
+            break
+        best, time = larger, faster
+    return best
+
+
+def rate_of(work: Work, device: Device) -> float:
+    """FLOPs a second of the ops' products."""
+    return device.flops.get(rate_name(work.head.gemm(work.device)), max(device.flops.values()))
+
+
+def row_of(cost: Cost, work: Work, device: Device, free: int) -> dict:
+    """One contender's figures."""
+    return {
+        "name": cost.name,
+        "GEMMs": gemms(cost, work),
+        "flops": cost.flops,
+        "seconds": times_of(cost, work, device).total,
+        "peak bytes": cost.peak,
+        "total bytes": cost.total,
+        "sent bytes": sum(step.sent for step in cost.steps if step.kind == "tp"),
+        "fits": cost.total <= free,
+        "note": cost.note,
+    }
+
+
+def report(work: Work, device: Device, free: int, size) -> dict:
+    """All that is known of the work, as plain values."""
+    cost = ours(work)
+    moment, items = cost.at_peak
+    times = times_of(cost, work, device)
+    others = [found for found in (peer(work) for peer in (peers.eager, peers.trl, peers.liger)) if found]
+    plan = Plan(work)
+    return {
+        "ranks": work.tp * work.dp,
+        "rows of the head on a rank": work.columns,
+        "runs": runs(work),
+        "tile rows": plan.tile_rows,
+        "kept tokens": work.kept_rows,
+        "held bytes": cost.held,
+        "peak": {"moment": moment, "bytes": {name: value for name, value in items.items() if value}},
+        "steps": [{**step._asdict(), "seconds": t} for step, t in zip(cost.steps, times.steps)],
+        "schedules": [row_of(ours(w)._replace(name=name), w, device, free) for name, w in schedules(work).items()],
+        "beside": [row_of(c, work, device, free) for c in (cost, *others)],
+        "fits": cost.total <= free,
+        "advice": advice(work, device, free, size),
+    }

@@ -1,0 +1,205 @@
+"""What the cases of several ops share: rows of logits, their labels, scalings, layouts in memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from fuzzing import DTYPES, SAMPLES, Values, copies_like, generator_of
+from helpers import DEVICE, IGNORE, Scaling
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused_po import Schedule
+
+SEEDS = st.integers(0, 2**32)
+TOP = "top"  # the size of logits that fill the dtype's range
+SIZES = (0.0, 1e-4, 1.0, 1.0, 4.0, 30.0, 1e3, 1e4, TOP)
+COLUMNS = (1, 2, 3, 5, 8, 17, 33, 64, 127, 200, 257, 1000, 1027, 4096, 4099)
+LAYOUTS = ("contiguous", "sliced rows", "sliced columns", "every other row", "every other column", "transposed")
+IGNORED = ("none", "some", "some", "all")
+IGNORE_INDICES = (-100, -100, -1, 0, 2, 10**6)
+
+
+class Rows(NamedTuple):
+    """n rows of v logits and their labels.
+
+    kind: "spread" (normal, times size), "ties" (few different values), "confident" (the label far above the rest).
+    masked: the share of the vocabulary at -inf; never the label.
+    edges: labels are 0 or v - 1 alone.
+    """
+
+    n: int
+    v: int
+    dtype: str
+    size: float | str
+    kind: str
+    masked: float
+    ignored: str
+    edges: bool
+    ignore_index: int
+    top: float
+    seed: int
+
+    @property
+    def spread(self) -> float:
+        return self.top / 4 if self.size == TOP else float(self.size)
+
+    def copies(self) -> int:
+        return max(4, min(SAMPLES, -(-SAMPLES // max(1, self.n)), 500_000 // max(1, self.n * self.v)))
+
+
+def on_backend(n: int, v: int) -> st.SearchStrategy:
+    """(rows, columns, backend): interpreted kernels take some 10 ms a row."""
+    small = st.tuples(st.integers(0, n), st.sampled_from(COLUMNS[:-2]) | st.integers(1, 300), st.just("reference"))
+    wide = st.tuples(st.integers(1, 3), st.sampled_from(COLUMNS), st.sampled_from(("reference", "triton")))
+    few = st.tuples(st.integers(0, 3), st.integers(1, v), st.just("triton"))
+    return st.one_of(*[small] * 6, wide, few)
+
+
+def top_of(dtype: str, backend: str) -> float:
+    """The largest logit: no scaled one overflows in fp32, of which plain PyTorch's float64 errors are made too.
+
+    The kernels subtract unrounded products: beyond 2^23 what is left of the largest itself is more than its rounding.
+    """
+    largest = 2.0**23 if backend == "triton" else torch.finfo(torch.float32).max / 16
+    return min(torch.finfo(DTYPES[dtype]).max, largest)
+
+
+@st.composite
+def rows(draw, n: int, v: int, dtype: str, backend: str) -> Rows:
+    """Rows of this shape, to be scaled by `scalings(rows)`."""
+    return Rows(
+        n, v, dtype, draw(st.sampled_from(SIZES)), draw(st.sampled_from(("spread", "spread", "ties", "confident"))),
+        draw(st.sampled_from((0.0, 0.0, 0.0, 0.3, 0.95))), draw(st.sampled_from(IGNORED)), draw(st.booleans()),
+        draw(st.sampled_from(IGNORE_INDICES)), top_of(dtype, backend), draw(SEEDS),
+    )  # fmt: skip
+
+
+def dtypes(backend: str) -> st.SearchStrategy:
+    names = tuple(DTYPES)
+    return st.sampled_from(names[1:] if backend == "triton" else names)
+
+
+NUMBERS = st.sampled_from((0.5, 0.7, 1.0, 1.3, 2.0)) | st.floats(0.05, 20)
+CAPS = st.none() | st.sampled_from((1.0, 5.0, 30.0, 50.0))
+
+
+@st.composite
+def scalings(draw, size: float | str = 1.0) -> Scaling:
+    """Temperature, scale and softcap; 1 and 1 where logits fill the dtype's range."""
+    if size == TOP or draw(st.booleans()):
+        return Scaling(softcap=draw(CAPS))
+    return Scaling(draw(NUMBERS), draw(NUMBERS), draw(CAPS))
+
+
+def draw_labels(case: Rows, generator: torch.Generator) -> Tensor:
+    """[n] labels in [0, v), ignored ones IGNORE."""
+    labels = torch.randint(0, case.v, (case.n,), generator=generator)
+    if case.edges:
+        labels = (labels % 2) * (case.v - 1)
+    share = {"none": 0.0, "some": 1 / 3, "all": 1.1}[case.ignored]
+    return labels.masked_fill(torch.rand(case.n, generator=generator) < share, IGNORE)
+
+
+def given_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(labels for ours, for plain PyTorch): a label that is the ignore_index is ignored by both."""
+    ours = labels.masked_fill(labels == IGNORE, ignore_index)
+    return ours.to(DEVICE), ours.masked_fill(ours == ignore_index, IGNORE).to(DEVICE)
+
+
+def apart(size: float, slope: float, dtype: str) -> float:
+    """How far copies of numbers of this size lie apart: a tenth of a nat where that is less than some per cent."""
+    size = size or 1.0  # where all numbers are 0 their copies must not be
+    least = size / 128 if dtype in ("bf16", "fp16") else 0.0
+    return max(least, min(size / 32, 0.1 / slope))
+
+
+def draw_logits(case: Rows, labels: Tensor, slope: float, generator: torch.Generator) -> Tensor:
+    """[copies, n, v] logits, whose scaling is as steep as `slope`."""
+    base = torch.randn(case.n, case.v, generator=generator, dtype=torch.float64)
+    if case.kind == "ties":
+        base = base.round()
+    base = base * case.spread
+    at = labels.clamp(min=0)[:, None]
+    if case.kind == "confident" and base.numel():
+        base.scatter_(1, at, base.amax(1, keepdim=True) + 2 * case.spread)
+    base = base.clamp(-case.top, case.top)
+    if case.masked:
+        hidden = torch.rand(case.v, generator=generator)[None] < case.masked
+        hidden = hidden.expand(case.n, -1).scatter(1, at, False)
+        base = base.masked_fill(hidden, -torch.inf)
+    base = base.to(DTYPES[case.dtype]).double()
+    # One copy in four differs by a nat: where all logits are equal the others' results are the same few numbers.
+    spread = torch.full((case.copies(), 1, 1), apart(case.spread, slope, case.dtype), dtype=torch.float64)
+    spread[3::4] = spread[3::4].clamp(min=1 / slope)
+    return copies_like(base, spread, case.copies(), generator, DTYPES[case.dtype]).clamp(max=case.top)
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """The same numbers [n, v] in other places of a larger tensor, the rest of which is NaN."""
+    n, v = value.shape
+    if layout == "contiguous":
+        return value.contiguous()
+    shape = {
+        "sliced rows": (n + 2, v), "sliced columns": (n, v + 5), "every other row": (2 * n, v),
+        "every other column": (n, 2 * v), "transposed": (v, n),
+    }[layout]  # fmt: skip
+    room = value.new_full(shape, torch.nan)
+    view = {
+        "sliced rows": room[1 : n + 1], "sliced columns": room[:, 3 : v + 3], "every other row": room[::2],
+        "every other column": room[:, ::2], "transposed": room.t(),
+    }[layout]  # fmt: skip
+    return view.copy_(value)
+
+
+SCALES = (1.0, 1.0, 2.0**-20, 2.0**20, 1e-3, 3.0)
+
+
+class Incoming(NamedTuple):
+    """Incoming gradients: +-scale, 0 in a share of the rows; only of the named outputs."""
+
+    names: tuple[str, ...]
+    scale: float
+    zeros: float
+    seed: int
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Values:
+        generator = generator_of(self.seed)
+        dead = torch.rand(shape, generator=generator) < self.zeros
+        signs = {name: torch.randint(0, 2, shape, generator=generator) * 2.0 - 1 for name in self.names}
+        return {name: (g * self.scale).masked_fill(dead, 0).to(dtype).to(DEVICE) for name, g in signs.items()}
+
+
+def incoming(names: tuple[str, ...], dtype: str) -> st.SearchStrategy:
+    """Gradients of some of these outputs, at least of one; 2^20 is beyond fp16."""
+    some = st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)
+    scales = [scale for scale in SCALES if dtype != "fp16" or scale <= 8]
+    return st.builds(Incoming, some, st.sampled_from(scales), st.sampled_from((0.0, 0.0, 0.3, 1.0)), SEEDS)
+
+
+class Plan(NamedTuple):
+    """A Schedule in rows; `schedule` makes bytes of them."""
+
+    kept: int | None
+    tile: int | None
+    logits_dtype: bool
+    compact: bool
+    excess: int | None
+    skip_zero_rows: bool
+
+    def schedule(self, v: int, dtype: torch.dtype, scored: int, n: int) -> Schedule:
+        row = 8 * (v + 64) if dtype == torch.float64 else 4 * (v + 64)
+        excess = None if self.excess is None or not self.compact else min(n, scored + self.excess)
+        return Schedule(
+            logits_budget=None if self.kept is None else self.kept * row,
+            logits_dtype=dtype if self.logits_dtype else None,
+            tile_bytes=None if self.tile is None else max(1, self.tile * row),
+            compact=self.compact, num_scored=excess, skip_zero_rows=self.skip_zero_rows,
+        )  # fmt: skip
+
+
+PLANS = st.builds(
+    Plan, st.none() | st.integers(0, 12), st.none() | st.integers(0, 5), st.booleans(), st.booleans(),
+    st.none() | st.integers(0, 3), st.booleans(),
+)  # fmt: skip

@@ -1,0 +1,182 @@
+"""From tokens to sequences, batches and advantages: `sequence_logps`, `aggregate`, `gae`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from fuzzing import DTYPES, Values, copies_like, evaluate, fuzz, generator_of, judge, plain_and_exact
+from helpers import BACKENDS, DEVICE
+from hypothesis import strategies as st
+from problems import SEEDS, laid_out
+from test_gae import loop
+from test_reduce import plain as aggregated
+
+import fused_po
+from fused_po.reduce import MODES
+
+COPIES = 64
+
+
+class TokensCase(NamedTuple):
+    """n sequences of up to `length` tokens, of which `counted` count; packed ones with cu_seqlens."""
+
+    n: int
+    length: int
+    dtype: str
+    size: float
+    counted: float
+    packed: bool
+    layout: str
+    int32: bool
+    seed: int
+
+
+TOKENS = st.builds(
+    TokensCase, st.integers(0, 6), st.integers(0, 40), st.sampled_from(tuple(DTYPES)),
+    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.booleans(),
+    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")), st.booleans(), SEEDS,
+)  # fmt: skip
+
+
+def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict]:
+    """(values [copies, tokens], mask [tokens], places of each sequence's counted tokens, cu_seqlens or nothing)."""
+    generator = generator_of(case.seed)
+    n = 2 * case.n if pairs else case.n
+    lengths = (
+        torch.randint(0, case.length + 1, (n,), generator=generator) if case.packed else torch.full((n,), case.length)
+    )
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    total = int(bounds[-1])
+    mask = torch.rand(total, generator=generator) < case.counted
+    base = (torch.randn(total, generator=generator, dtype=torch.float64) * case.size).to(DTYPES[case.dtype]).double()
+    values = copies_like(base, case.size / 32, COPIES, generator, DTYPES[case.dtype])
+    places = [torch.arange(a, b)[mask[a:b]].to(DEVICE) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist())]
+    packed = {"cu_seqlens": bounds.to(DEVICE, torch.int32 if case.int32 else torch.int64)} if case.packed else {}
+    return values, mask.to(DEVICE), places, packed
+
+
+def as_given(case: TokensCase, n: int, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One copy and its mask as they are passed in; what does not count is NaN."""
+    values = torch.where(mask, values, torch.nan)
+    if case.packed:
+        return values, mask
+    shape = n, case.length
+    return laid_out(values.view(shape), case.layout), mask.view(shape)
+
+
+def wide(value: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def check(op: str, case: TokensCase, plainly, ours, values: torch.Tensor, shape: tuple[int, ...]) -> None:
+    g = {op: torch.randint(0, 2, shape, generator=generator_of(case.seed)).to(DEVICE).double() * 2 - 1}
+    errors, exact = plain_and_exact(lambda t: {op: plainly(wide(t["x"]))}, {"x": values}, ("x",), g, {})
+    found = evaluate(lambda t: {op: ours(t["x"])}, {"x": values[0]}, ("x",), g)
+    # Sums of a few hundred numbers: of float64 the truth is one, rounded as ours is. The gradient is a number or two,
+    # quotients of three: what their roundings come to is luck, the same in every copy.
+    scale = case.length * max(1, case.n) * case.size if case.dtype == "fp64" else 0.0
+    quotient = 2 * float(exact["d x"].abs().max()) if values.numel() else 0.0
+    judge(op, found, errors, exact, {op: scale, "d x": quotient})
+
+
+def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> None:
+    values, mask, places, packed = batch(case, pairs=alpha is not None)
+    half = len(places) // 2
+
+    def plainly(x: torch.Tensor) -> torch.Tensor:
+        sums = []
+        for i, place in enumerate(places):
+            shared = len(place) if alpha is None else min(len(place), len(places[(i + half) % len(places)]))
+            row = x[:, place]
+            total = row[:, :shared].sum(-1) + (0 if alpha is None else alpha * row[:, shared:].sum(-1))
+            sums.append(total / max(1, len(place)) if average else total)
+        return torch.stack(sums, 1) if sums else x[:, :0]
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        logps, where = as_given(case, len(places), x, mask)
+        return fused_po.sequence_logps(logps, where, **packed, average=average, ld_alpha=alpha)
+
+    check("sequence_logps", case, plainly, ours, values, (len(places),))
+
+
+test_sequence_logps = fuzz(0.14, TOKENS, st.booleans(), st.none() | st.sampled_from((0.0, 0.3, 1.0)))(check_sequences)
+
+
+def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None, ranks: int) -> None:
+    values, mask, places, packed = batch(case)
+    how = {"max_length": 17} if mode == "seq-mean-token-sum-norm" else {}
+    numbers = {} if counts is None else dict(zip(("num_tokens", "num_sequences"), counts))
+    ranks = 1 if counts is None else ranks
+
+    def plainly(x: torch.Tensor) -> torch.Tensor:
+        if not any(map(len, places)):
+            return x.sum(-1) * 0
+        return aggregated([x[:, place] for place in places], mode, **how, **numbers) * ranks
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        loss, where = as_given(case, len(places), x, mask)
+        return fused_po.aggregate(loss, where, mode, **packed, **how, **numbers, world_size=ranks)
+
+    check("aggregate", case, plainly, ours, values, ())
+
+
+COUNTS = st.none() | st.tuples(st.integers(1, 1000), st.integers(1, 100))
+
+
+test_aggregate = fuzz(0.14, TOKENS, st.sampled_from(MODES), COUNTS, st.integers(1, 8))(check_aggregate)
+
+
+class StepsCase(NamedTuple):
+    n: int
+    length: int
+    dtype: str
+    size: float
+    counted: float
+    masked: bool
+    cut_off: bool
+    gamma: float
+    lam: float
+    layout: str
+    backend: str
+    seed: int
+
+
+STEPS = st.builds(
+    StepsCase, st.integers(0, 3), st.integers(0, 70) | st.sampled_from((33, 1025)), st.sampled_from(tuple(DTYPES)[1:]),
+    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 0.95)), st.booleans(), st.booleans(),
+    st.sampled_from((0.0, 1.0)) | st.floats(0, 1), st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
+    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
+    st.sampled_from(("reference", "reference", *BACKENDS)), SEEDS,
+)  # fmt: skip
+
+
+def check_gae(case: StepsCase) -> None:
+    generator = generator_of(case.seed)
+    shape, dtype = (case.n, case.length), DTYPES[case.dtype]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) * case.size for s in (shape, shape, shape[:1])]
+    copies = max(8, min(COPIES, 40_000 // max(1, case.n * case.length)))
+    steps = [copies_like(v.to(dtype).double(), case.size / 8, copies, generator, dtype) for v in drawn]
+    tensors = dict(zip(("rewards", "values", "last"), steps))
+    mask = (torch.rand(shape, generator=generator) < case.counted).to(DEVICE) if case.masked else None
+    if not case.cut_off:
+        tensors["last"] = torch.zeros_like(tensors["last"])
+
+    def plainly(t: Values) -> Values:
+        many = None if mask is None else mask.expand(len(t["last"]), *shape).flatten(0, 1)
+        flat = [wide(t[name]).flatten(0, 1) for name in ("rewards", "values", "last")]
+        found = loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
+        return {name: value.view(copies, *shape) for name, value in zip(("advantages", "returns"), found)}
+
+    def ours(t: Values) -> Values:
+        steps = [t[name] if mask is None else torch.where(mask, t[name], torch.nan) for name in ("rewards", "values")]
+        steps = [laid_out(value, case.layout) for value in steps]
+        how = dict(gamma=case.gamma, lam=case.lam, backend=case.backend)
+        found = fused_po.gae(*steps, mask, t["last"] if case.cut_off else None, **how)
+        return dict(zip(("advantages", "returns"), found))
+
+    errors, exact = plain_and_exact(plainly, tensors, (), {}, {})
+    judge("gae", ours({name: t[0] for name, t in tensors.items()}), errors, exact)
+
+
+test_gae = fuzz(0.06, STEPS)(check_gae)
