@@ -140,8 +140,7 @@ def ppo_loss(actor: ActorCritic, frozen, tokenizer, rows: list[dict], args, kl_c
         logps = rollouts.logps_of(actor.policy, hidden, batch, args).logps
         kl = kl_term(logps, old, ref, args) if args.kl_in == "loss" else torch.zeros_like(logps)
     policy = losses.ppo_clip(logps, old, advantages, mask, epsilon=args.cliprange)
-    values = actor.values(hidden)
-    value = losses.value_loss(values, old_values, returns, mask, clip_eps=args.cliprange_value)
+    value = losses.value_loss(actor.values(hidden), old_values, returns, mask, clip_eps=args.cliprange_value)
     clipped = (logps - old).exp().sub(1).abs() > args.cliprange
     parts = {
         "loss/policy_avg": policy,
@@ -157,9 +156,8 @@ def ppo_loss(actor: ActorCritic, frozen, tokenizer, rows: list[dict], args, kl_c
 def updates(learner, tokenizer, rows: list[dict], args, kl_coef: float) -> dict[str, float]:
     """The updates on a rollout; means of their metrics, and their number."""
     made: list[dict[str, float]] = []
-    for places in (
-        some for _ in range(args.num_ppo_epochs) for some in torch.randperm(len(rows)).split(args.batch_size)
-    ):
+    epochs = (torch.randperm(len(rows)).split(args.batch_size) for _ in range(args.num_ppo_epochs))
+    for places in (some for epoch in epochs for some in epoch):
         part = [rows[i] for i in places.tolist()]
         how = dict(args=args, kl_coef=kl_coef, tokens=dataset.scored_tokens(part, rollouts.FIELDS))
         loss_of = partial(ppo_loss, learner.model, learner.engine.frozen, tokenizer, **how)
@@ -171,12 +169,11 @@ def updates(learner, tokenizer, rows: list[dict], args, kl_coef: float) -> dict[
 
 def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:
     """--steps rollouts with their updates."""
-    size = args.batch_size * args.num_mini_batches
     learner = loop.learner(engine, args.lr, args.steps * args.num_ppo_epochs * args.num_mini_batches)
     coefficient = Coefficient(args)
 
     def one_step(number: int) -> dict[str, float]:
-        asked = dataset.batch_at(prompts, number, size, args.seed)
+        asked = dataset.batch_at(prompts, number, args.batch_size * args.num_mini_batches, args.seed)
         with engine.gathered():
             rows = rollouts.rollout(engine.policy, tokenizer, asked, args, judge)
         rows = scored(engine, rows, tokenizer, args)
