@@ -44,7 +44,7 @@ fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: c
 	rm -rf runs/fuzz
 	FUSED_PO_FUZZ=$(CASES) FUSED_PO_FUZZ_OUT=runs/fuzz $(if $(SEED),FUSED_PO_SEED=$(SEED)) \
 		$(RUN) -m pytest tests/fuzz -v -s $(WORKERS) $(ARGS)
-	$(RUN) tests/fuzz/report.py runs/fuzz -o runs/fuzz
+	$(RUN) tests/fuzz/fuzz_report.py runs/fuzz -o runs/fuzz
 
 integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
 	$(RUN) tests/with_peers.py $(ARGS)

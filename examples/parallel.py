@@ -105,7 +105,7 @@ def processes(args) -> Iterator[None]:
 
 def home(args) -> str:
     """Where a model is loaded to: where it trains, or the CPU if an `Engine` shall cut it first."""
-    return "cpu" if args.parallel in ("fsdp", "tp") else args.device
+    return "cpu" if getattr(args, "parallel", None) in ("fsdp", "tp") else args.device
 
 
 def size() -> int:

@@ -317,8 +317,11 @@ class Alone:
     """A backend's row passes where all columns are here: the face of `Sharded`."""
 
     def __init__(self, run: ModuleType) -> None:
-        self.gradient, self.from_basis, self.kl_gradient = run.gradient, run.from_basis, run.kl_gradient
         self.run = run
+
+    def __getattr__(self, name: str) -> Callable:
+        """What needs no other rank is the backend's own."""
+        return getattr(self.run, name)
 
     def begin_score(self, *arguments) -> Callable[[], tuple[Tensor, ...]]:
         """A backend's `score`, done when asked for."""

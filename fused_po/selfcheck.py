@@ -137,7 +137,13 @@ def plain_policy(z: Tensor, old_z: Tensor, labels: Tensor) -> Values:
     a = torch.linspace(-1, 1, 2 * PAIRS, dtype=z.dtype, device=z.device).repeat_interleave(len(labels) // (2 * PAIRS))
     tau = torch.where(a > 0, 1.0, torch.full_like(a, 1.05))
     losses = -4 / tau * a * torch.sigmoid(tau * ((now["logps"] - old).exp() - 1)) - 0.1 * now["entropy"]
-    return {"loss": torch.where(labels != IGNORE, losses, 0).sum() / len(labels)}
+    losses = torch.where(labels != IGNORE, losses, 0)
+    return {"losses": carrying(losses, losses.sum() / len(labels))}
+
+
+def carrying(losses: Tensor, loss: Tensor) -> Tensor:
+    """Losses of tokens with the gradient of their mean: one number's error would be luck."""
+    return losses.detach().flatten() + (loss - loss.detach())
 
 
 def plain_gae(t: Values, gamma: float = 0.99, lam: float = 0.95) -> Values:
@@ -226,7 +232,7 @@ def checks(backend: Optional[str]) -> Iterator[Check]:
     for name, inplace in (("", False), (", in place", True)):
         yield Check(
             f"policy_loss_from_logits{name}", ("logits",),
-            lambda t, i=inplace: {"loss": policy_loss(t, inplace_backward=i, **on)},
+            lambda t, i=inplace: {"losses": policy_loss(t, inplace_backward=i, **on)},
             lambda t: plain_policy(wide(t["logits"]), wide(t["ref_logits"]), t["labels"]),
         )  # fmt: skip
     yield Check(
@@ -273,7 +279,8 @@ def policy_loss(t: Values, **how) -> Tensor:
     old = pairs(plain_logps(wide(t["ref_logits"]), t["labels"]))
     a = torch.linspace(-1, 1, 2 * PAIRS, device=old.device)
     how |= {"entropy_coef": 0.1, "weights": torch.full_like(old, 1 / labels.numel())}
-    return fused_po.policy_loss_from_logits(logits, labels, a, old, loss_type="sapo", **how).loss
+    out = fused_po.policy_loss_from_logits(logits, labels, a, old, loss_type="sapo", **how)
+    return carrying(out.losses, out.loss)
 
 
 # Comparing.

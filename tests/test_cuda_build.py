@@ -100,6 +100,7 @@ def test_a_toolkit_that_is_missing_is_a_clear_error_and_none_goes_on_with_triton
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "_try", lambda name, device: None)
     monkeypatch.setattr(library, "ahead_of_time", lambda: None)
     assert library.architectures() == ("9.0a",)
     assert backends.resolve(None, gpu, torch.bfloat16) == "triton"

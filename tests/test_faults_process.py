@@ -117,9 +117,13 @@ for a, b, c in zip(unused[1], again[1], used, strict=True):
 
 
 def test_fork_after_import_and_after_use(tmp_path):
-    """The child computes on the CPU, as the workers of a data loader do, whatever the parent has used."""
+    """The child computes on the CPU, as the workers of a data loader do, whatever the parent has used.
+
+    With one thread: PyTorch's own operators hang in a child whose parent has used OpenMP's.
+    """
     command = [sys.executable, "-c", FORK.format(tests=os.path.dirname(__file__)), str(tmp_path / "results")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
 
 

@@ -311,11 +311,13 @@ def test_ctrl_c(tmp_path):
     words = [*pipeline.small_data(tmp_path), "--sft-steps", "0", "--batch-size", "2", "--checkpoint-every", "1"]
     folder = tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "dpo.py"), *words, "--steps", "100000", "--output", str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    how = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command, **how) as process:
         while process.poll() is None and not common.checkpoints(folder):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        said = process.communicate()[1]
+        said = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "Traceback" not in said
     step = common.checkpoints(folder)[-1]
     assert f"stopped. The last checkpoint is whole: --resume --output {folder} continues from step {step}" in said

@@ -79,7 +79,8 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
     transformers = pytest.importorskip("transformers")
     asked, config = [], transformers.LlamaConfig(vocab_size=1000, hidden_size=64)
 
-    def from_pretrained(name, local_files_only=False):
+    def from_pretrained(name, local_files_only=False, trust_remote_code=None):
+        assert trust_remote_code is False
         asked.append(local_files_only)
         if name == "org/nothing" or (name == "org/remote" and local_files_only):
             raise OSError(f"{name} is not there\nand more")

@@ -261,12 +261,12 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(where, monkeypatch,
     import gc
     import weakref
 
-    from fused_po.ops import head as schedules
+    from fused_po.ops import head, head_backward
 
     hidden, weight, labels, g = problem(n=60)
     schedule = Schedule(logits_budget=3 * ROW, tile_bytes=8 * ROW)
     made = []
-    room, project, calls = schedules.room, schedules.project, []
+    room, project, calls = head.room, head.project, []
 
     def noted(*arguments):
         made.append(room(*arguments))
@@ -278,8 +278,9 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(where, monkeypatch,
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return project(*arguments)
 
-    monkeypatch.setattr(schedules, "room", noted)
-    monkeypatch.setattr(schedules, "project", failing)
+    monkeypatch.setattr(head, "room", noted)
+    for module in (head, head_backward):
+        monkeypatch.setattr(module, "project", failing)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         step(hidden, weight, labels, g, schedule=schedule)
     message = str(caught.value)

@@ -45,7 +45,7 @@ def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
     monkeypatch.setattr(fused_po, "kl_from_logits", wrong)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", "5")
     again = [line for line in out.splitlines() if line.startswith("to repeat: ")]
-    assert status == 1 and len(again) == 3 and "16 of 19 passed" in out
+    assert status == 1 and len(again) == 3 and "17 of 20 passed" in out
     assert again[0].endswith("--dtype fp32 --vocab 211 --hidden 16 --seed 5 --only 'kl_from_logits, reverse' --quick")
     words = again[0].removeprefix("to repeat: python -m fused_po ").replace("'kl_from_logits, reverse'", "?").split()
     words[words.index("?")] = "kl_from_logits, reverse"
@@ -61,7 +61,7 @@ def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, seed, monkeyp
 
     monkeypatch.setattr(fused_po, "gae", broken)
     status, out = run(capsys, *SMALL, "--dtype", "fp32", "--seed", str(seed))
-    assert status == 1 and "17 of 18 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
+    assert status == 1 and "19 of 20 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
 
 
 def test_a_bar_where_somebody_looks(capsys, monkeypatch):
@@ -120,7 +120,7 @@ def test_info_says_what_is_wrong_with_a_gpu(monkeypatch):
         (("selfcheck", "--vocab", "0"), "argument --vocab: got '0', allowed are integers above 0"),
         (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', here are "),
         (("selfcheck", "--device", "meta"), "argument --device: got 'meta', here are "),
-        (("selfcheck", "--backend", "cuda"), "argument --backend: invalid choice: 'cuda'"),
+        (("selfcheck", "--backend", "cud"), "argument --backend: invalid choice: 'cud'"),
         (("selfcheck", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
         ((), "the following arguments are required: command"),
     ],

@@ -144,7 +144,6 @@ class HeadBackward:
                     mm(d.t(), thin[some], sum_thin[columns], add=True)
             if need_weight and not own_sums:
                 grads[1][columns] = total
-            del total  # before the next block's is made
         for work in summed:
             work.wait()
         if need_hidden and self.multiples:

@@ -62,7 +62,7 @@ def _autograd(ctx, g_loss, g_tokens):
     logits, labels, weights, tokens = ctx.saved_tensors
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
     grads = tokens[SLOPE] * g_loss, g_entropy, None
-    arguments = labels, tokens[SHIFT : NORM + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend
+    arguments = labels, tokens[SHIFT : NORM + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend, 0
     if ctx.inplace:
         grad = logits.detach()
         torch.ops.fused_po.logps_bwd_(grad, *arguments)

@@ -77,7 +77,7 @@ def fuzz(share: float, *strategies: st.SearchStrategy) -> Callable:
 
 
 def write(name: str, failed: list[str], seconds: float) -> None:
-    """What was counted, for report.py, where FUSED_PO_FUZZ_OUT names a folder."""
+    """What was counted, for fuzz_report.py, where FUSED_PO_FUZZ_OUT names a folder."""
     if "FUSED_PO_FUZZ_OUT" in os.environ:
         folder = Path(os.environ["FUSED_PO_FUZZ_OUT"])
         folder.mkdir(parents=True, exist_ok=True)

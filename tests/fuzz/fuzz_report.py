@@ -1,6 +1,6 @@
 """From what a long run of tests/fuzz has written to a picture and a table: `make fuzz`.
 
-    python tests/fuzz/report.py runs/fuzz -o runs/fuzz
+    python tests/fuzz/fuzz_report.py runs/fuzz -o runs/fuzz
 
 Exit status 1 where a case failed: a report of a failed run is not written.
 """
