@@ -193,7 +193,7 @@ def token_weights(mask: Tensor, mode: str = "token-mean", **counts: Count) -> Te
     Returns:
         Like mask, fp32; 0 where nothing counts.
     """
-    if checks.tensor("mask", mask).ndim not in (1, 2):
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [B, T], or packed [N] with cu_seqlens")
+    if checks.tensor("mask", mask).ndim != (2 if counts.get("cu_seqlens") is None else 1):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [B, T] without cu_seqlens, [N] with them")
     zeros = torch.zeros(mask.shape, device=mask.device)
     return torch.func.grad(lambda token_loss: aggregate(token_loss, mask, mode, **counts))(zeros)
