@@ -107,7 +107,7 @@ def test_a_models_forward_uses_ours(installed, seed, monkeypatch):
     rolled = ids.roll(-1, -1)
     expected = (logits / 0.7).log_softmax(-1).gather(-1, rolled[..., None]).squeeze(-1)
     calls = []
-    monkeypatch.setattr(fused, "_score", lambda *a, real=fused._score: calls.append(1) or real(*a))
+    monkeypatch.setattr(fused, "_score", lambda *a, real=fused._score, **how: calls.append(1) or real(*a, **how))
     for forward in (dense_common.forward_with_torch_backend, dense_common.forward_with_triton_backend):
         out = forward(model, input_ids=ids, temperature=0.7, return_dict=True)
         torch.testing.assert_close(out.log_probs.view(1, T).double(), expected, rtol=1e-4, atol=1e-5)
