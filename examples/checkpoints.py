@@ -46,7 +46,8 @@ def without_tensors(value, tensors: dict[str, Tensor], name: str = ""):
 def with_tensors(value, tensors: dict[str, Tensor]):
     """The inverse."""
     if isinstance(value, dict) and value.keys() == {"tensor", "shape"}:
-        return tensors[value["tensor"]].view(value["shape"]) if not value["shape"] else tensors[value["tensor"]]
+        tensor = tensors[value["tensor"]]
+        return tensor if value["shape"] else tensor.view(())
     if isinstance(value, dict):
         return {key: with_tensors(part, tensors) for key, part in value.items()}
     return [with_tensors(part, tensors) for part in value] if isinstance(value, list) else value

@@ -99,6 +99,23 @@ class Shards(NamedTuple):
         """The vocabulary index of this rank's first column."""
         return sum(self.sizes[: self.process_group.rank()]) if self.group else 0
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the ranks' parts of hidden's gradient are added up here."""
+        return bool(self.group) and not self.partial
+
+    def add_up(self, part: Tensor):
+        """The sum of every rank's part of a gradient, in place, once what is returned has been waited for."""
+        return dist.all_reduce(part, group=self.process_group, async_op=True)
+
+    def sum_of_rows(self, part: Tensor, rows: Optional[Tensor]) -> Tensor:
+        """The sum of the ranks' parts [N, H], of which all but `rows` are 0; as it is where nothing is to add up."""
+        if not self.adds_up:
+            return part
+        some = part if rows is None else part[rows]
+        self.add_up(some).wait()
+        return some if rows is None else part.index_copy_(0, rows, some)
+
 
 WHOLE = Shards()
 
@@ -281,10 +298,6 @@ class Sharded:
     def kl_gradient(self, logits: Tensor, ref_logits: Tensor, labels: Tensor, *others) -> None:
         """A backend's `kl_gradient`, likewise: a label below its first column is not among them."""
         self.run.kl_gradient(logits, ref_logits, labels - self.first_col, *others)
-
-    def add_up(self, part: Tensor):
-        """The sum of every rank's part of a gradient, in place, once what is returned has been waited for."""
-        return dist.all_reduce(part, group=self.group, async_op=True)
 
 
 def no_columns(logits: Tensor, labels: Tensor, n_fields: int, lowest: tuple[int, ...]) -> Tensor:

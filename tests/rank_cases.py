@@ -62,8 +62,10 @@ def frozen(rows: int, bias: bool) -> None:
         b = weight[part, 0] if bias else None
         how = {"outputs": ("logps", "lse"), "process_group": group, "schedule": schedule}
         stats = fused_po.linear_logps(h, weight[part], labels, b, **how)
-        (stats.logps * g + stats.lse * g.roll(1)).sum().backward()
+        with Collectives() as said:
+            (stats.logps * g + stats.lse * g.roll(1)).sum().backward()
         found.append((stats.logps.detach(), stats.lse.detach(), h.grad))
+    assert [size for _, size in said.calls] == [H * int((labels >= 0).sum())], "ignored tokens are not said"
     for ours, expected in zip(*reversed(found)):
         torch.testing.assert_close(ours, expected)
     same_everywhere(*found[1])

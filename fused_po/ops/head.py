@@ -157,6 +157,17 @@ class Tile(NamedTuple):
     stats: Callable[[], tuple[Tensor, ...]]
 
 
+def in_turns(run, pieces: list[slice], rooms: list) -> None:
+    """run.begin(rows, room) for each piece, and run.finish of what it returned, `run.in_flight` pieces later."""
+    begun = []
+    for number, some in enumerate(pieces):
+        begun.append(run.begin(some, rooms[number % len(rooms)]))
+        if len(begun) > run.in_flight:
+            run.finish(begun.pop(0))
+    for tile in begun:
+        run.finish(tile)
+
+
 class HeadForward:
     """One forward: tiles are begun, then finished, where other ranks have a part in it one tile later."""
 
@@ -177,13 +188,7 @@ class HeadForward:
 
     def fill(self) -> None:
         """Every tile into the results."""
-        begun: list[Tile] = []
-        for number, some in enumerate(spans(0, len(self.hidden), self.step)):
-            begun.append(self.begin(some, self.buffers[number % len(self.buffers)]))
-            if len(begun) > self.in_flight:
-                self.finish(begun.pop(0))
-        for tile in begun:
-            self.finish(tile)
+        in_turns(self, spans(0, len(self.hidden), self.step), self.buffers)
 
     def begin(self, some: slice, buffers: Buffers) -> Tile:
         """Project some rows, and begin to score them."""

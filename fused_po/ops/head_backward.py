@@ -136,8 +136,8 @@ class HeadBackward:
                 if need_hidden:
                     compute = head.compute_dtype if part is weight else gemm
                     back_project(d, part, compute, grads[0][some], block, low, add=columns.start > 0)
-                    if head.group and not head.partial and columns.stop == n_cols:  # under the GEMM of the head's
-                        summed.append(self.run.add_up(grads[0][some]))
+                    if head.shards.adds_up and columns.stop == n_cols:  # under the GEMM of the head's
+                        summed.append(head.shards.add_up(grads[0][some]))
                 if need_weight:
                     mm(d.t(), scaled[some, :width], total, add=some.start > 0 or not own_sums or add)
                 if thin.shape[1]:
@@ -168,8 +168,8 @@ def backward(
     incoming = Incoming(labels, saved, logps, entropy, g_logps, g_entropy, g_lse)
     from_kept = head.inner is None or incoming.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == "product" and from_kept:
-        grad = product_gradient(head, hidden, (weight, low), incoming, kept)
-        return grad, *(weight.new_empty(0) for _ in needs[1:])
+        grad = head.shards.sum_of_rows(product_gradient(head, hidden, (weight, low), incoming, kept), rows)
+        return grad.to(hidden.dtype), *(weight.new_empty(0) for _ in needs[1:])
     incoming, live = incoming.at(rows).masked(head.ignore_index)
     kept = kept[: len(live) if head.keep == "basis" and from_kept else 0]
     n_kept, index = len(kept), None
@@ -196,7 +196,7 @@ def backward(
 def product_gradient(
     head: Head, hidden: Tensor, weights: tuple[Optional[Tensor], ...], rows: Incoming, product: Tensor
 ) -> Tensor:
-    """The gradient of hidden from product = basis @ weights: no GEMM. d lse = slope of the label - d logp."""
+    """This rank's part of hidden's gradient from product = basis @ weights: no GEMM. d lse = label's slope - d logp."""
     valid = rows.labels != head.ignore_index
     zero = torch.zeros_like(rows.saved[0])
     g_logps, g_lse = (zero if g is None else torch.where(valid, g, 0) for g in (rows.g_logps, rows.g_lse))
@@ -208,9 +208,7 @@ def product_gradient(
         if len(weights[0]):
             label_rows = [operand(w[labels], head.compute_dtype, hidden.dtype) for w in weights if w is not None]
             grad += g[:, None] * torch.cat(label_rows, 1)
-    if head.group and not head.partial:
-        row_passes(backends.get(head.backend), head.shards).add_up(grad).wait()
-    return grad.to(hidden.dtype)
+    return grad
 
 
 def empty_gradients(values: tuple[Optional[Tensor], ...], needs: list[bool]) -> tuple[Tensor, ...]:

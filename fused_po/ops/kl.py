@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, logits_shards, on_rows, refuse_second_derivative
+from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows, refuse_second_derivative
 from fused_po.parallel import ProcessGroupLike, Shards, row_passes
 from fused_po.reference import stats_dtype
 from fused_po.reference.divergence import ENTROPY, KL, LOGP, REF_LOGP, TOKEN_FIELDS
@@ -189,12 +189,7 @@ def _autograd(ctx, g_kl, g_logps, g_entropy, g_tokens):
     if all(g is None for g in given):
         return nothing
     arguments = ref_logits, labels, tokens, stacked(tokens[0], *given), *ctx.how
-    if ctx.inplace:
-        grad = logits.detach()
-        torch.ops.fused_po.kl_bwd_(grad, *arguments)
-    else:
-        grad = torch.ops.fused_po.kl_bwd(logits, *arguments)
-    return grad, *nothing[1:]
+    return gradient_by("kl_bwd", ctx.inplace, logits, *arguments), *nothing[1:]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

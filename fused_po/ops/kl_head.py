@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fused_po.ops import backend as backends
 from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans
-from fused_po.ops.head import Buffers, Head, guarded, take_rows
+from fused_po.ops.head import Buffers, Head, guarded, in_turns, take_rows
 from fused_po.ops.head_backward import HeadBackward, Incoming, empty_gradients
 from fused_po.parallel import row_passes
 from fused_po.reference import stats_dtype
@@ -155,13 +155,7 @@ class _Forward:
 
     def fill(self) -> None:
         """Every tile into the results."""
-        begun: list[Tile] = []
-        for number, some in enumerate(spans(0, self.labels.numel(), self.step)):
-            begun.append(self.begin(some, self.tiles[number % len(self.tiles)]))
-            if len(begun) > self.in_flight:
-                self.finish(begun.pop(0))
-        for tile in begun:
-            self.finish(tile)
+        in_turns(self, spans(0, self.labels.numel(), self.step), self.tiles)
 
     def begin(self, some: slice, tiles: _Tiles) -> Tile:
         """Project some rows of both sides, and begin to compare them."""
@@ -306,9 +300,7 @@ def backward(
     grads = torch.stack([torch.zeros_like(tokens[0]) if g is None else torch.where(valid, g, 0) for g in grads])
     from_kept = head.inner is None or not active[2]  # the softcap's slope does not come back from the basis
     if head.keep == "product" and not active[2]:
-        product = sum(g[:, None] * u for g, u in zip(grads, kept))
-        if head.group and not head.partial:
-            row_passes(backends.get(head.backend), head.shards).add_up(product).wait()
+        product = head.shards.sum_of_rows(sum(g[:, None] * u for g, u in zip(grads, kept)), rows)
         return product.to(hidden.dtype), weight.new_empty(0), weight.new_empty(0)
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
     live = (grads != 0).any(0)

@@ -150,6 +150,15 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
     return tuple(g if bits >> i & 1 else None for i, g in enumerate(grads))
 
 
+def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
+    """The gradient by a backward op; in place, by that with an underscore, over the logits."""
+    if not inplace:
+        return getattr(torch.ops.fused_po, op)(logits, *arguments)
+    grad = logits.detach()
+    getattr(torch.ops.fused_po, f"{op}_")(grad, *arguments)
+    return grad
+
+
 def _setup_context(ctx, inputs, output):
     logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend, group, sizes = inputs
     ctx.first_col = Shards(group, tuple(sizes)).start()
@@ -164,12 +173,7 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
         return (None,) * 10
     logits, labels, saved, entropy = ctx.saved_tensors
     arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
-    if ctx.inplace:
-        grad = logits.detach()
-        torch.ops.fused_po.logps_bwd_(grad, *arguments)
-    else:
-        grad = torch.ops.fused_po.logps_bwd(logits, *arguments)
-    return grad, *(None,) * 9
+    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, dense
+from fused_po.ops.logps import as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
 from fused_po.reference.policy import ENTROPY, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
 
@@ -63,12 +63,7 @@ def _autograd(ctx, g_loss, g_tokens):
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
     grads = tokens[SLOPE] * g_loss, g_entropy, None
     arguments = labels, tokens[SHIFT : NORM + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend, 0
-    if ctx.inplace:
-        grad = logits.detach()
-        torch.ops.fused_po.logps_bwd_(grad, *arguments)
-    else:
-        grad = torch.ops.fused_po.logps_bwd(logits, *arguments)
-    return grad, *(None,) * 17
+    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 17
 
 
 forward.register_autograd(_autograd, setup_context=_context)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, dense, on_rows, refuse_second_derivative
+from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows, refuse_second_derivative
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
 
@@ -119,12 +119,7 @@ def _logits_autograd(ctx, g_loss, g_losses, g_sequences, *g_detached):
     logits, labels, tokens, pairs, weights = ctx.saved_tensors
     grads = (g_loss, g_losses, g_sequences)
     arguments = (labels, tokens, pairs, weights, *grads, ctx.kl, ctx.outer, ctx.inner, ctx.backend)
-    if ctx.inplace:
-        grad = logits.detach()
-        torch.ops.fused_po.dpo_logits_bwd_(grad, *arguments)
-    else:
-        grad = torch.ops.fused_po.dpo_logits_bwd(logits, *arguments)
-    return grad, *(None,) * 12
+    return gradient_by("dpo_logits_bwd", ctx.inplace, logits, *arguments), *(None,) * 12
 
 
 logits_forward.register_autograd(_logits_autograd, setup_context=_logits_context)
