@@ -55,8 +55,7 @@ def steps_of(work: Work, tile_rows: int) -> list[Step]:
             sent = all_gather_bytes(work.scored, tile_rows, FIELDS, work.tp)
             steps.append(Step("reference's statistics gathered", "tp", sent=sent, count=tiles))
         if work.needs[0]:
-            rows = work.tokens if work.keep == "product" else work.scored
-            sent = all_reduce_bytes(rows * work.hidden * 4, work.tp)
+            sent = all_reduce_bytes(work.scored * work.hidden * 4, work.tp)
             under = "head's gradient" if work.needs[1] else ""
             steps.append(Step("hidden's gradient summed", "tp", sent=sent, rounds=2, hidden_by=under))
     return steps + data_parallel_steps(work, work.columns)
