@@ -93,10 +93,14 @@ def sequence_logps(
     checks.flags(average=average)
     kept, mask, bounds = _checked("logps", logps, mask, cu_seqlens)
     counts = _sequence_sums(mask.to(kept.dtype), bounds)
-    if ld_alpha is not None:
+    if ld_alpha is None:
+        sums = _sequence_sums(kept, bounds)
+    else:
         ld_alpha = checks.number("ld_alpha", ld_alpha, "numbers from 0 to 1, or None", lambda x: 0 <= x <= 1)
-        kept = torch.where(_long_tail(mask, counts, bounds), ld_alpha * kept, kept)
-    sums = _sequence_sums(kept, bounds)
+        tail = _long_tail(mask, counts, bounds)
+        sums = _sequence_sums(kept.masked_fill(tail, 0), bounds)
+        if ld_alpha:  # the tail's sum weighed, not its tokens, whose roundings would stay where they cancel
+            sums = sums + ld_alpha * _sequence_sums(kept.masked_fill(~tail, 0), bounds)
     return sums / counts.clamp(min=1) if average else sums
 
 

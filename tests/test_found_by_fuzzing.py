@@ -112,3 +112,24 @@ def test_vespos_weight_of_small_sampler_weights(seed):
     plain, exact = (v.prod(1) ** 2 * torch.exp(3 - 3 * v.prod(1)) for v in (weights, weights.double()))
     plain, exact = (v[:, None].expand(-1, 5) * 1e8 for v in (plain, exact))
     assert_close("phi", ours * 1e8, exact, [(plain, exact)])
+
+
+@pytest.mark.parametrize("average", (False, True))
+def test_a_long_tail_of_tokens_that_cancel(average, seed):
+    """LD-DPO's weight on each token of the tail left a rounding a token; on their sum it leaves one."""
+    rows, length = 64, 40
+    logps = torch.randint(-99, 100, (2 * rows, length)).float()
+    logps[:, -1] = 1 - logps[:, :-1].sum(1)
+    mask = torch.arange(2 * rows)[:, None].expand(-1, length) < rows  # the rejected ones are empty
+    counts = length if average else 1
+    sums = [logps[:rows].to(dtype).sum(1) * 0.3 / counts for dtype in (torch.float32, torch.float64)]
+    ours = fused_po.sequence_logps(logps, mask, ld_alpha=0.3, average=average)[:rows]
+    assert_close("tails", ours, sums[1], [tuple(sums)])
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_a_tail_that_is_dropped_may_be_infinite(packed):
+    """ld_alpha=0 times -inf was NaN."""
+    logps, mask = torch.tensor([[-1.0, -torch.inf], [-2.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+    given = (logps.flatten(), mask.flatten(), torch.tensor([0, 2, 4])) if packed else (logps, mask)
+    assert fused_po.sequence_logps(*given, ld_alpha=0.0).tolist() == [-1.0, -2.0]
