@@ -75,10 +75,10 @@ class Case:
 def rule(work: Work) -> int:
     """Bytes beyond the results: the budget, a tile (of both sides), fp32 for a block of the head, O(tokens x H).
 
-    A CPU casts a block of a 16-bit head too; a block's sum is there until the next block's is.
+    A CPU casts a block of a 16-bit head too, for the KL of both.
     """
     plan = Plan(work)
-    block = 4 * plan.block * work.hidden * (2 + plan.cast)
+    block = 4 * plan.block * work.hidden * (1 + plan.cast * (1 + plan.kl))
     return work.budget + (1 + plan.kl) * work.tile_bytes + block + work.tokens * (5 * 4 * work.hidden + TOKEN_BYTES)
 
 

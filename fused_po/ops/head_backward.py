@@ -126,11 +126,12 @@ class HeadBackward:
         sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=sums)  # of the bias, and of low
         if not pieces and need_weight and not add:
             grads[1].zero_()
+        room = None if own_sums else self.hidden.new_empty(min(columns_at_once, n_cols), width, dtype=sums)
         summed = []
         for columns in spans(0, n_cols, columns_at_once) or [slice(0, 0)]:
             part = weight if own_sums else operand(weight[columns], head.compute_dtype, gemm)
             low = None if self.low is None else self.low[columns]
-            total = grads[1] if own_sums else self.hidden.new_zeros(len(part), width, dtype=sums)
+            total = grads[1] if own_sums else room[: len(part)]
             for some in pieces:
                 d = self.tile(some, columns, part, buffers)
                 if need_hidden:
@@ -139,11 +140,12 @@ class HeadBackward:
                     if head.shards.adds_up and columns.stop == n_cols:  # under the GEMM of the head's
                         summed.append(head.shards.add_up(grads[0][some]))
                 if need_weight:
-                    mm(d.t(), scaled[some, :width], total, add=some.start > 0 or not own_sums or add)
+                    mm(d.t(), scaled[some, :width], total, add=some.start > 0 or add)
                 if thin.shape[1]:
                     mm(d.t(), thin[some], sum_thin[columns], add=True)
-            if need_weight and not own_sums:
+            if need_weight and not own_sums and pieces:
                 grads[1][columns] = total
+            del part  # before the next one is cast
         for work in summed:
             work.wait()
         if need_hidden and self.multiples:

@@ -169,9 +169,11 @@ def backward_moments(plan: Plan, lasting: dict[str, int]) -> dict[str, dict[str,
     if plan.kl:
         tiles["reference's hidden"] = (plan.subset or plan.cast) * n * plan.factor * w.ref_hidden
     middle = start | tiles | {"hidden x incoming gradient": scaled * plan.factor}
-    if not plan.own_sums:  # the last block is there until the next one is
-        middle["head's gradient, fp32 blocks"] = min(2, plan.blocks) * plan.block * w.hidden * wide
     middle["head, cast block"] = plan.cast * plan.block * w.hidden * plan.factor
+    if not plan.own_sums:
+        middle["head's gradient, fp32 block"] = plan.block * w.hidden * wide
+        if plan.kl and plan.kept < n:  # it lies beside the policy's
+            middle["reference's head, cast block"] = plan.cast * plan.block * w.ref_hidden * plan.factor
     end = start | {"result: hidden's gradient": (plan.subset or narrower) * d_hidden}
     if plan.kl:  # what the backward of both sides holds, it holds to its end
         end |= tiles
