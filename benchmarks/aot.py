@@ -114,7 +114,10 @@ def kl_cases(dtype: str) -> list[Case]:
             name = ("js" if direction == 0.5 else direction) + (", log-probs and entropy" if labels else "")
             out.append(Case(f"kl, {name}", "kl", "kl_kernel", dtype, flags))
             out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
-    return [*out, Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None}, block=2048)]
+    return [
+        *out,
+        Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}, block=2048),
+    ]
 
 
 def shards_cases() -> list[Case]:

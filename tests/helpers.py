@@ -7,6 +7,7 @@ maximum and in root mean square, plus the rounding of the result.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import zlib
@@ -82,10 +83,33 @@ def oracle(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, grads: dic
     return stats, torch.where(valid[:, None], dz * scaling.slope(raw), 0)
 
 
-def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling) -> dict:
+class EntropyOfKept(torch.autograd.Function):
+    """The entropy of logits [..., V], whose gradient comes back from probabilities kept in a 16-bit dtype.
+
+    Of a largest one above 1/2 the log is known, up to the rounding of the largest logit in base 2.
+    """
+
+    @staticmethod
+    def forward(ctx, z, dtype):
+        logp = z.log_softmax(-1)
+        p = logp.exp()
+        entropy = -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+        shift = z.amax(-1, keepdim=True).double() / math.log(2)
+        rest = ((shift - shift.float()) * math.log(2)).float()
+        ctx.save_for_backward(logp + rest, p.to(dtype).to(p.dtype), entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx, g):
+        logp, p, entropy = ctx.saved_tensors
+        logs = torch.where(p > 0.5, logp, p.log().clamp(min=-1e4))
+        return -g[..., None] * p * (logs + entropy[..., None]), None
+
+
+def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch.dtype | None = None) -> dict:
     """The same statistics as a person would write them, in fp32 (float64 for float64); autograd gives their gradients.
 
-    raw: [..., N, V], labels: [N].
+    raw: [..., N, V], labels: [N]. kept: the 16-bit dtype of what the entropy's gradient is made of, but in float64.
     """
     valid, safe = labels != IGNORE, labels.clamp(min=0).expand(raw.shape[:-1])
     z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
@@ -94,12 +118,20 @@ def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling) -> dict:
     shift = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient, e^(z - lse), is wrong once lse rounds to z
     stats = {
         "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
-        "entropy": -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
+        "entropy": EntropyOfKept.apply(z, kept)
+        if kept and z.dtype == torch.float32
+        else -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
         "lse": (shift + (z - shift).exp().sum(-1, keepdim=True).log()).squeeze(-1),
         "mean_logits": z.mean(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
     }
     return {name: torch.where(valid, value, 0) for name, value in stats.items()}
+
+
+def k3(r: torch.Tensor) -> torch.Tensor:
+    """e^-r - 1 + r of a log-ratio, on along its tangent below -20."""
+    inside = (-r).clamp(max=20)
+    return inside.exp() * (1 + (-r - inside)) - 1 + r
 
 
 def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: list[tuple]) -> None:
@@ -113,9 +145,12 @@ def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: lis
 
 
 def assert_within(
-    name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0
-) -> tuple[float, float]:
+    name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0,
+    theirs_rms: float | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """`assert_close` from plain PyTorch's errors; unit: a number whose rounding is let pass too.
+
+    theirs_rms: in place of the RMS of all their errors.
 
     Returns (our largest error beyond rounding, theirs); the first is at most twice the second.
     """
@@ -135,6 +170,7 @@ def assert_within(
     if ours_error.numel() < 64:  # a mean over so few is luck too
         return max(0.0, beyond), most
     rms = [value.square().mean().sqrt().item() for value in (ours_error, theirs_error, rounding)]
+    rms[1] = rms[1] if theirs_rms is None else theirs_rms
     assert rms[0] <= 2 * rms[1] + rms[2], f"{name}: RMS error {rms[0]:.3e}, plain PyTorch's {rms[1]:.3e}"
     return max(0.0, beyond), most
 

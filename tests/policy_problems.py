@@ -3,7 +3,7 @@
 import math
 
 import torch
-from helpers import DEVICE, IGNORE, random_labels
+from helpers import DEVICE, IGNORE, k3, random_labels
 
 import fused_po
 
@@ -56,7 +56,7 @@ def in_torch(t, row, dtype, kl=None, kl_coef=0.0, entropy_coef=0.0, temperature=
     out = {"losses": formula(rho, t["advantages"].to(dtype)[:, None], logp), "logps": logp, "entropy": entropy}
     if kl:
         r = torch.where(counts, logp - t["ref_logps"].to(dtype), 0)
-        out["kl"] = ((-r).exp() - 1 + r if kl == "k3" else r * r / 2) * (rho if times_ratio else 1)
+        out["kl"] = (k3(r) if kl == "k3" else r * r / 2) * (rho if times_ratio else 1)
         out["losses"] = out["losses"] + kl_coef * out["kl"]
     if loss_type not in ("reinforce", "sft"):
         out["ratio"] = rho.expand(counts.shape)

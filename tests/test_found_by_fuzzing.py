@@ -133,3 +133,40 @@ def test_a_tail_that_is_dropped_may_be_infinite(packed):
     logps, mask = torch.tensor([[-1.0, -torch.inf], [-2.0, 0.0]]), torch.tensor([[True, True], [True, False]])
     given = (logps.flatten(), mask.flatten(), torch.tensor([0, 2, 4])) if packed else (logps, mask)
     assert fused_po.sequence_logps(*given, ld_alpha=0.0).tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("weight", (0.01, 0.03, 0.97, 0.99))
+def test_the_jensen_shannon_divergence_of_uneven_weights(weight, seed):
+    """Where p and q are apart their mixture is one of the weights; the smaller was what 1 less a rounded one left."""
+    logits, ref_logits = (torch.randn(64, 40, device=DEVICE) * 300 for _ in range(2))
+    ours = fused_po.kl_from_logits(logits, ref_logits, direction="js", js_weight=weight, backend="reference").kl
+    nothing = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    plain, exact = (
+        in_torch(logits.to(d), ref_logits.to(d), nothing, "js", weight)[0] for d in (torch.float32, torch.float64)
+    )
+    assert_close("kl", ours, exact, [(plain, exact)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_entropys_gradient_of_sure_rows_from_a_kept_basis(backend, seed):
+    """The log of a probability near 1 came back from its bf16 rounding, 1 or 0.996."""
+    n, v, h = 32, 100, 8
+    weight = torch.randn(v, h, device=DEVICE).bfloat16()
+    top = weight.float().norm(dim=1).argmax()
+    hidden = (weight[top].float() * (1.2 + 0.1 * torch.rand(n, 1, device=DEVICE))).bfloat16()
+    labels = ((top + 1) % v).expand(n).contiguous()
+    g = torch.rand(n, device=DEVICE)
+
+    def gradient(dtype):
+        leaf = hidden.detach().to(dtype or hidden.dtype).requires_grad_()
+        if dtype is None:
+            how = dict(outputs=("entropy",), schedule=Schedule(logits_budget=1 << 20), backend=backend)
+            entropy = fused_po.linear_logps(leaf, weight, labels, **how).entropy
+        else:
+            logp = (leaf @ weight.to(dtype).T).log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+        return torch.autograd.grad((entropy * g.to(entropy.dtype)).sum(), leaf)[0]
+
+    ours, exact = gradient(None), gradient(torch.float64)
+    assert (exact.abs().amax(1) > 1e-3).any(), "a problem of no interest"
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().max().item())

@@ -66,11 +66,11 @@ def test_offsets_of_log_probs(backend, split, inplace, seed, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offsets_of_a_kept_basis(backend, seed):
     labels, one = random_labels(2, V, "none"), torch.ones(2, device=DEVICE)
-    logps = -torch.rand(2, device=DEVICE)
+    logps, saved = -torch.rand(2, device=DEVICE), torch.rand(2, 2, device=DEVICE)
 
     def run(basis):
         out = torch.empty(2, V, dtype=torch.bfloat16, device=DEVICE)
-        backends.get(backend).from_basis(basis, labels, logps, one, one, one, None, 1.0, out)
+        backends.get(backend).from_basis(basis, labels, saved, logps, one, one, one, None, 1.0, out)
         return [out.float()]
 
     both(run, -torch.rand(2, V, device=DEVICE))

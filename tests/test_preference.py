@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, assert_close, count_launches, random_labels
+from helpers import BACKENDS, DEVICE, IGNORE, assert_close, count_launches, k3, random_labels
 
 import fused_po
 
@@ -33,7 +33,7 @@ def dpo_in_torch(logits, labels, ref_logps, beta, smoothing, kl, kl_coef, dtype)
     out["loss"] = losses.sum(-1) / max(1, losses.shape[-1])
     if kl:
         r = logp - ref
-        k = {"k1": r, "k2": r * r / 2, "k3": torch.exp(-r) - 1 + r}[kl]
+        k = {"k1": r, "k2": r * r / 2, "k3": k3(r)}[kl]
         out["kl_per_token"], out["kl"] = k, k.sum((-1, -2)) / valid.sum().clamp(min=1)
         out["loss"] = out["loss"] + kl_coef * out["kl"]
     return out

@@ -6,6 +6,7 @@ from functools import partial
 from math import exp, log, log1p
 
 import torch
+from helpers import k3
 from zoo import F64, Row
 
 from fused_po import losses
@@ -22,10 +23,6 @@ def apart(distance: float) -> list:
 def estimate(name, case, run, oracle, expected, peers, **changes) -> Row:
     """By hand: log pi = -1, log pi_ref = -1.5, so r = 0.5."""
     return Row(name, case, run, oracle, (-1.0, -1.5), expected, tokens(2), (0,), apart, peers)._replace(**changes)
-
-
-def k3(r):
-    return torch.exp(-r) - 1 + r
 
 
 ESTIMATES = [

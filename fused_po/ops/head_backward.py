@@ -80,7 +80,7 @@ class HeadBackward:
         if self.multiples:
             return d
         part, out = self.rows.at(some), buffers.basis(*shape)
-        how = part.labels, part.logps, part.entropy, *part.grads, self.head.outer, out
+        how = part.labels, part.saved, part.logps, part.entropy, *part.grads, self.head.outer, out
         self.run.from_basis(d, *how, first_col=columns.start)
         return out
 

@@ -249,7 +249,7 @@ class _Backward(HeadBackward):
         g_kl, *others = (g[some].contiguous() for g in self.grads)
         rows = self.rows.at(some)
         if self.active[2]:  # there is no softcap then: see `backward`
-            how = rows.labels, rows.logps, rows.entropy, *others, None, self.head.outer, out
+            how = rows.labels, rows.saved, rows.logps, rows.entropy, *others, None, self.head.outer, out
             self.run.from_basis(d_logp, *how, first_col=columns.start)
         else:
             torch.mul(d_logp, others[0][:, None], out=out)

@@ -34,8 +34,11 @@ def _weighed(p: Tensor, apart: Tensor) -> Tensor:
 def _above_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """(log p - log m, log q - log m), m = weight q + (1 - weight) p; both exactly 0 where p = q."""
     apart = log_q - log_p
-    share = torch.where(apart > 0, 1 - weight, torch.full_like(apart, weight))
-    of_larger = -torch.log1p(share * torch.expm1(-apart.abs()))
+    own, other = (torch.full_like(apart, w) for w in (1 - weight, weight))
+    share, rest = torch.where(apart > 0, own, other), torch.where(apart > 0, other, own)
+    down = share * torch.expm1(-apart.abs())
+    far = (rest + share * (-apart.abs()).exp()).log()  # 1 - share where nothing else is left: not from a rounded share
+    of_larger = -torch.where(down < -0.5, far, torch.log1p(down))
     return of_larger - apart.clamp(min=0), of_larger + apart.clamp(max=0)
 
 

@@ -162,19 +162,21 @@ def dz_of_logp(logp: Tensor, logp_label: Tensor, here: Tensor, label: Tensor, in
 
 
 def from_basis(
-    basis: Tensor, labels: Tensor, logps: Tensor, entropy: Tensor, g_logps: Tensor | None, g_entropy: Tensor | None,
-    g_lse: Tensor | None, outer: float, out: Tensor, first_col: int = 0,
+    basis: Tensor, labels: Tensor, saved: Tensor, logps: Tensor, entropy: Tensor, g_logps: Tensor | None,
+    g_entropy: Tensor | None, g_lse: Tensor | None, outer: float, out: Tensor, first_col: int = 0,
 ) -> None:  # fmt: skip
     """`gradient`, but from the basis [N, V] of logits without a softcap and the labels' logps [N].
 
-    Apart from the label's, an entry of the basis is -outer * p: the probabilities come back from it.
+    Apart from the label's, an entry of the basis is -outer * p: the probabilities come back from it. A rounded p close
+    to 1 says little of log p: above 1/2 it is the largest, whose log p is -log-norm.
     """
     live = torch.stack([g != 0 for g in (g_logps, g_entropy, g_lse) if g is not None]).any(0)
     clear_rows(out[None], ~live)
     for rows, (_, where), d in row_blocks(basis[None], live):
         label = labels[rows] - first_col
         here = ((label >= 0) & (label < basis.shape[1])).nonzero().squeeze(1)
-        logp = (d.to(logps.dtype) / -outer).clamp_(min=0).log_()
+        p = (d.to(logps.dtype) / -outer).clamp_(min=0)
+        logp = torch.where(p > 0.5, -saved[1, rows][:, None], p.log())
         logp_label = logps[rows][here]
         incoming = _at(rows, entropy, g_logps, g_entropy, g_lse)
         out[where] = dz_of_logp(logp, logp_label, here, label, incoming).mul_(outer).to(out.dtype)

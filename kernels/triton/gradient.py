@@ -137,27 +137,31 @@ def score(logits, labels, outer, inner, ignore_index, outputs, basis):
 
 
 @triton.jit
-def basis_to_dz(d, outer, entropy, weight, g_entropy, HAS_ENTROPY: tl.constexpr):
-    """The gradient in the raw logit of entries that are not the label's: d = -outer * p, weight = g_logps - g_lse."""
+def basis_to_dz(d, outer, norm, entropy, weight, g_entropy, HAS_ENTROPY: tl.constexpr):
+    """The gradient in the raw logit of entries that are not the label's: d = -outer * p, weight = g_logps - g_lse.
+
+    A rounded p close to 1 says little of log p: above 1/2 it is the largest, whose log2 p is -norm.
+    """
     if HAS_ENTROPY:
-        log2p = tl.log2(tl.abs(d)) - tl.log2(outer)
+        log2p = tl.where(tl.abs(d) > 0.5 * outer, -norm, tl.log2(tl.abs(d)) - tl.log2(outer))
         weight += g_entropy * (tl.maximum(log2p, FLOOR) * LN2 + entropy)
     return d * weight
 
 
 @triton.jit
 def from_basis_kernel(
-    basis_ptr, out_ptr, label_ptr, logps_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
+    basis_ptr, out_ptr, label_ptr, saved_ptr, logps_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
     first_col, n_cols, basis_stride, out_stride, outer, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows on grid axis 0, blocks of columns on axis 1. Rows begin at 16-byte boundaries; a full block has no mask."""
     row = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     zero = tl.full((), 0.0, tl.float32)
-    entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
+    norm, entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero, zero
     if g_logps_ptr is not None:
         g_logp = tl.load(g_logps_ptr + row)
     if g_entropy_ptr is not None:
+        norm = tl.load(saved_ptr + tl.num_programs(0) + row)
         entropy = tl.load(entropy_ptr + row)
         g_entropy = tl.load(g_entropy_ptr + row)
     if g_lse_ptr is not None:
@@ -176,24 +180,24 @@ def from_basis_kernel(
     end = tl.where(live, n_cols, 0) - start
     if end >= BLOCK:
         d = tl.load(in_block + offsets).to(tl.float32)
-        dz = basis_to_dz(d, outer, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None)
         value = tl.where(offsets == target, dz_label, dz)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty))
     else:
         mask = offsets < n_cols - start
         d = tl.load(in_block + offsets, mask=offsets < end, other=0.0).to(tl.float32)
-        dz = basis_to_dz(d, outer, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None)
         value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz), 0.0)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def from_basis(basis, labels, logps, entropy, g_logps, g_entropy, g_lse, outer, out, first_col=0):
+def from_basis(basis, labels, saved, logps, entropy, g_logps, g_entropy, g_lse, outer, out, first_col=0):
     """`gradient`, but from the basis [N, V] of logits without a softcap and the labels' logps [N]."""
     n_rows, n_cols = basis.shape
     shape = launch_shape(n_cols, out.element_size())
     grid = n_rows, triton.cdiv(n_cols, shape["BLOCK"])
     if basis.numel():
         from_basis_kernel[grid](
-            basis, out, labels, logps, entropy, g_logps, g_entropy, g_lse, first_col, n_cols, basis.stride(0),
+            basis, out, labels, saved, logps, entropy, g_logps, g_entropy, g_lse, first_col, n_cols, basis.stride(0),
             out.stride(0), outer, BLOCK=shape["BLOCK"], num_warps=shape["num_warps"],
         )  # fmt: skip

@@ -142,20 +142,25 @@ def scan_pair(
 
 
 @triton.jit
-def above_mixture(log2p, log2q, weight):
+def above_mixture(log2p, log2q, WEIGHT: tl.constexpr):
     """(log2 p - log2 m, log2 q - log2 m), m = weight q + (1 - weight) p; both exactly 0 where p = q.
 
-    The hardware's logarithm is good to 2^-22 here, where it takes numbers up to 1, and exact at 1.
+    Of the two weights the smaller is rounded, the larger what it leaves: their sum is 1. The hardware's logarithm is
+    good to 2^-22 here, where it takes numbers up to 1, and exact at 1.
     """
+    small = tl.full((), WEIGHT if WEIGHT < 0.5 else 1.0 - WEIGHT, tl.float32)
+    of_q = small if WEIGHT < 0.5 else 1.0 - small
+    of_p = 1.0 - small if WEIGHT < 0.5 else small
     apart = log2q - log2p
-    share = tl.where(apart > 0.0, 1.0 - weight, weight)
-    of_larger = -tl.log2(1.0 + share * (tl.exp2(-tl.abs(apart)) - 1.0))
+    of_larger = -tl.log2(
+        tl.fma(tl.where(apart > 0.0, of_p, of_q), tl.exp2(-tl.abs(apart)), tl.where(apart > 0.0, of_q, of_p))
+    )
     return of_larger - tl.maximum(apart, 0.0), of_larger + tl.minimum(apart, 0.0)
 
 
 @triton.jit
 def mixture_sums(
-    x_row, ref_row, n_cols, row, scale, inner, ref_scale, ref_inner, weight, BLOCK: tl.constexpr
+    x_row, ref_row, n_cols, row, scale, inner, ref_scale, ref_inner, WEIGHT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """(KL(p || m), KL(q || m)) in base 2 of m = weight q + (1 - weight) p; row: shift, norm, ref_shift, ref_norm."""
     shift, norm, ref_shift, ref_norm = row
@@ -168,7 +173,7 @@ def mixture_sums(
         log2p = tl.fma(x, scale, -shift) - norm
         log2q = tl.fma(y, ref_scale, -ref_shift) - ref_norm
         p, q = tl.exp2(log2p), tl.exp2(log2q)
-        p_above, q_above = above_mixture(log2p, log2q, weight)
+        p_above, q_above = above_mixture(log2p, log2q, WEIGHT)
         of_p += tl.where(p > 0.0, p * p_above, p)
         of_q += tl.where(q > 0.0, q * q_above, q)
     return tl.sum(of_p, 0), tl.sum(of_q, 0)
@@ -234,7 +239,8 @@ def kl_kernel(
 def mixture_kernel(
     x_ptr, ref_ptr, tokens_ptr, sums_ptr,
     inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
-    ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner, weight, BLOCK: tl.constexpr,
+    ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row: sums [2, rows] over these columns, with the shifts and norms of whole rows in tokens."""
     row, n_rows = tl.program_id(0), tl.num_programs(0)
@@ -248,7 +254,7 @@ def mixture_kernel(
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     columns = tl.where(norm != float("inf"), n_cols, 0)
     of_p, of_q = mixture_sums(
-        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, weight, BLOCK
+        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, WEIGHT, BLOCK
     )
     tl.store(sums_ptr + row, of_p * LN2)
     tl.store(sums_ptr + n_rows + row, of_q * LN2)
@@ -264,8 +270,8 @@ def mixture(logits, ref_logits, tokens, scaling, ref_scaling, weight):
         shape = launch_shape(logits.shape[2], logits.element_size())
         mixture_kernel[(tokens.shape[1],)](
             logits, ref_logits, tokens, sums, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
-            ref_logits.stride(0), ref_logits.stride(1), *scaling, *ref_scaling, weight,
-            BLOCK=shape["BLOCK"] // 2, num_warps=shape["num_warps"],
+            ref_logits.stride(0), ref_logits.stride(1), *scaling, *ref_scaling,
+            WEIGHT=weight, BLOCK=shape["BLOCK"] // 2, num_warps=shape["num_warps"],
         )  # fmt: skip
     return sums
 

@@ -144,6 +144,12 @@ class HeadCase(NamedTuple):
     seed: int
 
     @property
+    def kept(self) -> torch.dtype | None:
+        """Of probabilities from which the entropy's gradient comes back."""
+        dtype = DTYPES[self.dtype]
+        return dtype if dtype.itemsize == 2 and "entropy" in self.incoming.names else None
+
+    @property
     def as_rows(self) -> Rows:
         """Its logits, for their labels."""
         masks = 0.0, self.ignored, False, self.ignore_index
@@ -209,7 +215,7 @@ def check_linear(case: HeadCase) -> None:
     schedule = case.plan.schedule(case.v, DTYPES[case.dtype], int((safe != IGNORE).sum()), case.n)
 
     def in_torch(t: Values) -> Values:
-        stats = plain(raw_logits(t), safe, scaling_of(t))
+        stats = plain(raw_logits(t), safe, scaling_of(t), None if case.plan.kept == 0 else case.kept)
         return {name: stats[name] for name in case.outputs}
 
     def ours(t: Values) -> Values:
@@ -254,7 +260,7 @@ def check_chunked(case: HeadCase, n_groups: int) -> None:
         return {"loss": fused_po.chunked_loss(share, *operands, schedule=schedule, **how)}
 
     def in_torch(t: Values) -> Values:
-        return {"loss": weighed(plain(raw_logits(t), safe, scaling_of(t)))}
+        return {"loss": weighed(plain(raw_logits(t), safe, scaling_of(t), case.kept))}
 
     one = {"loss": torch.ones((), dtype=torch.float64, device=labels.device)}
     numbers = scaling_like(case.scaling, len(tensors["hidden"]), generator)
