@@ -137,13 +137,16 @@ def score(logits, labels, outer, inner, ignore_index, outputs, basis):
 
 
 @triton.jit
-def basis_to_dz(d, outer, norm, entropy, weight, g_entropy, HAS_ENTROPY: tl.constexpr):
+def basis_to_dz(d, outer, norm, entropy, weight, g_entropy, HAS_ENTROPY: tl.constexpr, IS_16_BIT: tl.constexpr):
     """The gradient in the raw logit of entries that are not the label's: d = -outer * p, weight = g_logps - g_lse.
 
-    A rounded p close to 1 says little of log p: above 1/2 it is the largest, whose log2 p is -norm.
+    A p close to 1 in 16 bits says little of log p: above 1/2 it is the largest, whose log2 p is -norm but for the
+    rounding of its shift.
     """
     if HAS_ENTROPY:
-        log2p = tl.where(tl.abs(d) > 0.5 * outer, -norm, tl.log2(tl.abs(d)) - tl.log2(outer))
+        log2p = tl.log2(tl.abs(d)) - tl.log2(outer)
+        if IS_16_BIT:
+            log2p = tl.where(tl.abs(d) > 0.5 * outer, -norm, log2p)
         weight += g_entropy * (tl.maximum(log2p, FLOOR) * LN2 + entropy)
     return d * weight
 
@@ -156,6 +159,7 @@ def from_basis_kernel(
     """Rows on grid axis 0, blocks of columns on axis 1. Rows begin at 16-byte boundaries; a full block has no mask."""
     row = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
+    IS_16_BIT: tl.constexpr = basis_ptr.dtype.element_ty.primitive_bitwidth == 16
     zero = tl.full((), 0.0, tl.float32)
     norm, entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero, zero
     if g_logps_ptr is not None:
@@ -180,13 +184,13 @@ def from_basis_kernel(
     end = tl.where(live, n_cols, 0) - start
     if end >= BLOCK:
         d = tl.load(in_block + offsets).to(tl.float32)
-        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None, IS_16_BIT)
         value = tl.where(offsets == target, dz_label, dz)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty))
     else:
         mask = offsets < n_cols - start
         d = tl.load(in_block + offsets, mask=offsets < end, other=0.0).to(tl.float32)
-        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None)
+        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None, IS_16_BIT)
         value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz), 0.0)
         tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 

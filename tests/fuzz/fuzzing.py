@@ -185,7 +185,7 @@ def count(op: str, ratio: float) -> None:
 
 
 def one_nat(
-    backend: str, dtype: str, names: tuple[str, ...], g: Values, slope: float, **factors: Tensor
+    backend: str, dtype: str, names: tuple[str, ...], g: Values, slope: float, center: float = 0.0, **factors: Tensor
 ) -> dict[str, float]:
     """Of each value, what an error of 1 nat in the log-probs makes of it: itself, and of the gradients of `factors`.
 
@@ -193,6 +193,9 @@ def one_nat(
     kernels work in base 2: where one token has all of the probability plain PyTorch is exact, and they are off by the
     rounding of that probability. For float64 the truth is the log of a sum too, of 1 and what fp32 does not see beside
     it: plain PyTorch's errors in fp32 say nothing of that, a rounding of 1 a term. Else to float64's rounding.
+
+    center: nats that gradients are counted from, as a rounded sum has them. Where all are the same nothing is left of
+    them but its rounding, and that is the same in every copy.
     """
     scale = 8.0 if dtype == "fp64" else 1.0 if backend == "triton" else 4 * FP64 / FP32
     largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
@@ -200,5 +203,5 @@ def one_nat(
     # A log, and twice a log; a log of either side; a log, and a mean of others.
     logs = {"log_sum_sq_probs": 4.0, "kl": 2.0, "entropy": 2.0}
     units = {name: logs.get(name, 1.0) for name in names}
-    units |= {"d " + name: largest * size for name, size in sizes.items()}
-    return {name: scale * unit for name, unit in units.items()}
+    units = {name: scale * unit for name, unit in units.items()}
+    return units | {"d " + name: max(scale, center) * largest * size for name, size in sizes.items()}
