@@ -138,8 +138,12 @@ def plain_and_exact(
 ) -> tuple[Values, Values]:
     """(plain PyTorch's errors by name, the exact values of the first copy); numbers: of `scaling_like`.
 
-    The errors are [copies, ...], NaN where there is nothing to judge.
+    The errors are [copies, ...], NaN where there is nothing to judge. Incoming gradients have all signs in turn: of a
+    sum of two values' gradients one sign may cancel what another adds up.
     """
+    copies = torch.arange(len(next(iter(tensors.values()))), device=DEVICE)
+    signs = {name: 1 - 2 * (copies >> i & 1) for i, name in enumerate(incoming)}
+    incoming = {name: signs[name].view(-1, *[1] * g.ndim) * g for name, g in incoming.items()}
     wide = any(t.dtype == torch.float64 for t in tensors.values())
     narrow = cast(tensors, torch.float32) if wide else tensors
     theirs = evaluate(run, narrow | cast(numbers, torch.float32), leaves, incoming)
@@ -151,7 +155,7 @@ def plain_and_exact(
         errors[name] = error.where(finite, torch.nan)
     if wide:
         first = {name: t[:1] if t.is_floating_point() else t for name, t in (tensors | numbers).items()}
-        exact = evaluate(run, first, leaves, incoming)
+        exact = evaluate(run, first, leaves, {name: g[:1] for name, g in incoming.items()})
     return errors, {name: value[0] for name, value in exact.items()}
 
 
