@@ -245,8 +245,8 @@ def discopop(
 ) -> Tensor:
     """DiscoPOP's log-ratio modulated loss: L = -(1 - m) log s(h) + m e^-h,  m = s(h / tau),  h = beta (w - l).
 
-    Lu et al. 2024, arXiv:2406.08414, eq. 5, with its tau = 0.05; TRL's discopop_tau. m and e^-h are multiplied as
-    logarithms: for h < 0 the one is as small as the other is large. For tau > 1 their product grows without end.
+    Lu et al. 2024, arXiv:2406.08414, eq. 5, with its tau = 0.05; TRL's discopop_tau. Where e^-h is large m and it are
+    multiplied as logarithms: the one is as small as the other is large. For tau > 1 their product grows without end.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B]. tau: in (0, 1].
@@ -254,7 +254,9 @@ def discopop(
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     tau = checks.number("tau", tau, "0 < tau <= 1", lambda v: 0 < v <= 1)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    return -torch.sigmoid(-h / tau) * logsigmoid(h) + torch.exp(logsigmoid(h / tau) - h)
+    m, log_sigmoid = torch.sigmoid(h / tau), logsigmoid(h)
+    near = m * (torch.exp(-h.clamp(min=-10)) + log_sigmoid)  # one m: its gradient's two parts cancel before they round
+    return torch.where(h < -10, torch.exp(logsigmoid(h / tau) - h) + m * log_sigmoid, near) - log_sigmoid
 
 
 def dpop(
