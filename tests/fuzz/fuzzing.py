@@ -159,6 +159,11 @@ def plain_and_exact(
     return errors, {name: value[0] for name, value in exact.items()}
 
 
+def kept_as(dtype: str) -> torch.dtype | None:
+    """In what the entropy's gradient comes back from a kept basis: None where that is as good as the logits."""
+    return DTYPES[dtype] if DTYPES[dtype].itemsize == 2 else None
+
+
 def judged(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Where a value is held against its bound: not where it may overflow the dtype."""
     return ~(exact.isfinite() & (exact.abs() > torch.finfo(dtype).max / 2))

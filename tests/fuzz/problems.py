@@ -176,9 +176,9 @@ class Incoming(NamedTuple):
 
 
 def incoming(names: tuple[str, ...], dtype: str) -> st.SearchStrategy:
-    """Gradients of some of these outputs, at least of one; 2^20 is beyond fp16."""
+    """Gradients of some of these outputs, at least of one; of 2^20 and 2^-20 fp16 has too few digits or none."""
     some = st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)
-    scales = [scale for scale in SCALES if dtype != "fp16" or scale <= 8]
+    scales = [scale for scale in SCALES if dtype != "fp16" or 1e-3 <= scale <= 8]
     return st.builds(Incoming, some, st.sampled_from(scales), st.sampled_from((0.0, 0.0, 0.3, 1.0)), SEEDS)
 
 

@@ -15,12 +15,13 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
+    kept_as,
     one_nat,
     plain_and_exact,
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling
+from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
 from problems import (
     IGNORED,
@@ -225,7 +226,10 @@ def check_linear_kl(case: HeadsCase) -> None:
 
     def plainly(t: Values) -> Values:
         sides = raw_logits(t), raw_logits(t, "ref_")
-        return counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
+        found = counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
+        if case.plan.kept != 0 and "entropy" in g:
+            found["entropy"] = plain(sides[0], safe, scaling_of(t), kept_as(case.dtype))["entropy"]
+        return found
 
     def ours(t: Values) -> Values:
         how = {name: tuple(getattr(s, name) for s in case.scalings) for name in Scaling._fields}

@@ -14,6 +14,7 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
+    kept_as,
     one_nat,
     plain_and_exact,
     scaling_like,
@@ -146,8 +147,7 @@ class HeadCase(NamedTuple):
     @property
     def kept(self) -> torch.dtype | None:
         """Of probabilities from which the entropy's gradient comes back."""
-        dtype = DTYPES[self.dtype]
-        return dtype if dtype.itemsize == 2 and "entropy" in self.incoming.names else None
+        return kept_as(self.dtype) if "entropy" in self.incoming.names else None
 
     @property
     def as_rows(self) -> Rows:

