@@ -184,3 +184,14 @@ def test_discopops_gradient_where_its_gate_is_half_open(seed):
         found[dtype] = [torch.autograd.grad(loss.sum(), h)[0] for loss in (ours, plain)]
     (ours, theirs), (_, exact) = found[torch.float32], found[torch.float64]
     assert_close("gradient", ours, exact, [(theirs, exact)])
+
+
+def test_forward_kls_gradient_where_the_policy_is_far_above(seed):
+    """e^-r came back from e^-r - 1: with the rounding of 1."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        r = torch.linspace(2, 14, 1001).to(dtype).requires_grad_()
+        score = losses.f_divergence_score(r, None, "forward_kl")
+        found[dtype] = [torch.autograd.grad(v.sum(), r)[0] * r.detach().exp() for v in (score, 1 - torch.exp(-r))]
+    (ours, theirs), (_, exact) = found[torch.float32], found[torch.float64]
+    assert_close("gradient", ours, exact, [(theirs, exact)])

@@ -19,6 +19,9 @@ def s(x):
     return 1 / (1 + torch.exp(-x))
 
 
+log_s = torch.nn.functional.logsigmoid
+
+
 def softplus(x: float) -> float:
     """-log s(-x), by hand."""
     return log1p(exp(x))
@@ -219,7 +222,7 @@ for divergence, formula, hand in (
     PAIRWISE.append(
         pair(
             "preference_loss", divergence, partial(losses.preference_loss, f_divergence=divergence, beta=0.5),
-            partial(lambda f, w, l: -s(0.5 * (f(w) - f(l))).log(), formula), softplus(-0.5 * hand),
+            partial(lambda f, w, l: -log_s(0.5 * (f(w) - f(l))), formula), softplus(-0.5 * hand),
             "TRL agrees; past exponents of 20 ours goes on along the tangent, TRL's alpha stops at 80, others overflow",
         )
     )  # fmt: skip

@@ -12,7 +12,8 @@ def saturating_expm1(x: Tensor, limit: float = 20.0) -> Tensor:
     e^20 = 4.9e8 is where verl clamps log-ratios. A clamp would stop the gradient just where the policies part most.
     """
     inside = x.clamp(max=limit)
-    grown = torch.expm1(inside)
+    # The backward of expm1 makes e^x of its result plus 1: rounded as 1 is, where e^x is small.
+    grown = torch.where(inside < -0.7, torch.exp(inside) - 1, torch.expm1(inside))
     return grown + (grown.detach() + 1) * (x - inside)
 
 

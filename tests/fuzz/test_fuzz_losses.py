@@ -61,14 +61,7 @@ def check_loss(name: str, size: float, lay: bool, seed: int) -> None:
     value, grads = backward(row, row.run, first)
     for i, grad in enumerate(grads):
         assert i in row.grads or grad is None or not grad.any(), f"input {i} must get no gradient"
-    found = named(value, grads, row.grads)
-    for key, beside in named(*backward(row, row.oracle, many[0]), row.grads).items():
-        lost = exact[key].isfinite() & ~beside.isfinite()  # there plain PyTorch's error says nothing
-        assert found[key][lost].isfinite().all(), key
-        if key == "losses":  # the float64 of a gradient may be lost too
-            torch.testing.assert_close(found[key][lost].double(), exact[key][lost], rtol=1e-5, atol=0)
-        found[key] = torch.where(lost, exact[key].to(found[key].dtype), found[key])
-    judge("losses", found, {key: torch.cat(errors) for key, errors in theirs.items()}, exact)
+    judge("losses", named(value, grads, row.grads), {key: torch.cat(errors) for key, errors in theirs.items()}, exact)
 
 
 test_losses = fuzz(0.1, st.sampled_from(sorted(NAMES)), st.sampled_from((0.5, 1.0, 1.0, 2.0)), st.booleans(), SEEDS)(
