@@ -115,13 +115,13 @@ def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch
     z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
     logp = z.log_softmax(-1)
     p = logp.exp()
-    shift = z.detach().amax(-1, keepdim=True)  # torch.logsumexp's gradient, e^(z - lse), is wrong once lse rounds to z
+    shift = z.detach().amax(-1, keepdim=True)  # else logsumexp's gradient, e^(z - lse), is wrong once lse rounds to z
     stats = {
         "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
         "entropy": EntropyOfKept.apply(z, kept)
         if kept and z.dtype == torch.float32
         else -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
-        "lse": (shift + (z - shift).exp().sum(-1, keepdim=True).log()).squeeze(-1),
+        "lse": shift.squeeze(-1) + (z - shift).logsumexp(-1),
         "mean_logits": z.mean(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
     }

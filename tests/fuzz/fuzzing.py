@@ -213,4 +213,11 @@ def one_nat(
     logs = {"log_sum_sq_probs": 4.0, "kl": 2.0, "entropy": 2.0}
     units = {name: logs.get(name, 1.0) for name in names}
     units = {name: scale * unit for name, unit in units.items()}
-    return units | {"d " + name: max(scale, center) * largest * size for name, size in sizes.items()}
+    units |= {"d " + name: max(scale, center) * largest * size for name, size in sizes.items()}
+    for name in factors.keys() & {
+        "hidden",
+        "u",
+    }:  # sums over the vocabulary, whose order is luck: no sum of sizes is more
+        most = float(factors[name].abs().max()) if factors[name].numel() else 0.0
+        units["d " + name] = max(units["d " + name], 2 * largest * most)
+    return units

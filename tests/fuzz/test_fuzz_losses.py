@@ -9,7 +9,7 @@ from problems import SEEDS, laid_out
 from test_zoo import TABLE, backward
 from zoo import Row
 
-COPIES = 24
+COPIES = 64
 NAMES = {row.id: row for row in TABLE}
 EXTREME = {row.id: row for row in TABLE if row.extremes}
 
