@@ -193,31 +193,19 @@ def count(op: str, ratio: float) -> None:
     RATIOS.setdefault(op, []).append(ratio)
 
 
-def one_nat(
-    backend: str, dtype: str, names: tuple[str, ...], g: Values, slope: float, center: float = 0.0, **factors: Tensor
-) -> dict[str, float]:
+def one_nat(dtype: str, names: tuple[str, ...], g: Values, slope: float, **factors: Tensor) -> dict[str, float]:
     """Of each value, what an error of 1 nat in the log-probs makes of it: itself, and of the gradients of `factors`.
 
-    The rounding of a number of this size is let pass where the bound would be less than what it is made of. The
-    kernels work in base 2: where one token has all of the probability plain PyTorch is exact, and they are off by the
-    rounding of that probability. For float64 the truth is the log of a sum too, of 1 and what fp32 does not see beside
-    it: plain PyTorch's errors in fp32 say nothing of that, a rounding of 1 a term. Else to float64's rounding.
-
-    center: nats that gradients are counted from, as a rounded sum has them. Where all are the same nothing is left of
-    them but its rounding, and that is the same in every copy.
+    The rounding of a number of this size is let pass where the bound would be less than what it is made of. A log-prob
+    is the log of a sum: in another order it is off by the rounding of 1, and where one token has all of the probability
+    plain PyTorch may be exact, while the kernels, which work in base 2, are off by that. In float64 the truth is such a
+    sum too, of 1 and what fp32 does not see beside it: a rounding of 1 a term.
     """
-    scale = 8.0 if dtype == "fp64" else 1.0 if backend == "triton" else 4 * FP64 / FP32
+    scale = 8.0 if dtype == "fp64" else 1.0
     largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
-    sizes = {name: float(f.abs().sum(-1).max()) if f.numel() else 0.0 for name, f in factors.items()}
+    sizes = {name: float(f.abs().max()) if f.numel() else 0.0 for name, f in factors.items()}
     # A log, and twice a log; a log of either side; a log, and a mean of others.
     logs = {"log_sum_sq_probs": 4.0, "kl": 2.0, "entropy": 2.0}
     units = {name: logs.get(name, 1.0) for name in names}
-    units = {name: scale * unit for name, unit in units.items()}
-    units |= {"d " + name: max(scale, center) * largest * size for name, size in sizes.items()}
-    for name in factors.keys() & {
-        "hidden",
-        "u",
-    }:  # sums over the vocabulary, whose order is luck: no sum of sizes is more
-        most = float(factors[name].abs().max()) if factors[name].numel() else 0.0
-        units["d " + name] = max(units["d " + name], 2 * largest * most)
-    return units
+    units |= {"d " + name: largest * size for name, size in sizes.items()}
+    return {name: scale * unit for name, unit in units.items()}

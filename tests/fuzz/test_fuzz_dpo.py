@@ -181,8 +181,7 @@ def dpo_units(case: DPOCase, t: Values, names: tuple[str, ...], g: Values) -> di
     if case.width:
         factors = {"hidden": t["weight"], "weight": 2 * max(1, case.pairs) * steep * t["hidden"]}
     return {
-        name: steep * unit
-        for name, unit in one_nat(case.backend, case.dtype, names, g, case.scaling.steepest, **factors).items()
+        name: steep * unit for name, unit in one_nat(case.dtype, names, g, case.scaling.steepest, **factors).items()
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -116,11 +115,6 @@ def counted(stats, names: tuple[str, ...]) -> Values:
     return {name: value for name, value in zip(NAMES, stats) if name in names}
 
 
-def center(direction: str, weight: float) -> float:
-    """What js's gradient is counted from, at most: (1 - w) KL(p || m) <= -(1 - w) log(1 - w)."""
-    return -(1 - weight) * math.log1p(-weight) if direction == "js" else 0.0
-
-
 def check_kl(case: KLCase) -> None:
     generator = generator_of(case.rows.seed)
     labels, safe = given_labels(drawn := draw_labels(case.rows, generator), case.rows.ignore_index)
@@ -151,9 +145,7 @@ def check_kl(case: KLCase) -> None:
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, ("logits",), g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of a token that does not count"
-    units = one_nat(
-        case.backend, case.rows.dtype, names, g, case.scalings[0].steepest, center(*case.how), logits=torch.ones(1)
-    )
+    units = one_nat(case.rows.dtype, names, g, case.scalings[0].steepest, logits=torch.ones(1))
     judge("kl_from_logits", found, errors, exact, units)
 
 
@@ -246,7 +238,7 @@ def check_linear_kl(case: HeadsCase) -> None:
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, case.trained, g)
     rows_bias = torch.full((1,), float(max(1, case.n)))
     factors = {"hidden": tensors["weight"], "weight": max(1, case.n) * tensors["hidden"], "bias": rows_bias}
-    units = one_nat(case.backend, case.dtype, names, g, case.scalings[0].steepest, center(*case.how), **factors)
+    units = one_nat(case.dtype, names, g, case.scalings[0].steepest, **factors)
     judge("linear_kl", found, errors, exact, units)
 
 

@@ -107,7 +107,7 @@ def check_logits(case: LogitsCase) -> None:
     found = evaluate_view(ours, laid_out(logits[0], case.layout), leaves, g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of an ignored row"
-    units = one_nat(case.backend, case.rows.dtype, names, g, case.scaling.steepest, logits=torch.ones(1))
+    units = one_nat(case.rows.dtype, names, g, case.scaling.steepest, logits=torch.ones(1))
     judge("logps_from_logits", found, errors, exact, units)
 
 
@@ -203,7 +203,7 @@ def head_units(case: HeadCase, t: Values, names: tuple[str, ...], g: Values) -> 
     factors = {"hidden": t["weight"], "weight": n * t["hidden"], "bias": torch.full((1,), float(n))}
     if case.rank:
         factors |= {"u": t["low"], "low": n * t["u"]}
-    return one_nat(case.backend, case.dtype, names, g, case.scaling.steepest, **factors)
+    return one_nat(case.dtype, names, g, case.scaling.steepest, **factors)
 
 
 def check_linear(case: HeadCase) -> None:
