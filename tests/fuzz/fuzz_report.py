@@ -62,7 +62,7 @@ def draw(ratios: dict[str, list[float]], path: Path) -> None:
         axis.axvline(1, color="grey", linewidth=1, linestyle="--")
         axis.axvline(BOUND, color="#d55e00", linewidth=2)
         axis.set(yscale="log", ylim=(0.5, None))
-        axis.set_title(f"{op}: {len(values)} cases, largest {values.max():.2f}", fontsize=10)
+        axis.set_title(f"{op}\n{len(values)} cases, largest {values.max():.2f}", fontsize=10)
     figure.supxlabel("largest error of ours, less the result's rounding / plain PyTorch's, same dtype, against float64")
     figure.supylabel("cases")
     figure.savefig(path, dpi=110)
