@@ -18,10 +18,7 @@ SCALINGS = {
 }
 OUTPUTS = ("logps", "entropy", "lse", "mean_logits", "log_sum_sq_probs")
 DIFFERENTIABLE = OUTPUTS[:3]
-LARGE, HUGE = (
-    20_000_000,
-    70_000_000,
-)  # logits; the ordinary tests take bf16 alone above the first, none above the second
+LARGE = 20_000_000  # logits: more are for the slow tests
 INTERPRETED_ELEMENTS = 600_000  # Triton's interpreter takes seconds for more, as for many rows, each a program
 
 
@@ -29,12 +26,12 @@ def grid():
     """(backend, dtype, V, N) with the large cases marked slow, or left out where the interpreter would take minutes."""
     for backend, dtype, v, n in itertools.product(BACKENDS, DTYPES, (2, 127, 4097, 50257, 151936), (0, 1, 7, 513)):
         marks = []
-        if v * n > HUGE or (v * n > LARGE and dtype != torch.bfloat16):
+        if v * n > LARGE:
             marks = [pytest.mark.slow]
         if backend == "triton" and DEVICE == "cpu":
             if v * n > 2_200_000:
                 continue
-            if v * n > INTERPRETED_ELEMENTS or (n > 100 and (v, dtype) != (127, torch.bfloat16)):
+            if v * n > INTERPRETED_ELEMENTS or n > 100:
                 marks = [pytest.mark.slow]
         yield pytest.param(backend, dtype, v, n, marks=marks, id=f"{backend}-{NAMES[dtype]}-{v}-{n}")
 
@@ -121,12 +118,12 @@ def test_minus_infinity_is_a_masked_vocabulary(backend, dtype, v, seed, poison):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_confident_rows_keep_their_gradient(backend, seed):
     """p of the label up to 1 - 1e-7: 1 - p must not come from subtracting p from 1."""
-    gap = torch.linspace(1, 16, 256, device=DEVICE)
+    gap = torch.linspace(1, 16, 256, device=DEVICE)[torch.randperm(256, device=DEVICE)]
     logits = torch.randn(256, 10, device=DEVICE)
     logits[:, 3] = logits.max(-1).values + gap
     labels = torch.full((256,), 3, device=DEVICE)
-    check_logits(logits, labels, Scaling(), backend)
-    stats = fused_po.logps_from_logits(logits, labels, backend=backend)
+    check_logits(logits, labels, Scaling(), backend, n=64)
+    stats = fused_po.logps_from_logits(logits[:64], labels[:64], backend=backend)
     assert (stats.logps <= 0).all()
 
 

@@ -1,5 +1,6 @@
 """The flagship against float64 in the tests' own words: loss, KL, rewards, gradients, launches."""
 
+import itertools
 import math
 
 import pytest
@@ -61,8 +62,13 @@ def unit(exact):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))
-@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+@pytest.mark.parametrize(
+    "dtype, smoothing",
+    [
+        pytest.param(d, e, id=f"{e}-{name}", marks=[] if e or name == "fp32" else pytest.mark.slow)
+        for (d, name), e in itertools.product(zip(DTYPES, ("fp32", "bf16", "fp16")), (0.0, 0.2))
+    ],
+)
 def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
     coef = 0.4 if kl else 0.0
     how = (0.3, smoothing, kl, coef)
