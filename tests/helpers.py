@@ -83,6 +83,11 @@ def oracle(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, grads: dic
     return stats, torch.where(valid[:, None], dz * scaling.slope(raw), 0)
 
 
+def entropy_of(logp: torch.Tensor) -> torch.Tensor:
+    """[...] of log-probs [..., V]; what has no probability adds nothing."""
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+
+
 class EntropyOfKept(torch.autograd.Function):
     """The entropy of logits [..., V], whose gradient comes back from probabilities kept in a 16-bit dtype.
 
@@ -92,8 +97,7 @@ class EntropyOfKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, dtype):
         logp = z.log_softmax(-1)
-        p = logp.exp()
-        entropy = -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+        p, entropy = logp.exp(), entropy_of(logp)
         shift = z.amax(-1, keepdim=True).double() / math.log(2)
         rest = ((shift - shift.float()) * math.log(2)).float()
         ctx.save_for_backward(logp + rest, p.to(dtype).to(p.dtype), entropy)
@@ -114,13 +118,10 @@ def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch
     valid, safe = labels != IGNORE, labels.clamp(min=0).expand(raw.shape[:-1])
     z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
     logp = z.log_softmax(-1)
-    p = logp.exp()
     shift = z.detach().amax(-1, keepdim=True)  # else logsumexp's gradient, e^(z - lse), is wrong once lse rounds to z
     stats = {
         "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
-        "entropy": EntropyOfKept.apply(z, kept)
-        if kept and z.dtype == torch.float32
-        else -(p * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
+        "entropy": EntropyOfKept.apply(z, kept) if kept and z.dtype == torch.float32 else entropy_of(logp),
         "lse": shift.squeeze(-1) + (z - shift).logsumexp(-1),
         "mean_logits": z.mean(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
