@@ -260,9 +260,9 @@ class Sharded:
         if not n_cols:
             n_fields = 3 + sum(bool(outputs & bit) for bit in (2, 8, 16, 32))
             return no_columns(logits, labels, n_fields, (0, 1))
-        logps, entropy, _, aux, saved = self.run.statistics(logits, labels, outer, inner, -1, outputs & ~4 | 1)
+        _, entropy, _, aux, saved = self.run.statistics(logits, labels, outer, inner, -1, outputs & ~5)
         some = [aux[i, None] * (n_cols if i == 0 else 1) for i in range(3) if outputs >> 3 + i & 1]
-        return torch.cat([saved, logps[None], *([entropy[None]] if outputs & 2 else ()), *some])
+        return torch.cat([saved, *([entropy[None]] if outputs & 2 else ()), *some])
 
     def begin_kl(
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, scaling: tuple, ref_scaling: tuple,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.losses.numerics import saturating_expm1
+from fused_po.losses.numerics import k3_estimate, saturating_expm1, weighed
 from fused_po.losses.pairwise import dpo
 
 # All the field's names. verl: kl, mse, low_var_kl, abs; verl and OpenRLHF: k1, k2, k3.
@@ -56,7 +56,7 @@ def _estimate(r: Tensor, estimator: str) -> Tensor:
         return 0.5 * r * r
     if estimator == "abs":
         return r.abs()
-    return saturating_expm1(-r) + r
+    return k3_estimate(r)
 
 
 def _log_ratio(logps: Tensor, ref_logps: Tensor, clamp: Optional[float]) -> Tensor:
@@ -116,7 +116,7 @@ def kl_loss(
         return kl
     checks.alike(logps=logps, old_logps=old_logps)
     ratio = saturating_expm1(logps - old_logps.detach()) + 1
-    return kl * (ratio.detach() if straight_through else ratio)
+    return weighed(ratio.detach() if straight_through else ratio, kl)
 
 
 def kl_in_reward(
@@ -153,7 +153,7 @@ def kl_in_reward(
     r = _log_ratio(logps, ref_logps, clamp).detach()
     mask = checks.mask_like("mask", mask, logps, "logps")
     checks.same_device("rewards", checks.floating("rewards", rewards), logps.device)
-    penalty = torch.where(mask, beta * _estimate(r, kind), 0)
+    penalty = torch.where(mask, weighed(beta, _estimate(r, kind)), 0)
     if rewards.shape == logps.shape:
         return torch.where(mask, rewards.detach(), 0) - penalty
     if rewards.shape != logps.shape[:1]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.losses.numerics import weighed
 from fused_po.losses.policy import (
     Tokens,
     clip_range,
@@ -154,4 +155,5 @@ def kl_cov(
     t = tokens(logps, old_logps, advantages, mask)
     ratio = importance_ratio(t.log_ratio, log_ratio_clamp)
     selected = first(covariance(t), t.mask, share, t.mask)
-    return unreduced(-ratio * t.advantages + torch.where(selected, coef * t.log_ratio.abs(), 0), t.mask)
+    besides = torch.where(selected, weighed(coef, t.log_ratio.abs()), 0)
+    return unreduced(-weighed(t.advantages, ratio) + besides, t.mask)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.losses.divergence import kl_loss
+from fused_po.losses.numerics import weighed
 from fused_po.losses.policy import (
     Tokens,
     cispo_weight,
@@ -142,15 +143,16 @@ def reference_kl(t: Tokens, ref_logps: Tensor, ratio: Optional[Tensor]) -> Tenso
     """[B, T], k3 of each counted token, times the ratio if there is one."""
     checks.alike(logps=t.logps, ref_logps=ref_logps)
     kl = kl_loss(t.logps, torch.where(t.mask, ref_logps, t.logps.detach()), "k3")
-    return kl if ratio is None else kl * ratio
+    return kl if ratio is None else weighed(ratio, kl)
 
 
 def policy_term(t: Tokens, ratio: Tensor, loss_type: str, p: Plan, weights: Optional[Tensor]) -> Tensor:
     """The loss without its KL, [B, T] or [B, 1]; not gmpo's."""
     if loss_type == "vespo":
-        return -vespo_weight(t.log_ratio, t.advantages, t.mask, weights, **p.settings) * t.advantages * t.logps
+        phi = vespo_weight(t.log_ratio, t.advantages, t.mask, weights, **p.settings)
+        return -weighed(phi * t.advantages, t.logps)
     if loss_type == "cispo":
-        return -cispo_weight(ratio, p.high, None, None) * t.advantages * t.logps
+        return -weighed(cispo_weight(ratio, p.high, None, None) * t.advantages, t.logps)
     if loss_type == "sapo":
         return soft_gate(ratio, t.advantages, **p.settings)
     return clipped_surrogate(ratio, t.advantages, p.low, p.high, p.bound)
@@ -208,7 +210,7 @@ def grpo(
     else:
         losses = policy_term(t, ratio, loss_type, p, weights)
     if weights is not None and loss_type != "vespo":
-        losses = losses * weight_like(weights, t.mask)
+        losses = weighed(weight_like(weights, t.mask), losses)
     if ref_logps is not None:
         kl = reference_kl(t, padded("ref_logps", ref_logps), ratio if use_bias_correction_kl else None)
         losses = losses + beta * kl

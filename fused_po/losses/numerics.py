@@ -11,10 +11,27 @@ def saturating_expm1(x: Tensor, limit: float = 20.0) -> Tensor:
 
     e^20 = 4.9e8 is where verl clamps log-ratios. A clamp would stop the gradient just where the policies part most.
     """
-    inside = x.clamp(max=limit)
-    # The backward of expm1 makes e^x of its result plus 1: rounded as 1 is, where e^x is small.
-    grown = torch.where(inside < -0.7, torch.exp(inside) - 1, torch.expm1(inside))
-    return grown + (grown.detach() + 1) * (x - inside)
+    grown = _expm1(x.clamp(max=limit))
+    return grown + (grown.detach() + 1) * torch.relu(x - limit)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1. The backward of torch.expm1 makes e^x of its result plus 1: rounded as 1 is, where e^x is small."""
+    return torch.where(x < -0.7, torch.exp(x) - 1, torch.expm1(x))
+
+
+def k3_estimate(r: Tensor, limit: float = 20.0) -> Tensor:
+    """e^-r - 1 + r down to r = -limit, its tangent beyond: +inf at both infinities of r."""
+    inside = (-r).clamp(max=limit)
+    grown = _expm1(inside)
+    return grown - inside + grown.detach() * torch.relu(-r - limit)
+
+
+def weighed(weight: Tensor | float, value: Tensor) -> Tensor:
+    """weight * value, where a weight of 0 gives 0 and no gradient, whatever the value: also for infinities."""
+    if isinstance(weight, Tensor):
+        return weight * torch.where(weight == 0, 0, value)
+    return weight * value if weight else torch.zeros_like(value)
 
 
 def log1mexp(logp: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_po import checks
-from fused_po.losses.numerics import saturating_expm1
+from fused_po.losses.numerics import saturating_expm1, weighed
 from fused_po.losses.reward import plackett_luce
 
 Beta = Union[float, Tensor]
@@ -132,7 +132,7 @@ def robust_dpo(
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     e = smoothing(label_smoothing)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    return (-(1 - e) * logsigmoid(h) + e * logsigmoid(-h)) / (1 - 2 * e)
+    return (-(1 - e) * logsigmoid(h) + weighed(e, logsigmoid(-h))) / (1 - 2 * e)
 
 
 def hinge(
@@ -230,8 +230,8 @@ def exo_pair(
     allowed = "0 < label_smoothing < 0.5 (the paper takes 1e-3)"
     e = checks.number("label_smoothing", label_smoothing, allowed, lambda v: 0 < v < 0.5)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    of_chosen = torch.sigmoid(h) * (logsigmoid(h) - math.log1p(-e))
-    return of_chosen + torch.sigmoid(-h) * (logsigmoid(-h) - math.log(e))
+    of_chosen = weighed(torch.sigmoid(h), logsigmoid(h) - math.log1p(-e))
+    return of_chosen + weighed(torch.sigmoid(-h), logsigmoid(-h) - math.log(e))
 
 
 def discopop(
@@ -255,8 +255,10 @@ def discopop(
     tau = checks.number("tau", tau, "0 < tau <= 1", lambda v: 0 < v <= 1)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
     m, log_sigmoid = torch.sigmoid(h / tau), logsigmoid(h)
-    near = m * (torch.exp(-h.clamp(min=-10)) + log_sigmoid)  # one m: its gradient's two parts cancel before they round
-    return torch.where(h < -10, torch.exp(logsigmoid(h / tau) - h) + m * log_sigmoid, near) - log_sigmoid
+    above, finite = h.clamp(min=-10), h.clamp(min=-1e30)
+    near = m * (torch.exp(-above) + logsigmoid(above))  # one m: its gradient's two parts cancel before they round
+    far = torch.exp(logsigmoid(finite / tau) - finite) + weighed(m, log_sigmoid)
+    return torch.where(h < -10, far, near) - log_sigmoid
 
 
 def dpop(
@@ -274,7 +276,7 @@ def dpop(
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     penalty = checks.number("penalty", penalty, "finite numbers >= 0", lambda v: v >= 0)
-    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - penalty * torch.relu(-w)))
+    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - weighed(penalty, torch.relu(-w))))
 
 
 def rpo(
@@ -294,7 +296,7 @@ def rpo(
     """
     alpha = checks.number("alpha", alpha, "finite numbers >= 0", lambda v: v >= 0)
     loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    return loss - alpha * chosen / lengths_of(chosen_length, chosen_length, chosen)[0]
+    return loss - weighed(alpha, chosen) / lengths_of(chosen_length, chosen_length, chosen)[0]
 
 
 def tdpo(
@@ -326,7 +328,7 @@ def tdpo(
         shift = rejected_kl - chosen_kl
     else:
         alpha = checks.number("alpha", alpha, "finite numbers >= 0, or None", lambda v: v >= 0)
-        shift = alpha * (rejected_kl - chosen_kl.detach())
+        shift = weighed(alpha, rejected_kl - chosen_kl.detach())
     return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - shift))
 
 

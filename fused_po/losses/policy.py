@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.losses.numerics import weighed
 
 
 class Tokens(NamedTuple):
@@ -76,7 +77,7 @@ def importance_ratio(log_ratio: Tensor, log_ratio_clamp: Optional[float]) -> Ten
         return log_ratio.clamp(-clamp, clamp).exp()
     inside = log_ratio.clamp(max=20.0)
     ratio = inside.exp()
-    return ratio + ratio.detach() * (log_ratio - inside)
+    return ratio + ratio.detach() * torch.relu(log_ratio - 20.0)
 
 
 def clip_range(epsilon: float, epsilon_high: Optional[float]) -> tuple[float, float]:
@@ -99,7 +100,7 @@ def ratio_bound(epsilon_high: float, dual_clip: Optional[float], delta: Optional
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float, bound: Optional[float]) -> Tensor:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A), no more than -bound A where A < 0."""
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    objective = torch.minimum(weighed(advantages, ratio), ratio.clamp(1 - low, 1 + high) * advantages)
     if bound is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, bound * advantages), objective)
     return -objective
@@ -119,7 +120,7 @@ def reinforce(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         [B, T], unreduced.
     """
     t = tokens(logps, logps, advantages, mask)
-    return unreduced(-t.advantages * t.logps, t.mask)
+    return unreduced(-weighed(t.advantages, t.logps), t.mask)
 
 
 def ppo_clip(
@@ -199,7 +200,7 @@ def cispo(
     """
     t = tokens(logps, old_logps, advantages, mask)
     weight = cispo_weight(importance_ratio(t.log_ratio, log_ratio_clamp), cap, epsilon, epsilon_high)
-    return unreduced(-weight * t.advantages * t.logps, t.mask)
+    return unreduced(-weighed(weight * t.advantages, t.logps), t.mask)
 
 
 def soft_gate(ratio: Tensor, advantages: Tensor, temperature_pos: float = 1.0, temperature_neg: float = 1.05) -> Tensor:

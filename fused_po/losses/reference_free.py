@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_po import checks
-from fused_po.losses.numerics import log1mexp, saturating_expm1
+from fused_po.losses.numerics import log1mexp, saturating_expm1, weighed
 from fused_po.losses.pairwise import dpo, hinge, ipo, log_ratios, smoothed_logistic, smoothing
 
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
@@ -38,7 +38,7 @@ def sft(logps: Tensor, mask: Optional[Tensor] = None, *, loss_type: str = "nll")
     checks.floating("logps", logps)
     if mask is not None:
         logps = torch.where(checks.mask_like("mask", mask, logps, "logps"), logps, 0)
-    return -logps.detach().exp() * logps if loss_type == "dft" else -logps
+    return -weighed(logps.detach().exp(), logps) if loss_type == "dft" else -logps
 
 
 def simpo(
@@ -161,7 +161,7 @@ def tpo(
     checks.only_with("alpha", alpha, 1.0, gold is not None, "gold's likelihood")
     margin = gamma if loss_type == "tpo-l" else 0.0
     loss = _contrast(chosen, rejected, loss_type, beta, label_smoothing, margin)
-    return loss if gold is None else loss - alpha * gold
+    return loss if gold is None else loss - weighed(alpha, gold)
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll_coef: float = 1.0) -> Tensor:
@@ -176,7 +176,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll_coef: float
     """
     log_ratios(chosen, rejected)
     nll_coef = checks.number("nll_coef", nll_coef, "finite numbers >= 0", lambda v: v >= 0)
-    return -nll_coef * chosen - checks.positive("beta", beta) * logsigmoid(log_odds_ratio(chosen, rejected))
+    return -weighed(nll_coef, chosen) - checks.positive("beta", beta) * logsigmoid(log_odds_ratio(chosen, rejected))
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.losses.numerics import weighed
 from fused_po.losses.policy import (
     clip_range,
     clipped_surrogate,
@@ -223,4 +224,4 @@ def vespo(
     t = tokens(logps, old_logps, advantages, mask)
     shape = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
     phi = vespo_weight(t.log_ratio, t.advantages, t.mask, weights, **shape)
-    return unreduced(-phi * t.advantages * t.logps, t.mask)
+    return unreduced(-weighed(phi * t.advantages, t.logps), t.mask)

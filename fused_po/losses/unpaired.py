@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_po import checks
+from fused_po.losses.numerics import weighed
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 Number = Union[float, Tensor]
@@ -151,7 +152,7 @@ def bco(
         return loss
     checks.alike(logps=logps, **checks.given(weights=weights))
     checks.finite("weights", weights)
-    return weights.detach() * loss
+    return weighed(weights.detach(), loss)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ class Incoming(NamedTuple):
     """Rows of the backward: their labels, what the forward left of them, and the incoming gradients, each [N]."""
 
     labels: Tensor
-    saved: Tensor  # [2, N]
+    saved: Tensor  # [SAVED_FIELDS, N]
     logps: Tensor
     entropy: Optional[Tensor]
     g_logps: Optional[Tensor]
@@ -42,7 +42,7 @@ class Incoming(NamedTuple):
         """(these rows, whether any gradient comes in); rows without one become ignored rows, and nothing reads them."""
         live = torch.stack([g != 0 for g in self.grads if g is not None]).any(0) & (self.labels != ignore_index)
         grads = [None if g is None else torch.where(live, g, 0) for g in self.grads]
-        saved = torch.stack([self.saved[0], self.saved[1].masked_fill(~live, torch.inf)])
+        saved = torch.stack([self.saved[0], self.saved[1].masked_fill(~live, torch.inf), self.saved[2]])
         labels = self.labels.masked_fill(~live, ignore_index)
         return Incoming(labels, saved, self.logps, self.entropy, *grads), live
 

@@ -108,7 +108,7 @@ class _Tiles:
         run.kl_gradient(*both, labels, tokens, grads, scaling, theirs, other.form, False, out[0][None])
         if other.with_labels:
             out.append(kept[1] if kept is not None else self.own.basis(*logits.shape))
-            saved = tokens[SHIFT : NORM + 1]
+            saved = saved_of(tokens)
             run.gradient(logits[None], labels, saved, tokens[ENTROPY], None, None, None, *scaling, out[1][None])
         return out
 
@@ -118,6 +118,11 @@ def tile_rows(head: Head, other: Other, n_cols: int, device: torch.device) -> in
     halves = head._replace(tile_bytes=head.tile_bytes // 2)
     theirs = halves._replace(logits_dtype=other.logits_dtype)
     return min(side.tile_rows(n_cols, device) for side in (halves, theirs))
+
+
+def saved_of(tokens: Tensor) -> Tensor:
+    """What a backend's `gradient` reads of the policy's rows, from the tokens of its `kl`."""
+    return torch.stack([tokens[i] for i in (SHIFT, NORM, LOGP)])
 
 
 def unit_gradients(like: Tensor, which: int) -> Tensor:
@@ -214,7 +219,7 @@ class _Backward(HeadBackward):
         active: list[bool], kept: Tensor, index: Optional[Tensor], n_kept: int,
     ) -> None:  # fmt: skip
         """grads [3, N], of which `active` come in at all; labels [N], tokens [9, N] like it."""
-        rows = Incoming(labels, tokens[SHIFT : NORM + 1], tokens[LOGP], tokens[ENTROPY], *[None] * 3)
+        rows = Incoming(labels, saved_of(tokens), tokens[LOGP], tokens[ENTROPY], *[None] * 3)
         super().__init__(head, policy.hidden, policy.weight, policy.bias, rows, kept[0], index, n_kept)
         self.other, self.policy, self.reference = other, policy, reference
         self.tokens, self.grads, self.active = tokens, grads, active

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_po import checks
 from fused_po.ops import backend as backends
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
-from fused_po.reference import stats_dtype
+from fused_po.reference import SAVED_FIELDS, stats_dtype
 
 
 class TokenStats(NamedTuple):
@@ -79,7 +79,7 @@ def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tenso
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
     logps, entropy, lse = (new(n_rows if bits & bit else 0) for bit in (1, 2, 4))
-    return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(2, n_rows)
+    return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(SAVED_FIELDS, n_rows)
 
 
 @torch.library.custom_op("fused_po::logps_fwd", mutates_args=())

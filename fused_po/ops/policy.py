@@ -16,7 +16,8 @@ from fused_po import checks
 from fused_po.ops import backend as backends
 from fused_po.ops.logps import as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
-from fused_po.reference.policy import ENTROPY, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
+from fused_po.reference.policy import ENTROPY, LOGP, LOSS, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
+from fused_po.reference.preference import times
 
 
 def _run(logits, labels, given, form, outer, ignore_index, backend, overwrite):
@@ -26,7 +27,7 @@ def _run(logits, labels, given, form, outer, ignore_index, backend, overwrite):
     tokens = backends.get(backend).policy(rows, labels.contiguous(), given, Form(*form), outer, ignore_index, overwrite)
     if overwrite and rows.data_ptr() != logits.data_ptr():  # the rows had to be copied
         logits.copy_(rows.view(logits.shape))
-    return (tokens[LOSS] * given.weights).sum(), tokens
+    return times(given.weights, tokens[LOSS]).sum(), tokens
 
 
 def _fake(logits, labels):
@@ -62,7 +63,7 @@ def _autograd(ctx, g_loss, g_tokens):
     logits, labels, weights, tokens = ctx.saved_tensors
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
     grads = tokens[SLOPE] * g_loss, g_entropy, None
-    arguments = labels, tokens[SHIFT : NORM + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend, 0
+    arguments = labels, tokens[SHIFT : LOGP + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend, 0
     return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 17
 
 

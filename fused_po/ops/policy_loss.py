@@ -12,6 +12,7 @@ from fused_po import checks
 from fused_po.losses.divergence import kl_loss
 from fused_po.losses.entropy import entropy_bonus
 from fused_po.losses.group_relative import CLIPPED, GRPO_MODES, plan, ratio_of
+from fused_po.losses.numerics import weighed
 from fused_po.losses.policy import broadcast_advantages, clip_range, clipped_surrogate, ratio_bound
 from fused_po.losses.policy import tokens as checked_tokens
 from fused_po.ops import backend as backends
@@ -146,15 +147,16 @@ def answer_level(
     losses = clipped_surrogate(ratio, t.advantages, low, high, None if form.bound == math.inf else form.bound)
     kl = None
     if form.kl is not None:
-        kl = kl_loss(stats.logps, given.ref_logps, form.kl) * (ratio if form.kl_times_ratio else 1)
-        losses = losses + form.kl_coef * kl
+        kl = kl_loss(stats.logps, given.ref_logps, form.kl)
+        kl = weighed(ratio, kl) if form.kl_times_ratio else kl
+        losses = losses + weighed(form.kl_coef, kl)
     if form.entropy_coef:
         losses = losses + entropy_bonus(stats.entropy, mask, coef=form.entropy_coef)
     losses = torch.where(mask, losses, 0)
     above, below = (ratio > form.high) & (t.advantages > 0), (ratio < form.low) & (t.advantages < 0)
     clipped = torch.where(mask, above.to(ratio.dtype) - below.to(ratio.dtype), 0)
     rest = losses, stats.logps, stats.entropy, kl, torch.where(mask, ratio, 0), clipped
-    return PolicyOutput((losses * given.weights).sum(), *(None if v is None else v.detach() for v in rest))
+    return PolicyOutput(weighed(given.weights, losses).sum(), *(None if v is None else v.detach() for v in rest))
 
 
 def policy_loss_from_logits(

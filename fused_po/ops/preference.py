@@ -28,7 +28,8 @@ def _finish(run, tokens, labels, ref_sums, beta, label_smoothing, kl, kl_coef, i
         count = pairs[buffers.TOKENS].sum().clamp(min=1)
         weights[1] = kl_coef / count
         mean_kl = pairs[buffers.KL_SUM].sum() / count
-        loss = loss + kl_coef * mean_kl
+        if kl_coef:  # 0 times an infinite KL would be NaN
+            loss = loss + kl_coef * mean_kl
     return loss, losses, sequences, mean_kl, kl_tokens, pairs, tokens, weights
 
 

@@ -7,11 +7,12 @@ The same entry points as a kernel backend, over blocks of rows small enough to s
 from fused_po.reference.divergence import kl, kl_gradient, mixture
 from fused_po.reference.policy import policy, scale
 from fused_po.reference.preference import dpo, dpo_gradient, pair_statistics
-from fused_po.reference.rows import from_basis, gradient, score, statistics, stats_dtype, unsupported
+from fused_po.reference.rows import SAVED_FIELDS, from_basis, gradient, score, statistics, stats_dtype, unsupported
 from fused_po.reference.scan import gae
 from fused_po.reference.shards import merge_kl, merge_scores
 
 __all__ = [
+    "SAVED_FIELDS",
     "dpo",
     "dpo_gradient",
     "from_basis",

@@ -7,21 +7,36 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import FLOOR, clear_rows, row_blocks, scaled, stats_dtype
+from fused_po.reference.rows import FLOOR, clear_rows, log_norm, row_blocks, scaled, stats_dtype, without_label
 
 # Rows of tokens[TOKEN_FIELDS, N]: results, then what the backward needs.
 KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
 TOKEN_FIELDS = 9
 
 
-def _both_sides(x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: Tensor | None = None) -> tuple:
-    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides[4, rows]: shifts, norms."""
+def _normaliser(z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(shift, norm) [rows] of z [rows, V]; from a label's log-prob on, that is exact: see rows.py."""
+    shift = z.amax(1, keepdim=True)
+    e = (z - shift).exp_()
+    norm = (
+        e.sum(1, keepdim=True).log()
+        if label is None
+        else log_norm(*without_label(e, label), z.gather(1, label) - shift)
+    )
+    return shift[:, 0], norm[:, 0]
+
+
+def _both_sides(
+    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: Tensor | None = None, label: Tensor | None = None
+) -> tuple:
+    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides[4, rows]: shifts, norms.
+
+    label [rows, 1]: whose log-probs are to be exact, or None.
+    """
     (z, t), (other, _) = scaled(x, *scaling), scaled(y, *ref_scaling)
     other = other.to(z.dtype)
     if sides is None:
-        shifts = z.amax(1), other.amax(1)
-        norms = ((v - s[:, None]).exp().sum(1).log() for v, s in zip((z, other), shifts))
-        sides = torch.stack([v for pair in zip(shifts, norms) for v in pair])
+        sides = torch.stack([*_normaliser(z, label), *_normaliser(other, label)])
     logs = ((v - s[:, None]).sub_(n[:, None]) for v, s, n in ((z, sides[0], sides[1]), (other, sides[2], sides[3])))
     return *logs, sides, None if t is None else (1 - t * t) * scaling[1]
 
@@ -59,7 +74,8 @@ def kl(
     tokens = torch.zeros(9, labels.numel(), dtype=stats_dtype(logits.dtype), device=logits.device)
     tokens[NORM] = math.inf
     for rows, where, x in row_blocks(logits, labels >= 0):
-        log_p, log_q, sides, _ = _both_sides(x, ref_logits[where], scaling, ref_scaling)
+        label = labels[rows][:, None] if with_labels else None
+        log_p, log_q, sides, _ = _both_sides(x, ref_logits[where], scaling, ref_scaling, label=label)
         tokens[SHIFT:CENTER, rows] = sides
         p = log_p.exp()
         if direction == "reverse":
@@ -70,7 +86,6 @@ def kl(
             of_p, of_q = _mixture_sums(log_p, log_q, direction)
             tokens[CENTER, rows], tokens[KL, rows] = of_p, direction * of_q + (1 - direction) * of_p
         if with_labels:
-            label = labels[rows][:, None]
             tokens[LOGP, rows], tokens[REF_LOGP, rows] = (v.gather(1, label)[:, 0] for v in (log_p, log_q))
             tokens[ENTROPY, rows] = -log_p.clamp(min=FLOOR).mul_(p).sum(1)
     tokens[KL].clamp_(min=0)  # rounding; NaN stays
@@ -107,6 +122,11 @@ def kl_gradient(
         sides = tokens[SHIFT:CENTER, rows]
         log_p, log_q, _, slope = _both_sides(x, ref_logits[where], scaling, ref_scaling, sides)
         (g_kl, g_logp, g_entropy), center = grads[:, rows, None], tokens[CENTER, rows, None]
+        if with_labels:
+            label = labels[rows]
+            here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
+            of_label = tokens[LOGP, rows][here], tokens[REF_LOGP, rows][here]
+            log_p[here, label[here]], log_q[here, label[here]] = of_label
         p = log_p.exp()
         if direction == "reverse":
             dz = g_kl * (_weighed(p, log_p - log_q) - p * center)
@@ -116,10 +136,11 @@ def kl_gradient(
             p_above, _ = _above_mixture(log_p, log_q, direction)
             dz = g_kl * (1 - direction) * (_weighed(p, p_above) - p * center)
         if with_labels:
-            label = labels[rows]
-            here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
-            of_label = dz[here, label[here]] - (g_logp[:, 0] * torch.expm1(tokens[LOGP, rows]))[here]
-            dz.sub_(g_logp * p)[here, label[here]] = of_label
+            at_label = dz[here, label[here]]
+            if direction == "forward":
+                at_label = g_kl[here, 0] * (torch.expm1(of_label[0]) - torch.expm1(of_label[1]))
+            at_label = at_label - g_logp[here, 0] * torch.expm1(of_label[0])
+            dz.sub_(g_logp * p)[here, label[here]] = at_label
             dz.sub_(g_entropy * p * (log_p.clamp(min=FLOOR) + tokens[ENTROPY, rows, None]))
         dz *= scaling[0]
         out[where] = (dz if slope is None else dz.mul_(slope)).to(out.dtype)

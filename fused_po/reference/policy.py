@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fused_po.reference.preference import kl_estimate
+from fused_po.reference.preference import kl_estimate, times
 from fused_po.reference.rows import gradient, statistics
 
 # Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
@@ -54,7 +54,7 @@ def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: For
         return loss, torch.where(above | below | bounded, 0, -a * slope), clipped
     if form.kind == "weight":
         weight = ratio.clamp(form.low, form.high)
-        return -weight * a * logp, -weight * a, clipped
+        return -times(weight * a, logp), -weight * a, clipped
     tau = torch.where(a > 0, form.low, torch.full_like(a, form.high))
     u = tau * (ratio - 1)
     gate, closed = torch.sigmoid(u), torch.sigmoid(-u)
@@ -71,9 +71,10 @@ def token_terms(logp: Tensor, entropy: Tensor, given: Given, form: Form) -> list
     if form.kl is not None:
         kl, kl_slope = kl_estimate(logp - given.ref_logps, form.kl)
         if form.kl_times_ratio:
-            kl, kl_slope = kl * ratio, kl_slope * ratio + kl * ratio_slope
-        loss, slope = loss + form.kl_coef * kl, slope + form.kl_coef * kl_slope
-    return [loss - form.entropy_coef * entropy, kl, ratio, clipped, slope * given.weights]
+            kl, kl_slope = kl * ratio, kl_slope * ratio + times(ratio_slope, kl)
+        if form.kl_coef:  # 0 times an infinite KL would be NaN
+            loss, slope = loss + form.kl_coef * kl, slope + form.kl_coef * kl_slope
+    return [loss - form.entropy_coef * entropy, kl, ratio, clipped, times(given.weights, slope)]
 
 
 def policy(
@@ -88,7 +89,7 @@ def policy(
     if overwrite:
         g_entropy = -form.entropy_coef * given.weights if form.entropy_coef else None
         gradient(logits, labels, saved, entropy, terms[-1], g_entropy, None, outer, None, logits)
-    return torch.stack([*saved, logps, entropy, *terms])
+    return torch.stack([*saved, entropy, *terms])
 
 
 def scale(values: Tensor, factor: Tensor) -> None:

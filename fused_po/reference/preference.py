@@ -24,7 +24,7 @@ def pair_statistics(
     ref_logps = torch.zeros_like(logps)
     if ref_logits is not None:
         ref_logps = statistics(ref_logits, labels, outer, inner, ignore_index, 1)[0].to(logps.dtype)
-    return torch.stack([saved[0], saved[1], logps, ref_logps])
+    return torch.stack([*saved, ref_logps])
 
 
 def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
@@ -35,8 +35,13 @@ def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
         return 0.5 * k1 * k1, k1
     inside = (-k1).clamp(max=SATURATION)
     slope = -torch.expm1(inside)
-    k3 = k1 - slope + (1 - slope) * (-k1 - inside)
+    k3 = -inside - slope * (1 + torch.relu(-k1 - SATURATION))  # no difference of infinities
     return torch.where(k1.abs() < 1e-3, k1 * k1 * (0.5 - k1 / 6), k3), slope
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is 0, also for infinities."""
+    return torch.where(weight == 0, 0, weight * value)
 
 
 def dpo(
@@ -53,8 +58,9 @@ def dpo(
     rewards = beta * (sequences - (reference.sum(1) if ref_sums is None else ref_sums))
     chosen_reward, rejected_reward = rewards.chunk(2)
     h = chosen_reward - rejected_reward
-    log_above, log_below = torch.nn.functional.logsigmoid(h), torch.nn.functional.logsigmoid(-h)
-    losses = -(1 - label_smoothing) * log_above - label_smoothing * log_below
+    losses = -(1 - label_smoothing) * torch.nn.functional.logsigmoid(h)
+    if label_smoothing:  # 0 times an infinite loss would be NaN
+        losses = losses - label_smoothing * torch.nn.functional.logsigmoid(-h)
     slope = beta * (label_smoothing * torch.sigmoid(h) - (1 - label_smoothing) * torch.sigmoid(-h))
     kl_tokens = torch.where(valid, kl_estimate(policy - reference, kl)[0], 0) if kl else policy.new_zeros(0)
     kl_sums = kl_tokens.sum(1) if kl else torch.zeros_like(sequences)
@@ -69,13 +75,13 @@ def dpo_token_gradient(
 ) -> Tensor:  # fmt: skip
     """The gradient [2B, T] in the policy's token log-probs. weights [2]: d loss / d one pair's loss, / d one KL."""
     weights = torch.zeros_like(weights) if g_loss is None else weights * g_loss
-    slope = (weights[0] if g_losses is None else weights[0] + g_losses) * pairs[SLOPE]
+    slope = times(weights[0] if g_losses is None else weights[0] + g_losses, pairs[SLOPE])
     g_sequence = torch.cat([slope, -slope])
     if g_sequences is not None:
         g_sequence = g_sequence + g_sequences
     g = g_sequence[:, None].expand(labels.shape)
     if kl:
-        g = g + weights[1] * kl_estimate((tokens[LOGP] - tokens[REF_LOGP]).view_as(labels), kl)[1]
+        g = g + times(weights[1], kl_estimate((tokens[LOGP] - tokens[REF_LOGP]).view_as(labels), kl)[1])
     return torch.where(tokens[NORM].view_as(labels) != math.inf, g, 0)
 
 
@@ -85,5 +91,5 @@ def dpo_gradient(
 ) -> None:  # fmt: skip
     """Write into out[O, I, V] the gradient with respect to the policy's logits[O, I, V]; both may be the same."""
     g = dpo_token_gradient(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl)
-    saved = tokens[SHIFT : NORM + 1]
+    saved = tokens[SHIFT : LOGP + 1]
     gradient(logits, labels.flatten(), saved, tokens[:0], g.flatten(), None, None, outer, inner, out)

@@ -1,7 +1,10 @@
 """Statistics of rows of logits, the basis, and gradients.
 
-`saved` [2, N] holds a row's shift (its largest scaled logit) and log-norm (log of the sum of exponentials above it);
-a log-norm of +inf marks an ignored row.
+`saved` [SAVED_FIELDS, N] holds a row's shift (its largest scaled logit), its log-norm (log of the sum of exponentials
+above it; +inf marks an ignored row) and the label's log-prob.
+
+The sum of exponentials leaves the label out. Where the label is the largest, its log-prob is -log1p(the others' sum),
+exact however close to 0.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2 << 20
+SAVED_FIELDS = 3
 FLOOR = -1e4  # stands for log(0) beside a probability of 0: their product must be 0, not NaN
 
 
@@ -56,6 +60,17 @@ def scaled(x: Tensor, outer: float, inner: float | None) -> tuple[Tensor, Tensor
     return t * outer, t
 
 
+def without_label(e: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """(the others' sum, the label's entry), [rows, 1] each, of exponentials e [rows, V], whose label becomes 0."""
+    own = e.gather(1, label)
+    return e.scatter_(1, label, 0).sum(1, keepdim=True), own
+
+
+def log_norm(others: Tensor, own: Tensor, target: Tensor) -> Tensor:
+    """log(own + others); exact where the label is the largest, at a target of 0, however small the others' sum is."""
+    return torch.where(target == 0, others.log1p(), (others + own).log())
+
+
 def statistics(
     logits: Tensor, labels: Tensor, outer: float, inner: float | None, ignore_index: int, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -76,7 +91,7 @@ def score(
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
     logps, entropy, lse = (torch.zeros(n_rows if outputs & bit else 0, **new) for bit in (1, 2, 4))
     aux = torch.zeros((3, n_rows) if outputs & 56 else 0, **new)
-    saved = torch.zeros(2, n_rows, **new)
+    saved = torch.zeros(SAVED_FIELDS, n_rows, **new)
     saved[1] = math.inf
     scored = labels != ignore_index
     if basis is not None:
@@ -92,18 +107,21 @@ def score(
             aux[1, rows] = (z.argmax(1, keepdim=True) == label).squeeze(1).to(z.dtype)
         u = z - shift
         e = u.exp() if outputs & 2 else u.exp_()
-        total = e.sum(1, keepdim=True)
-        norm = total.log()
+        others, own = without_label(e, label)
+        total, norm = others + own, log_norm(others, own, target)
         logp = target - norm
-        saved[0, rows], saved[1, rows] = shift.squeeze(1), norm.squeeze(1)
+        for i, value in enumerate((shift, norm, logp)):
+            saved[i, rows] = value.squeeze(1)
         if outputs & 1:
             logps[rows] = logp.squeeze(1)
         if outputs & 4:
             lse[rows] = (shift + norm).squeeze(1)
         if outputs & 2:
-            entropy[rows] = (norm - u.clamp_(min=FLOOR).mul_(e).sum(1, keepdim=True) / total).squeeze(1)
+            weighed = u.clamp_(min=FLOOR).mul_(e).sum(1, keepdim=True) + own * target.clamp(min=FLOOR)
+            entropy[rows] = (norm - weighed / total).squeeze(1)
         if outputs & 32:
-            aux[2, rows] = e.square().sum(1).log() - 2 * norm.squeeze(1)
+            squares = log_norm(e.square().sum(1, keepdim=True), own.square(), target)
+            aux[2, rows] = (squares - 2 * norm).squeeze(1)
         if basis is not None:
             e.mul_(-outer / total).scatter_(1, label, -outer * torch.expm1(logp))
             basis[where] = (e if t is None else e.mul_((1 - t * t) * inner)).to(basis.dtype)
@@ -130,7 +148,7 @@ def gradient(
         logp = (z - saved[0, rows][:, None]).sub_(saved[1, rows][:, None])
         label = labels[rows] - first_col
         here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
-        logp_label = logp[here, label[here]]
+        logp_label = saved[2, rows][here]
         dz = dz_of_logp(logp, logp_label, here, label, _at(rows, entropy, g_logps, g_entropy, g_lse)).mul_(outer)
         out[where] = (dz if t is None else dz.mul_((1 - t * t) * inner)).to(out.dtype)
 

@@ -34,11 +34,15 @@ def shares(shift: Tensor, norm: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, 
     top = shift.amax(0)
     above = torch.where(shift == -math.inf, shift, shift - top + norm)  # a part of -inf alone has no norm
     total = above.exp().sum(0).log()
-    # The owner's share by what the others add to it: no digits are lost where it has nearly all.
-    of_owner = above.gather(0, owner.clamp(min=0)[None].long())
-    others = torch.where(above == -math.inf, 0, (above - of_owner).exp())
-    others.scatter_(0, owner.clamp(min=0)[None].long(), 0)
-    return top, total, above - total, -torch.log1p(others.sum(0))
+    label_part = owner.clamp(min=0)[None].long()
+    own = above.gather(0, label_part)
+    others = above.scatter(0, label_part, -math.inf)
+    most = others.amax(0, keepdim=True)
+    # The label's part may be the largest: then by what the others add to it, and no digits are lost. Or it may be any
+    # number of nats below another: then nothing is taken to its size, which would overflow.
+    largest = own >= most
+    beside = torch.where(others == -math.inf, 0, (others - torch.where(largest, own, most)).exp()).sum(0)
+    return top, total, above - total, torch.where(largest[0], -beside.log1p(), own[0] - total)
 
 
 def of_owner(values: Tensor, log_share: Tensor, owner: Tensor) -> Tensor:
@@ -49,8 +53,9 @@ def of_owner(values: Tensor, log_share: Tensor, owner: Tensor) -> Tensor:
 
 
 def weighed(log_share: Tensor, values: Tensor) -> Tensor:
-    """Sum over parts [R, n] of share times value; a part without a share counts nothing."""
-    return torch.where(log_share == -math.inf, 0, log_share.exp() * values).sum(0)
+    """Sum over parts [R, n] of share times value; a part whose share is 0 counts nothing, whatever its value."""
+    share = log_share.exp()
+    return torch.where(share == 0, 0, share * values).sum(0)
 
 
 def merge_scores(
@@ -67,7 +72,8 @@ def merge_scores(
     def kept(value: Tensor) -> Tensor:
         return torch.where(scored, value, 0)
 
-    logps = of_owner(parts[:, 2], of_label, owner) if outputs & 1 else parts.new_empty(0)
+    logp = of_owner(parts[:, 2], of_label, owner)
+    logps = logp.clone() if outputs & 1 else parts.new_empty(0)
     entropy = kept(weighed(log_share, next(more) - log_share)) if outputs & 2 else parts.new_empty(0)
     lse = kept(shift + norm) if outputs & 4 else parts.new_empty(0)
     aux = parts.new_zeros(3, len(owner)) if outputs & 56 else parts.new_empty(0)
@@ -81,7 +87,7 @@ def merge_scores(
     if outputs & 32:
         terms = torch.where(log_share == -math.inf, log_share, next(more) + 2 * log_share)
         aux[2] = kept(terms.logsumexp(0))
-    return logps, entropy, lse, aux, torch.stack([shift, torch.where(scored, norm, math.inf)])
+    return logps, entropy, lse, aux, torch.stack([shift, torch.where(scored, norm, math.inf), logp])
 
 
 def merge_kl(parts: Tensor, owner: Tensor, direction: str | float) -> Tensor:

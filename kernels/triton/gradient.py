@@ -5,9 +5,9 @@ With p the softmax of a row, y its label, H its entropy and g the incoming gradi
     dz_v = g_logps (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_lse p_v
 
 followed by the chain through temperature, softcap and logit scale. Without incoming gradients (all None) it is the
-basis: d log p_y / d x. The label's own entry comes from expm1, so it stays exact where p_y is close to 1. The output
-may be the input. A kept basis gives the same gradient without the logits: apart from the label's, its entries are
--outer * p (without a softcap).
+basis: d log p_y / d x. The label's own entry comes from expm1 of its log-prob, so it stays exact where p_y is close to
+1. The output may be the input. A kept basis gives the same gradient without the logits: apart from the label's, its
+entries are -outer * p (without a softcap).
 """
 
 import torch
@@ -17,6 +17,13 @@ import triton.language as tl
 
 from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, row_start
 from .statistics import launch_shape, statistics
+
+
+@triton.jit
+def label_gradient(logp, entropy, g_logp, g_entropy, g_lse):
+    """The gradient in the label's scaled logit from its log-prob: exact where that is close to 0."""
+    floored = tl.where(logp < FLOOR * LN2, FLOOR * LN2, logp)
+    return tl.exp2(logp * LOG2E) * (g_lse - g_entropy * (floored + entropy)) - g_logp * expm1(logp)
 
 
 @triton.jit
@@ -39,17 +46,14 @@ def gradient_columns(
 
 @triton.jit
 def gradient_block(
-    x_row, out_row, block, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
+    x_row, out_row, block, label, n_cols, shift, norm, logp, entropy, g_logp, g_entropy, g_lse, outer, inner,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one row. Blocks begin at 16-byte boundaries: the first may reach before 0."""
+    """One block of columns of one row, logp its label's. They begin at 16-byte boundaries: the first may before 0."""
     live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
     start = block * BLOCK - before_row(out_row, GROUP)
     here = (label >= start) & (label < start + BLOCK) & (label >= 0) & (label < n_cols) & live
-    y = load_scaled(x_row + tl.where(here, label, 0), here, inner)
-    log2p = tl.fma(y, outer * LOG2E, -shift) - norm
-    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
-    dz_label = tl.exp2(log2p) * (g_lse - g_entropy * (logp + entropy)) - g_logp * expm1(logp)
+    dz_label = label_gradient(logp, entropy, g_logp, g_entropy, g_lse)
 
     x_block, out_block = x_row + start, out_row + start
     target = tl.where(here, label - start, -1)
@@ -84,6 +88,7 @@ def gradient_kernel(
     label = tl.load(label_ptr + row) - first_col
     shift = tl.load(saved_ptr + row)
     norm = tl.load(saved_ptr + tl.num_programs(0) + row)
+    logp = tl.load(saved_ptr + 2 * tl.num_programs(0) + row)
     zero = tl.full((), 0.0, tl.float32)
     entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
     if g_logps_ptr is not None:
@@ -99,8 +104,9 @@ def gradient_kernel(
     out_row = row_start(out_ptr, row, inner_rows, out_stride_outer, out_stride_inner)
     block = tl.program_id(1)
     gradient_block(
-        x_row, out_row, block, label, n_cols, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK, GROUP
-    )
+        x_row, out_row, block, label, n_cols, shift, norm, logp, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK,
+        GROUP,
+    )  # fmt: skip
 
 
 def gradient_shape(logits: torch.Tensor, out: torch.Tensor) -> tuple[tuple[int, int], dict]:
@@ -171,10 +177,7 @@ def from_basis_kernel(
     if g_lse_ptr is not None:
         g_lse = tl.load(g_lse_ptr + row)
     live = (g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0)
-    logp_label = tl.load(logps_ptr + row)
-    floored = tl.where(logp_label < FLOOR * LN2, FLOOR * LN2, logp_label)
-    p_label = tl.exp2(logp_label * LOG2E)
-    dz_label = outer * (p_label * (g_lse - g_entropy * (floored + entropy)) - g_logp * expm1(logp_label))
+    dz_label = outer * label_gradient(tl.load(logps_ptr + row), entropy, g_logp, g_entropy, g_lse)
     weight = g_logp - g_lse
 
     in_block = basis_ptr + row.to(tl.int64) * basis_stride + start

@@ -7,9 +7,8 @@ With p the policy's softmax and q the reference's:
     js        w KL(q || m) + (1 - w) KL(p || m),  m = w q + (1 - w) p
               d/dz = (1 - w) p (log p - log m - KL(p || m))
 
-Reverse and forward keep an online softmax of each side (see statistics.py) and the running sum of e^x (x - y), whose
-terms are shifted by both maxima: a constant added to either row costs no digits. js needs both normalisers before its
-first term, so its program reads the rows a second time, out of the cache.
+Reverse and forward take both rows in one scan (see kl_scan.py). js needs both normalisers before its first term, so its
+program reads the rows a second time, out of the cache.
 
 A token of probability 0 under p counts nothing, whatever q gives it. One that p may say and q may not makes the reverse
 KL +inf; its row's gradient is then NaN.
@@ -20,125 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .gradient import gradient_shape
-from .rowmath import FLOOR, LN2, LOG2E, LOWEST, before_row, expm1, load_scaled, log2, row_start
-from .statistics import label_logp, launch_shape
+from .gradient import gradient_shape, label_gradient
+from .kl_scan import join_pair, scan_pair
+from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, log2, row_start
+from .statistics import launch_shape
 
 # Rows of tokens[TOKEN_FIELDS, N]. Results, then what the backward needs; shifts and norms are base 2.
 KL, LOGP, REF_LOGP, ENTROPY = (tl.constexpr(i) for i in range(4))
 SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = (tl.constexpr(i) for i in range(4, 9))
 TOKEN_FIELDS = 9
-
-
-@triton.jit
-def start_pair(R: tl.constexpr):
-    """Before any column: (shift, d) of the policy, of the reference, sum of e^x (x - y) or e^y (y - x), of e^x x."""
-    zeros = tl.zeros([R], tl.float32)
-    lowest = tl.full([R], LOWEST, tl.float32)
-    return lowest, zeros, lowest, zeros, zeros, zeros
-
-
-@triton.jit
-def steps(old, shift, ref_old, ref_shift, DIRECTION: tl.constexpr):
-    """How far both maxima moved. An infinite sum stays one: its side's step never makes a factor of 0."""
-    step, ref_step = old - shift, ref_old - ref_shift
-    if DIRECTION == "reverse":
-        step = tl.maximum(step, -126.0)
-    elif DIRECTION == "forward":
-        ref_step = tl.maximum(ref_step, -126.0)
-    return step, ref_step
-
-
-@triton.jit
-def fold_pair(x, y, state, scale, ref_scale, DIRECTION: tl.constexpr, WITH_ENTROPY: tl.constexpr):
-    """Take x and y [R, GROUP], of policy and reference, into the state [R]."""
-    old, d, ref_old, ref_d, total, t = state
-    shift = tl.maximum(old, tl.max(x, 1) * scale)
-    ref_shift = tl.maximum(ref_old, tl.max(y, 1) * ref_scale)
-    step, ref_step = steps(old, shift, ref_old, ref_shift, DIRECTION)
-    rescale, ref_rescale = tl.exp2(step), tl.exp2(ref_step)
-    u = tl.fma(x, scale, -shift[:, None])
-    v = tl.fma(y, ref_scale, -ref_shift[:, None])
-    e, f = tl.exp2(u), tl.exp2(v)
-    if DIRECTION == "reverse":
-        total = (total + (step - ref_step) * d) * rescale + tl.sum(e * tl.where(e > 0.0, u - v, 0.0), 1)
-    elif DIRECTION == "forward":
-        total = (total + (ref_step - step) * ref_d) * ref_rescale + tl.sum(f * tl.where(f > 0.0, v - u, 0.0), 1)
-    if WITH_ENTROPY:
-        t = (t + step * d) * rescale + tl.sum(e * tl.maximum(u, FLOOR), 1)
-    return shift, d * rescale + tl.sum(e, 1), ref_shift, ref_d * ref_rescale + tl.sum(f, 1), total, t
-
-
-@triton.jit
-def merge_pair(state, DIRECTION: tl.constexpr):
-    """One state out of the lanes' states [R]."""
-    old, d, ref_old, ref_d, total, t = state
-    shift, ref_shift = tl.max(old, 0), tl.max(ref_old, 0)
-    step, ref_step = steps(old, shift, ref_old, ref_shift, DIRECTION)
-    rescale, ref_rescale = tl.exp2(step), tl.exp2(ref_step)
-    if DIRECTION == "reverse":
-        total = (total + (step - ref_step) * d) * rescale
-    elif DIRECTION == "forward":
-        total = (total + (ref_step - step) * ref_d) * ref_rescale
-    t = (t + step * d) * rescale
-    return (
-        shift, tl.sum(d * rescale, 0), ref_shift, tl.sum(ref_d * ref_rescale, 0), tl.sum(total, 0), tl.sum(t, 0)
-    )  # fmt: skip
-
-
-@triton.jit
-def combine_pair(a, b, DIRECTION: tl.constexpr):
-    """One state out of two scalar ones."""
-    shift_a, d_a, ref_shift_a, ref_d_a, total_a, t_a = a
-    shift_b, d_b, ref_shift_b, ref_d_b, total_b, t_b = b
-    shift, ref_shift = tl.maximum(shift_a, shift_b), tl.maximum(ref_shift_a, ref_shift_b)
-    step_a, ref_a = steps(shift_a, shift, ref_shift_a, ref_shift, DIRECTION)
-    step_b, ref_b = steps(shift_b, shift, ref_shift_b, ref_shift, DIRECTION)
-    r_a, r_b, q_a, q_b = tl.exp2(step_a), tl.exp2(step_b), tl.exp2(ref_a), tl.exp2(ref_b)
-    if DIRECTION == "reverse":
-        total_a = (total_a + (step_a - ref_a) * d_a) * r_a + (total_b + (step_b - ref_b) * d_b) * r_b
-    elif DIRECTION == "forward":
-        total_a = (total_a + (ref_a - step_a) * ref_d_a) * q_a + (total_b + (ref_b - step_b) * ref_d_b) * q_b
-    t = (t_a + step_a * d_a) * r_a + (t_b + step_b * d_b) * r_b
-    return shift, d_a * r_a + d_b * r_b, ref_shift, ref_d_a * q_a + ref_d_b * q_b, total_a, t
-
-
-@triton.jit
-def scan_pair(
-    x_row, ref_row, n_cols, scale, inner, ref_scale, ref_inner,
-    DIRECTION: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """The state of one whole row of either side; n_cols = 0 reads nothing. Whole groups begin at GROUP's boundary."""
-    R: tl.constexpr = BLOCK // GROUP
-    offsets = (tl.arange(0, R) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    lead = tl.minimum((GROUP - before_row(x_row, GROUP)) % GROUP, n_cols)
-    x_body, ref_body = x_row + lead, ref_row + lead
-    if GROUP > 1:
-        x_body, ref_body = tl.multiple_of(x_body, 16), tl.multiple_of(ref_body, 16)
-    body = (n_cols - lead) // GROUP * GROUP
-    full = body // BLOCK * BLOCK
-    state = start_pair(R)
-    for start in tl.range(0, full, BLOCK):
-        x = load_scaled(x_body + start + offsets, None, inner)
-        y = load_scaled(ref_body + start + offsets, None, ref_inner)
-        state = fold_pair(x, y, state, scale, ref_scale, DIRECTION, WITH_ENTROPY)
-    if full < body:
-        mask = full + offsets < body
-        x = load_scaled(x_body + full + offsets, mask, inner)
-        y = load_scaled(ref_body + full + offsets, mask, ref_inner)
-        state = fold_pair(x, y, state, scale, ref_scale, DIRECTION, WITH_ENTROPY)
-    pair = merge_pair(state, DIRECTION)
-    if (lead > 0) | (lead + body < n_cols):
-        # Columns [0, lead) and [lead + body, n_cols): at most one group each.
-        left = tl.arange(0, 2) * (lead + body)
-        right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
-        columns = left[:, None] + tl.arange(0, GROUP)[None, :]
-        mask = columns < right[:, None]
-        x = load_scaled(x_row + columns, mask, inner)
-        y = load_scaled(ref_row + columns, mask, ref_inner)
-        edges = fold_pair(x, y, start_pair(2), scale, ref_scale, DIRECTION, WITH_ENTROPY)
-        pair = combine_pair(pair, merge_pair(edges, DIRECTION), DIRECTION)
-    return pair
 
 
 @triton.jit
@@ -200,15 +89,24 @@ def kl_kernel(
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     columns = tl.where(valid, n_cols, 0)
     scale, ref_scale = outer * LOG2E, ref_outer * LOG2E
-    shift, d, ref_shift, ref_d, total, t = scan_pair(
-        x_row, ref_row, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP
+    pair = scan_pair(
+        x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP
     )
-    norm, ref_norm = log2(d), log2(ref_d)
+    if LABELS:
+        target = tl.where(valid, label, 0)
+        x, y = load_scaled(x_row + target, valid, inner), load_scaled(ref_row + target, valid, ref_inner)
+        policy, reference, total, entropy = join_pair(pair, x, y, scale, ref_scale, DIRECTION)
+        shift, norm, d, log2_d, logp = policy
+        ref_shift, ref_norm, ref_d, ref_log2_d, ref_logp = reference
+    else:
+        shift, d, ref_shift, ref_d, total, _ = pair
+        norm, ref_norm = log2(d), log2(ref_d)
+        log2_d, ref_log2_d = norm, ref_norm
     if DIRECTION == "reverse":
-        kl = (total / d - norm + ref_norm) * LN2
+        kl = (total / d - log2_d + ref_log2_d) * LN2
         center = kl
     elif DIRECTION == "forward":
-        kl = (total / ref_d - ref_norm + norm) * LN2
+        kl = (total / ref_d - ref_log2_d + log2_d) * LN2
         center = kl * 0.0
     else:
         sides = shift, norm, ref_shift, ref_norm
@@ -226,11 +124,9 @@ def kl_kernel(
     tl.store(out + REF_NORM * n_rows, ref_norm)
     tl.store(out + CENTER * n_rows, tl.where(valid, center, 0.0))
     if LABELS:
-        logp, _ = label_logp(x_row, tl.where(valid, label, 0), valid, (shift, d), scale, inner)
-        ref_logp, _ = label_logp(ref_row, tl.where(valid, label, 0), valid, (ref_shift, ref_d), ref_scale, ref_inner)
         tl.store(out + LOGP * n_rows, tl.where(valid, logp, 0.0))
         tl.store(out + REF_LOGP * n_rows, tl.where(valid, ref_logp, 0.0))
-        tl.store(out + ENTROPY * n_rows, tl.where(valid, (norm - t / d) * LN2, 0.0))
+        tl.store(out + ENTROPY * n_rows, tl.where(valid, entropy, 0.0))
 
 
 @triton.jit(
@@ -301,11 +197,31 @@ def kl(logits, ref_logits, labels, scaling, ref_scaling, direction, with_labels)
 
 
 @triton.jit
+def weighed_gradient(log2p, log2q, p, center, g_kl, DIRECTION: tl.constexpr):
+    """The gradient of the reverse KL, or of js, in scaled logits of probability p."""
+    if DIRECTION == "reverse":
+        return tl.where(p > 0.0, g_kl * p * ((log2p - log2q) * LN2 - center), p)
+    p_above, _ = above_mixture(log2p, log2q, DIRECTION)
+    return tl.where(p > 0.0, g_kl * (1.0 - DIRECTION) * p * (p_above * LN2 - center), p)
+
+
+@triton.jit
+def kl_at_label(logp, ref_logp, center, entropy, grads, DIRECTION: tl.constexpr):
+    """The gradient in the label's scaled logit from its log-probs: exact where they are close to 0."""
+    g_kl, g_logp, g_entropy = grads
+    dz = label_gradient(logp, entropy, g_logp, g_entropy, 0.0)
+    if DIRECTION == "forward":
+        return dz + g_kl * (expm1(logp) - expm1(ref_logp))
+    log2p = logp * LOG2E
+    return dz + weighed_gradient(log2p, ref_logp * LOG2E, tl.exp2(log2p), center, g_kl, DIRECTION)
+
+
+@triton.jit
 def kl_columns(
     x_block, ref_block, out_block, read, write, target, row, grads, dz_target, outer, inner, ref_scale, ref_inner,
-    DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row under their masks; dz_target: the log-prob's part at column `target`."""
+    """BLOCK columns of one row under their masks; column `target` of them (if it is one) gets dz_target."""
     shift, norm, ref_shift, ref_norm, center, entropy = row
     g_kl, g_logp, g_entropy = grads
     offsets = tl.arange(0, BLOCK)
@@ -315,14 +231,13 @@ def kl_columns(
     log2q = tl.fma(y, ref_scale, -ref_shift) - ref_norm
     p = tl.exp2(log2p)
     logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
-    dz = tl.where(offsets == target, dz_target, -g_logp * p) - g_entropy * p * (logp + entropy)
-    if DIRECTION == "reverse":
-        dz += tl.where(p > 0.0, g_kl * p * ((log2p - log2q) * LN2 - center), p)
-    elif DIRECTION == "forward":
+    dz = -g_logp * p - g_entropy * p * (logp + entropy)
+    if DIRECTION == "forward":
         dz += g_kl * (p - tl.exp2(log2q))
     else:
-        p_above, _ = above_mixture(log2p, log2q, DIRECTION)
-        dz += tl.where(p > 0.0, g_kl * (1.0 - DIRECTION) * p * (p_above * LN2 - center), p)
+        dz += weighed_gradient(log2p, log2q, p, center, g_kl, DIRECTION)
+    if LABELS:
+        dz = tl.where(offsets == target, dz_target, dz)
     if inner is not None:
         dz = dz * (1.0 - x * x) * inner
     value = tl.where(read, dz * outer, 0.0)
@@ -346,13 +261,15 @@ def kl_gradient_kernel(
         g_logp = tl.load(grads_ptr + n_rows + row)
         g_entropy = tl.load(grads_ptr + 2 * n_rows + row)
         entropy = tl.load(tokens + ENTROPY * n_rows)
-        dz_target = -g_logp * expm1(tl.load(tokens + LOGP * n_rows))  # exact where p is close to 1
     norm = tl.load(tokens + NORM * n_rows)
     sides = (
         tl.load(tokens + SHIFT * n_rows), norm, tl.load(tokens + REF_SHIFT * n_rows),
         tl.load(tokens + REF_NORM * n_rows), tl.load(tokens + CENTER * n_rows), entropy,
     )  # fmt: skip
     grads = g_kl, g_logp, g_entropy
+    if LABELS:
+        logp, ref_logp = tl.load(tokens + LOGP * n_rows), tl.load(tokens + REF_LOGP * n_rows)
+        dz_target = kl_at_label(logp, ref_logp, tl.load(tokens + CENTER * n_rows), entropy, grads, DIRECTION)
     live = (norm != float("inf")) & ((g_kl != 0.0) | (g_logp != 0.0) | (g_entropy != 0.0))
     x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
@@ -371,14 +288,14 @@ def kl_gradient_kernel(
         read = offsets < tl.multiple_of(tl.where(live, end, 0), GROUP)
         kl_columns(
             x_block, ref_block, out_block, read, write, target, sides, grads, dz_target, outer, inner, ref_scale,
-            ref_inner, DIRECTION, BLOCK,
+            ref_inner, DIRECTION, LABELS, BLOCK,
         )  # fmt: skip
     else:
         write = (offsets >= -start) & (offsets < end)
         read = (offsets >= -start) & (offsets < tl.where(live, end, 0))
         kl_columns(
             x_block, ref_block, out_block, read, write, target, sides, grads, dz_target, outer, inner, ref_scale,
-            ref_inner, DIRECTION, BLOCK,
+            ref_inner, DIRECTION, LABELS, BLOCK,
         )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .gradient import gradient_block
 from .preference import kl_estimate
-from .rowmath import LN2, LOG2E, exp, log2, row_start
-from .statistics import label_logp, launch_shape, scan_row
+from .rowmath import LOG2E, exp, load_scaled, row_start, times
+from .statistics import launch_shape, row_results, scan_row
 
 # Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
 SHIFT, NORM, LOGP, ENTROPY, LOSS, KL, RATIO, CLIPPED, SLOPE = (tl.constexpr(i) for i in range(9))
@@ -34,7 +34,7 @@ def policy_term(logp, ratio, ratio_slope, a, low, high, bound, KIND: tl.constexp
         return -a * held, tl.where(above | below | bounded, 0.0, -a * ratio_slope), clipped
     elif KIND == "weight":
         weight = tl.minimum(tl.maximum(ratio, low), high)
-        return -weight * a * logp, -weight * a, clipped
+        return -times(weight * a, logp), -weight * a, clipped
     else:
         tau = tl.where(a > 0.0, low, high)
         e = tl.exp2(-tl.abs(tau * (ratio - 1.0)) * LOG2E)
@@ -58,11 +58,11 @@ def policy_kernel(
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
-    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), outer * LOG2E, None, 3, BLOCK, GROUP)
-    logp, _ = label_logp(row_ptr, tl.where(valid, label, 0), valid, state, outer * LOG2E, None)
-    shift, norm = state[0], tl.where(valid, log2(state[1]), float("inf"))
-    logp = tl.where(valid, logp, 0.0)
-    entropy = tl.where(valid, (log2(state[1]) - state[2] / state[1]) * LN2, 0.0)
+    state = scan_row(row_ptr, label, tl.where(valid, n_cols, 0), outer * LOG2E, None, 3, BLOCK, GROUP)
+    y = load_scaled(row_ptr + tl.where(valid, label, 0), valid, None)
+    shift, norm, logp, entropy, _ = row_results(state, y, outer * LOG2E)
+    norm, logp = tl.where(valid, norm, float("inf")), tl.where(valid, logp, 0.0)
+    entropy = tl.where(valid, entropy, 0.0)
 
     a = tl.load(advantage_ptr + row)
     weight = tl.load(weight_ptr + row)
@@ -70,18 +70,18 @@ def policy_kernel(
     if old_ptr is not None:
         log_ratio = tl.where(valid, logp - tl.load(old_ptr + row), 0.0)
     inside = tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_CLAMP), LOG_RATIO_CLAMP)
-    ratio = exp(inside)
+    ratio = tl.where(log_ratio == log_ratio, exp(inside), log_ratio)  # minimum and maximum lose NaN
     ratio_slope = tl.where(inside == log_ratio, ratio, 0.0)
     loss, slope, clipped = policy_term(logp, ratio, ratio_slope, a, low, high, bound, KIND)
     kl = logp * 0.0
     if KL_KIND is not None:
         kl, kl_slope = kl_estimate(tl.where(valid, logp - tl.load(ref_ptr + row), 0.0), KL_KIND)
         if KL_TIMES_RATIO:
-            kl_slope = kl_slope * ratio + kl * ratio_slope
+            kl_slope = kl_slope * ratio + times(ratio_slope, kl)
             kl = kl * ratio
-        loss += kl_coef * kl
-        slope += kl_coef * kl_slope
-    slope *= weight
+        loss += times(kl_coef, kl)
+        slope += times(kl_coef, kl_slope)
+    slope = times(weight, slope)
     out = tokens_ptr + row
     tl.store(out + SHIFT * n_rows, shift)
     tl.store(out + NORM * n_rows, norm)
@@ -99,8 +99,8 @@ def policy_kernel(
         n_blocks = tl.cdiv(n_cols + GROUP - 1, BLOCK)
         for i in tl.range(0, n_blocks):
             gradient_block(
-                row_ptr, row_ptr, n_blocks - 1 - i, label, n_cols, shift, norm, entropy, slope, -entropy_coef * weight,
-                zero, outer, None, BLOCK, GROUP,
+                row_ptr, row_ptr, n_blocks - 1 - i, label, n_cols, shift, norm, logp, entropy, slope,
+                -entropy_coef * weight, zero, outer, None, BLOCK, GROUP,
             )  # fmt: skip
 
 

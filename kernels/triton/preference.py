@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .gradient import gradient_block, gradient_shape
-from .rowmath import LOG2E, expm1, log1p, log2, row_start
-from .statistics import label_logp, launch_shape, scan_row
+from .rowmath import LOG2E, expm1, load_scaled, log1p, row_start, times
+from .statistics import launch_shape, row_results, scan_row
 
 # Rows of the per-token buffer tokens[4, 2B * T].
 SHIFT, NORM, LOGP, REF_LOGP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -27,9 +27,10 @@ SATURATION = tl.constexpr(20.0)  # k3 goes on along its tangent where the refere
 @triton.jit
 def row_logp(row_ptr, label, valid, n_cols, scale, inner, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """(shift, log2 of the sum, log-prob of the label) of one row; reads nothing where it is not valid."""
-    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), scale, inner, 1, BLOCK, GROUP)
-    logp, _ = label_logp(row_ptr, tl.where(valid, label, 0), valid, state, scale, inner)
-    return state[0], tl.where(valid, log2(state[1]), float("inf")), tl.where(valid, logp, 0.0)
+    state = scan_row(row_ptr, label, tl.where(valid, n_cols, 0), scale, inner, 1, BLOCK, GROUP)
+    y = load_scaled(row_ptr + tl.where(valid, label, 0), valid, inner)
+    shift, norm, logp, _, _ = row_results(state, y, scale)
+    return shift, tl.where(valid, norm, float("inf")), tl.where(valid, logp, 0.0)
 
 
 @triton.jit
@@ -77,9 +78,10 @@ def kl_estimate(k1, KL: tl.constexpr):
         return k1, k1 * 0.0 + 1.0
     elif KL == "k2":
         return 0.5 * k1 * k1, k1
-    inside = tl.minimum(-k1, SATURATION)
+    inside = tl.where(-k1 > SATURATION, SATURATION, -k1)  # minimum and maximum lose NaN
+    beyond = tl.where(-k1 > SATURATION, -k1 - SATURATION, 0.0)
     slope = -expm1(inside)
-    k3 = k1 - slope + (1.0 - slope) * (-k1 - inside)
+    k3 = -inside - slope * (1.0 + beyond)  # no difference of infinities
     return tl.where(tl.abs(k1) < 0.05, k1 * k1 * (0.5 - k1 * (0.1666666667 - k1 * 0.04166666667)), k3), slope
 
 
@@ -131,7 +133,7 @@ def dpo_kernel(
     e = tl.exp2(-tl.abs(h) * LOG2E)
     tail = log1p(e)  # -log s(|h|)
     loss = (1.0 - label_smoothing) * (tail + tl.where(h > 0.0, 0.0, -h))
-    loss += label_smoothing * (tail + tl.where(h > 0.0, h, 0.0))
+    loss += times(label_smoothing, tail + tl.where(h > 0.0, h, 0.0))
     below = tl.where(h > 0.0, e, 1.0) / (1.0 + e)  # s(-h)
     above = tl.where(h > 0.0, 1.0, e) / (1.0 + e)  # s(h)
     slope = beta * (label_smoothing * above - (1.0 - label_smoothing) * below)
@@ -187,13 +189,14 @@ def dpo_gradient_kernel(
     if g_losses_ptr is not None:
         g_pair += tl.load(g_losses_ptr + pair)
     slope = tl.load(pairs_ptr + SLOPE * n_pairs + pair)
-    g_logp = g_pair * tl.where(sequence < n_pairs, slope, -slope)
+    g_logp = times(g_pair, tl.where(sequence < n_pairs, slope, -slope))
     if g_sequences_ptr is not None:
         g_logp += tl.load(g_sequences_ptr + sequence)
+    logp = tl.load(tokens_ptr + LOGP * n_rows + row)
     if KL is not None:
-        k1 = tl.load(tokens_ptr + LOGP * n_rows + row) - tl.load(tokens_ptr + REF_LOGP * n_rows + row)
+        k1 = logp - tl.load(tokens_ptr + REF_LOGP * n_rows + row)
         _, kl_slope = kl_estimate(k1, KL)
-        g_logp += tl.load(weights_ptr + 1) * g_loss * kl_slope
+        g_logp += times(tl.load(weights_ptr + 1) * g_loss, kl_slope)
     x_row = row_start(x_ptr, row, length, x_stride_outer, x_stride_inner)
     out_row = row_start(out_ptr, row, length, out_stride_outer, out_stride_inner)
     shift = tl.load(tokens_ptr + SHIFT * n_rows + row)
@@ -201,7 +204,7 @@ def dpo_gradient_kernel(
     label = tl.load(label_ptr + row)
     block = tl.program_id(1)
     gradient_block(
-        x_row, out_row, block, label, n_cols, shift, norm, zero, g_logp, zero, zero, outer, inner, BLOCK, GROUP
+        x_row, out_row, block, label, n_cols, shift, norm, logp, zero, g_logp, zero, zero, outer, inner, BLOCK, GROUP
     )
 
 

@@ -85,6 +85,12 @@ def exp(x):
 
 
 @triton.jit
+def times(weight, value):
+    """weight * value, 0 where the weight is 0, also for infinities."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
 def load_scaled(pointers, mask, inner):
     """y of the logits behind `pointers`, fp32; masked-off lanes read -inf."""
     if mask is None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from .kl import CENTER, ENTROPY, KL, LOGP, NORM, REF_LOGP, REF_NORM, REF_SHIFT, SHIFT, TOKEN_FIELDS
 from .rowmath import LN2, LOG2E, log1p, log2
 from .statistics import ENTROPY as WITH_ENTROPY
-from .statistics import IS_TOP1, LOG_SUM_SQ, LOGPS, LSE, MEAN_LOGITS
+from .statistics import IS_TOP1, LOG_SUM_SQ, LOGPS, LSE, MEAN_LOGITS, SAVED_FIELDS
 
 NONE = tl.constexpr(float("-inf"))
 
@@ -28,10 +28,14 @@ def shares(shift, norm, mine):
     above = tl.where(norm == NONE, NONE, shift - top[None, :] + norm)
     total = log2(tl.sum(tl.exp2(above), 0))
     own = tl.sum(tl.where(mine, above, 0.0), 0)
-    others = tl.sum(tl.where(mine | (above == NONE), 0.0, tl.exp2(above - own[None, :])), 0)
-    few = tl.where(others < 1.0, others, 0.0)
-    of_owner = tl.where(others < 1.0, log1p(few) * LOG2E, log2(1.0 + others))
-    return top, total, above - total[None, :], -of_owner
+    most = tl.max(tl.where(mine, NONE, above), 0)
+    # The label's part may be the largest: then by what the others add to it, and no digits are lost. Or it may be any
+    # number of nats below another: then nothing is taken to its size, which would overflow.
+    largest = own >= most
+    others = tl.sum(tl.where(mine | (above == NONE), 0.0, tl.exp2(above - tl.where(largest, own, most)[None, :])), 0)
+    few = tl.where(largest & (others < 1.0), others, 0.0)
+    beside = tl.where(others < 1.0, log1p(few) * LOG2E, log2(1.0 + others))
+    return top, total, above - total[None, :], tl.where(largest, -beside, own - total)
 
 
 @triton.jit
@@ -43,8 +47,9 @@ def of_owner(values, mine, log_share):
 
 @triton.jit
 def weighed(log_share, values):
-    """Sum over parts of share times value; a part without a share counts nothing."""
-    return tl.sum(tl.where(log_share == NONE, 0.0, tl.exp2(log_share) * values), 0)
+    """Sum over parts of share times value; a part whose share is 0 counts nothing, whatever its value."""
+    share = tl.exp2(log_share)
+    return tl.sum(tl.where(share == 0.0, 0.0, share * values), 0)
 
 
 @triton.jit
@@ -66,8 +71,9 @@ def merge_scores_kernel(
     top, total, log_share, of_label = shares(shift, norm, mine)
     tl.store(saved_ptr + rows, top, mask=inside)
     tl.store(saved_ptr + n_rows + rows, tl.where(scored, total, float("inf")), mask=inside)
+    logp = of_owner(tl.load(source + 2 * field_stride, mask=mask, other=0.0), mine, of_label)
+    tl.store(saved_ptr + 2 * n_rows + rows, tl.where(scored, logp, 0.0), mask=inside)
     if LOGPS & OUTPUTS:
-        logp = of_owner(tl.load(source + 2 * field_stride, mask=mask, other=0.0), mine, of_label)
         tl.store(logps_ptr + rows, tl.where(scored, logp, 0.0), mask=inside)
     source += 3 * field_stride
     if WITH_ENTROPY & OUTPUTS:
@@ -114,7 +120,7 @@ def merge_scores(parts, owner, n_cols, outputs):
 
     aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ.value, 3, n_rows)
     some = (buffer(bit.value, n_rows) for bit in (LOGPS, WITH_ENTROPY, LSE))
-    results = *some, aux, parts.new_empty(2, n_rows)
+    results = *some, aux, parts.new_empty(SAVED_FIELDS, n_rows)
     if n_rows:
         grid, shape = merge_shape(parts)
         merge_scores_kernel[grid](

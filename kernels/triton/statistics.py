@@ -5,6 +5,9 @@ running sums once, and adds. Maxima and sums stay in the thread until the row en
 program, in a fixed order. Full blocks run without a mask; the last partial block, and the few columns outside the row's
 16-byte boundaries, are taken apart from them.
 
+The sums leave the label out: the block of columns that holds it is taken under a mask, and the label joins the finished
+sums. Where it is the largest, its log-prob is -log1p(the others' sum over it), exact however close to 0.
+
 One program takes one row, in one launch. Where the rows are too few to fill the device, a row is split: each program
 writes the state of one part of its columns, and a second launch merges a row's states, always in the same order.
 """
@@ -16,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rowmath import FLOOR, LN2, LOG2E, LOWEST, before_row, load_scaled, log2, row_start
+from .rowmath import FLOOR, LN2, LOG2E, LOWEST, before_row, load_scaled, log1p, log2, row_start
 
 # Bits of OUTPUTS, in the order of TokenStats.
 LOGPS = tl.constexpr(1)
@@ -26,27 +29,27 @@ MEAN_LOGITS = tl.constexpr(8)
 IS_TOP1 = tl.constexpr(16)
 LOG_SUM_SQ = tl.constexpr(32)
 
-NOWHERE = tl.constexpr(2147483647)
 STATE_FIELDS = 7
+SAVED_FIELDS = 3  # what a backward reads of a row: shift, log2 of the sum (inf marks an ignored row), log-prob
 MAX_PARTS = 64
 
 
 @triton.jit
 def start_state(R: tl.constexpr):
-    """The running statistics of R lanes, before any column: (shift, d, t, q, m, first, total), each [R].
+    """The running statistics of R lanes, before any column: (shift, d, t, q, m, before, total), each [R].
 
     shift: maximum of y * scale; d = sum 2^u with u = y * scale - shift; t = sum 2^u * u; q = sum 4^u;
-    m: maximum of y; first: the first column of the group in which m was first met; total: sum of y.
+    m: maximum of y; before: maximum of y in the columns before the label; total: sum of y. None counts the label.
     """
     zeros = tl.zeros([R], tl.float32)
     lowest = tl.full([R], LOWEST, tl.float32)
-    return lowest, zeros, zeros, zeros, lowest, tl.full([R], NOWHERE, tl.int32), zeros
+    return lowest, zeros, zeros, zeros, lowest, lowest, zeros
 
 
 @triton.jit
-def fold(y, mask, col, state, scale, OUTPUTS: tl.constexpr):
-    """Take y [R, GROUP], whose groups begin at columns col [R], into the state."""
-    old, d, t, q, m, first, total = state
+def fold(y, mask, state, scale, OUTPUTS: tl.constexpr):
+    """Take y [R, GROUP] into the state, -inf where the mask is off; `before` stays."""
+    old, d, t, q, m, before, total = state
     top = tl.max(y, 1)
     # The running maximum is kept scaled and rounded. Scaled anew each time, the product would be fused into the
     # subtraction, unrounded, and an unchanged maximum would rescale the sums by its rounding at every step.
@@ -60,72 +63,87 @@ def fold(y, mask, col, state, scale, OUTPUTS: tl.constexpr):
     if LOG_SUM_SQ & OUTPUTS:
         q = q * (rescale * rescale) + tl.sum(e * e, 1)
     if (LSE | IS_TOP1) & OUTPUTS:
-        if IS_TOP1 & OUTPUTS:
-            first = tl.where(top > m, col, first)
         m = tl.maximum(m, top)
     if MEAN_LOGITS & OUTPUTS:
         # + 0.0: Triton 3.6 and 3.7 crash on a loop that adds up reductions of just what it loads.
         total += tl.sum(y + 0.0 if mask is None else tl.where(mask, y, 0.0), 1)
     d = d * rescale + tl.sum(e, 1)
-    return shift, d, t, q, m, first, total
+    return shift, d, t, q, m, before, total
+
+
+@triton.jit
+def fold_beside(pointers, mask, columns, label, state, scale, inner, OUTPUTS: tl.constexpr):
+    """Take the columns [R, GROUP] that the mask lets through into the state, the label left out."""
+    mask = mask & (columns != label)
+    y = load_scaled(pointers, mask, inner)
+    shift, d, t, q, m, before, total = fold(y, mask, state, scale, OUTPUTS)
+    if IS_TOP1 & OUTPUTS:
+        before = tl.maximum(before, tl.max(tl.where(columns < label, y, float("-inf")), 1))
+    return shift, d, t, q, m, before, total
 
 
 @triton.jit
 def merge(state):
     """One state out of the lanes' states [R]."""
-    old, d, t, q, m, first, total = state
+    old, d, t, q, m, before, total = state
     shift = tl.max(old, 0)
     step = old - shift
     rescale = tl.exp2(step)
-    top = tl.max(m, 0)
     return (
         shift, tl.sum(d * rescale, 0), tl.sum((t + step * d) * rescale, 0), tl.sum(q * (rescale * rescale), 0),
-        top, tl.min(tl.where(m == top, first, NOWHERE), 0), tl.sum(total, 0),
+        tl.max(m, 0), tl.max(before, 0), tl.sum(total, 0),
     )  # fmt: skip
 
 
 @triton.jit
 def combine(a, b):
     """One state out of two scalar ones."""
-    shift_a, d_a, t_a, q_a, m_a, first_a, total_a = a
-    shift_b, d_b, t_b, q_b, m_b, first_b, total_b = b
+    shift_a, d_a, t_a, q_a, m_a, before_a, total_a = a
+    shift_b, d_b, t_b, q_b, m_b, before_b, total_b = b
     shift = tl.maximum(shift_a, shift_b)
     step_a, step_b = shift_a - shift, shift_b - shift
     r_a, r_b = tl.exp2(step_a), tl.exp2(step_b)
-    m = tl.maximum(m_a, m_b)
-    first = tl.minimum(tl.where(m_a == m, first_a, NOWHERE), tl.where(m_b == m, first_b, NOWHERE))
     return (
         shift, d_a * r_a + d_b * r_b, (t_a + step_a * d_a) * r_a + (t_b + step_b * d_b) * r_b,
-        q_a * r_a * r_a + q_b * r_b * r_b, m, first, total_a + total_b,
+        q_a * r_a * r_a + q_b * r_b * r_b, tl.maximum(m_a, m_b), tl.maximum(before_a, before_b), total_a + total_b,
     )  # fmt: skip
 
 
 @triton.jit
 def scan_part(
-    row_ptr, n_cols, begin, part_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    row_ptr, label, n_cols, begin, part_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The state of part_cols columns of a row, from `begin` on; n_cols = 0 reads nothing.
+    """The state of part_cols columns of a row, from `begin` on, without the label's; n_cols = 0 reads nothing.
 
     `begin` and the end (but for the last part's) are multiples of BLOCK and count from the row's first 16-byte
     boundary. The columns outside the boundaries belong to the part at 0.
     """
     R: tl.constexpr = BLOCK // GROUP
-    groups = tl.arange(0, R) * GROUP
-    offsets = groups[:, None] + tl.arange(0, GROUP)[None, :]
+    offsets = (tl.arange(0, R) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     lead = tl.minimum((GROUP - before_row(row_ptr, GROUP)) % GROUP, n_cols)
     body_ptr = tl.multiple_of(row_ptr + lead, 16)
     body = (n_cols - lead) // GROUP * GROUP
     end = tl.multiple_of(tl.minimum(body, begin + part_cols), GROUP)
     full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
+    label = label.to(tl.int32)
+    at = label - lead
+    hole = tl.multiple_of(label_block(at, begin, full, BLOCK), BLOCK)
 
     state = start_state(R)
-    for start in tl.range(begin, full, BLOCK):
-        y = load_scaled(body_ptr + start + offsets, None, inner)
-        state = fold(y, None, lead + start + groups, state, scale, OUTPUTS)
+    for start in tl.range(begin, hole, BLOCK):
+        state = fold(load_scaled(body_ptr + start + offsets, None, inner), None, state, scale, OUTPUTS)
+    if IS_TOP1 & OUTPUTS:
+        shift, d, t, q, m, before, total = state
+        state = shift, d, t, q, m, tl.where(at >= begin, m, before), total
+    for start in tl.range(hole + BLOCK, full, BLOCK):
+        state = fold(load_scaled(body_ptr + start + offsets, None, inner), None, state, scale, OUTPUTS)
+    if hole < full:
+        columns = hole + offsets
+        state = fold_beside(body_ptr + columns, columns < full, columns, at, state, scale, inner, OUTPUTS)
     if full < end:
-        mask = full + offsets < end
-        y = load_scaled(body_ptr + full + offsets, mask, inner)
-        state = fold(y, mask, lead + full + groups, state, scale, OUTPUTS)
+        columns = full + offsets
+        state = fold_beside(body_ptr + columns, columns < end, columns, at, state, scale, inner, OUTPUTS)
     part = merge(state)
 
     if (begin == 0) & ((lead > 0) | (lead + body < n_cols)):
@@ -133,70 +151,99 @@ def scan_part(
         left = tl.arange(0, 2) * (lead + body)
         right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
         columns = left[:, None] + tl.arange(0, GROUP)[None, :]
-        mask = columns < right[:, None]
-        edges = fold(load_scaled(row_ptr + columns, mask, inner), mask, left, start_state(2), scale, OUTPUTS)
+        inside = columns < right[:, None]
+        edges = fold_beside(row_ptr + columns, inside, columns, label, start_state(2), scale, inner, OUTPUTS)
         part = combine(part, merge(edges))
     return part
 
 
 @triton.jit
-def scan_row(row_ptr, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The state of one whole row; n_cols = 0 reads nothing."""
-    return scan_part(row_ptr, n_cols, 0, n_cols, scale, inner, OUTPUTS, BLOCK, GROUP)
+def label_block(at, begin, full, BLOCK: tl.constexpr):
+    """Where the full block of columns that holds `at` begins, `full` if none of them does."""
+    inside = (at >= begin) & (at < full)
+    return tl.where(inside, begin + (at - begin) // BLOCK * BLOCK, full)
 
 
 @triton.jit
-def label_logp(row_ptr, column, valid, state, scale, inner):
-    """(log-prob, y) of one column from its row's state; never above 0."""
-    y = load_scaled(row_ptr + column, valid, inner)
-    # y * scale - shift in two parts, t + rest: rounded in base 2, where it is 1.44 times as large, it would lose a bit.
-    shift = state[0]
-    t = tl.fma(y, scale, -shift)
-    back = t + shift
+def scan_row(row_ptr, label, n_cols, scale, inner, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """The state of one whole row but for its label; n_cols = 0 reads nothing."""
+    return scan_part(row_ptr, label, n_cols, 0, n_cols, scale, inner, OUTPUTS, BLOCK, GROUP)
+
+
+@triton.jit
+def log2_sum(weight, rest):
+    """log2(weight + rest); where the weight is 1 exact however small the rest is."""
+    small = tl.where(rest <= 1.0, rest, 0.0)
+    return tl.where((weight == 1.0) & (rest <= 1.0), log1p(small) * LOG2E, log2(weight + rest))
+
+
+@triton.jit
+def join(shift, d, y, scale):
+    """Where the label's y joins the others' sum d of exponentials over `shift`; of the row:
+
+    (shift, norm, logp, own, step, weight, rest): norm is log2 of the sum over the shift. weight + rest is that sum over
+    the label's own exponent where the label is the largest, else over the shift: there the others' exponents move by
+    step, and the label's own is `own`.
+    """
+    scaled = y * scale
+    largest = scaled >= shift
+    row_shift = tl.where(largest, scaled, shift)
+    t = tl.fma(y, scale, -row_shift)  # of the largest: what its rounding to a shift has left
+    step = tl.where(largest, -tl.fma(y, scale, -shift), 0.0)
+    weight = tl.where(largest, 1.0, tl.exp2(t))
+    rest = d * tl.exp2(step)
+    log2_total = log2_sum(weight, rest)
+    # y * scale - shift in two parts, t + low: rounded in base 2, where it is 1.44 times as large, it would lose a bit.
+    back = t + row_shift
     part = back - t
-    rest = tl.fma(y, scale, -back) - ((t - (back - part)) + (shift - part))
-    rest = tl.where(tl.abs(t) < 1e30, rest, 0.0)  # an infinite t has none
-    logp = tl.fma(t, LN2, (rest - log2(state[1])) * LN2)
-    return tl.where(logp > 0.0, 0.0, logp), y
+    low = tl.fma(y, scale, -back) - ((t - (back - part)) + (row_shift - part))
+    low = tl.where(tl.abs(t) < 1e30, low, 0.0)  # an infinite t has none
+    below = tl.fma(t, LN2, (low - log2_total) * LN2)
+    sure = largest & (rest <= 1.0)
+    above = 0.0 - tl.where(sure, log1p(tl.where(sure, rest, 0.0)), log2_total * LN2)  # 0.0 -: never -0
+    logp = tl.where(largest, above, tl.where(below > 0.0, 0.0, below))
+    return row_shift, tl.where(largest, t, 0.0) + log2_total, logp, tl.where(largest, 0.0, t), step, weight, rest
 
 
 @triton.jit
-def label_is_top1(row_ptr, column, valid, y, state, inner, GROUP: tl.constexpr):
-    """Whether the label is the row's first maximum, as argmax would have it."""
-    first = state[5]
-    near = valid & (y == state[4]) & (column >= first) & (column - first < GROUP)  # of NOWHERE no column is near
-    rivals = load_scaled(row_ptr + first + tl.arange(0, GROUP), near & (tl.arange(0, GROUP) < column - first), inner)
-    return near & (tl.max(rivals, 0) < y)
+def row_results(state, y, scale):
+    """(shift, norm, logp, entropy, log sum p^2) of a row from the others' state and the label's y."""
+    others, d, t, q, _, _, _ = state
+    shift, norm, logp, own, step, weight, rest = join(others, d, y, scale)
+    rescale = tl.exp2(step)
+    t = (t + step * d) * rescale + weight * tl.maximum(own, FLOOR)
+    log2_total = log2_sum(weight, rest)
+    entropy = (log2_total - t / (weight + rest)) * LN2
+    return shift, norm, logp, entropy, (log2_sum(weight * weight, q * rescale * rescale) - 2.0 * log2_total) * LN2
 
 
 @triton.jit
 def write_row(
     row, n_rows, row_ptr, label, valid, n_cols, state, outer, inner,
-    logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr,
+    logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """The results of one row from its state; aux and saved as in `statistics_kernel`."""
-    column = tl.where(valid, label, 0)
     scale = outer * LOG2E
-    shift, d, t, q, m, _, total = state
-    norm = log2(d)
+    _, _, _, _, m, before, total = state
+    y = load_scaled(row_ptr + tl.where(valid, label, 0), valid, inner)
+    shift, norm, logp, entropy, log_sum_sq = row_results(state, y, scale)
     tl.store(saved_ptr + row, shift)
     tl.store(saved_ptr + n_rows + row, tl.where(valid, norm, float("inf")))  # inf marks an ignored row
-
-    logp, y = label_logp(row_ptr, column, valid, state, scale, inner)
+    tl.store(saved_ptr + 2 * n_rows + row, tl.where(valid, logp, 0.0))
     if LOGPS & OUTPUTS:
         tl.store(logps_ptr + row, tl.where(valid, logp, 0.0))
     if ENTROPY & OUTPUTS:
-        tl.store(entropy_ptr + row, tl.where(valid, (norm - t / d) * LN2, 0.0))
-    if LSE & OUTPUTS:  # m * scale - shift is what shift was rounded by; the sum carries the same
-        lse = m * outer + (norm - tl.fma(m, scale, -shift)) * LN2
+        tl.store(entropy_ptr + row, tl.where(valid, entropy, 0.0))
+    if LSE & OUTPUTS:  # top * scale - shift is what shift was rounded by; the sum carries the same
+        top = tl.maximum(m, y)
+        lse = top * outer + (norm - tl.fma(top, scale, -shift)) * LN2
         tl.store(lse_ptr + row, tl.where(valid, lse, 0.0))
     if MEAN_LOGITS & OUTPUTS:
-        tl.store(aux_ptr + row, tl.where(valid, total * outer / n_cols, 0.0))
-    if IS_TOP1 & OUTPUTS:
-        top1 = label_is_top1(row_ptr, column, valid, y, state, inner, GROUP)
-        tl.store(aux_ptr + n_rows + row, tl.where(top1, 1.0, 0.0))
+        tl.store(aux_ptr + row, tl.where(valid, (total + y) * outer / n_cols, 0.0))
+    if IS_TOP1 & OUTPUTS:  # the first of equals, as argmax has it
+        tl.store(aux_ptr + n_rows + row, tl.where(valid & (y > before) & (y >= m), 1.0, 0.0))
     if LOG_SUM_SQ & OUTPUTS:
-        tl.store(aux_ptr + 2 * n_rows + row, tl.where(valid, (log2(q) - 2.0 * norm) * LN2, 0.0))
+        tl.store(aux_ptr + 2 * n_rows + row, tl.where(valid, log_sum_sq, 0.0))
 
 
 # Arguments that change from call to call: compiled code must not depend on them, nor on where labels and logits begin.
@@ -209,15 +256,15 @@ def statistics_kernel(
     inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, inner, ignore_index,
     OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. aux [3, rows]: mean logit, is_top1, log sum p^2. saved [2, rows]: shift, log2 of the sum."""
+    """One program a row. aux [3, rows]: mean logit, is_top1, log sum p^2. saved [SAVED_FIELDS, rows]."""
     row = tl.program_id(0)
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
-    state = scan_row(row_ptr, tl.where(valid, n_cols, 0), outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP)
+    state = scan_row(row_ptr, label, tl.where(valid, n_cols, 0), outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP)
     write_row(
         row, tl.num_programs(0), row_ptr, label, valid, n_cols, state, outer, inner,
-        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS, GROUP,
+        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS,
     )  # fmt: skip
 
 
@@ -232,11 +279,12 @@ def scan_parts_kernel(
 ):  # fmt: skip
     """Rows on grid axis 0, their parts on axis 1; parts [STATE_FIELDS, rows, parts] gets the states."""
     row, part = tl.program_id(0), tl.program_id(1)
-    valid = tl.load(label_ptr + row) != ignore_index
+    label = tl.load(label_ptr + row)
+    valid = label != ignore_index
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     begin = tl.multiple_of(part * part_cols, BLOCK)
-    shift, d, t, q, m, first, total = scan_part(
-        row_ptr, tl.where(valid, n_cols, 0), begin, part_cols, outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP
+    shift, d, t, q, m, before, total = scan_part(
+        row_ptr, label, tl.where(valid, n_cols, 0), begin, part_cols, outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP
     )
     field = tl.num_programs(0) * tl.num_programs(1)
     out = parts_ptr + row * tl.num_programs(1) + part
@@ -245,7 +293,7 @@ def scan_parts_kernel(
     tl.store(out + 2 * field, t)
     tl.store(out + 3 * field, q)
     tl.store(out + 4 * field, m)
-    tl.store(out + 5 * field, first.to(tl.float32, bitcast=True))  # a column's bits: past 2^24 fp32 skips numbers
+    tl.store(out + 5 * field, before)
     tl.store(out + 6 * field, total)
 
 
@@ -256,7 +304,7 @@ def scan_parts_kernel(
 def merge_parts_kernel(
     x_ptr, label_ptr, parts_ptr, logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr,
     inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, inner, ignore_index, n_parts,
-    OUTPUTS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    OUTPUTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the states of its n_parts <= LANES parts into its results, as `statistics_kernel` has them."""
     row = tl.program_id(0)
@@ -267,17 +315,16 @@ def merge_parts_kernel(
     mask = lanes < n_parts
     field = n_rows * n_parts
     source = parts_ptr + row * n_parts + lanes
-    first = tl.load(source + 5 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
     state = merge((
         tl.load(source, mask=mask, other=LOWEST), tl.load(source + field, mask=mask, other=0.0),
         tl.load(source + 2 * field, mask=mask, other=0.0), tl.load(source + 3 * field, mask=mask, other=0.0),
-        tl.load(source + 4 * field, mask=mask, other=LOWEST), tl.where(mask, first, NOWHERE),
+        tl.load(source + 4 * field, mask=mask, other=LOWEST), tl.load(source + 5 * field, mask=mask, other=LOWEST),
         tl.load(source + 6 * field, mask=mask, other=0.0),
     ))  # fmt: skip
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     write_row(
         row, n_rows, row_ptr, label, valid, n_cols, state, outer, inner,
-        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS, GROUP,
+        logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS,
     )  # fmt: skip
 
 
@@ -318,7 +365,7 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
 
     logps, entropy, lse = buffer(LOGPS.value, n_rows), buffer(ENTROPY.value, n_rows), buffer(LSE.value, n_rows)
     aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ.value, 3, n_rows)
-    saved = torch.empty(2, n_rows, dtype=torch.float32, device=logits.device)
+    saved = torch.empty(SAVED_FIELDS, n_rows, dtype=torch.float32, device=logits.device)
     results = logps, entropy, lse, aux, saved
     if not n_rows:
         return results
@@ -332,6 +379,6 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
     scan_parts_kernel[(n_rows, n_parts)](logits, labels, parts, *rows, part_cols, OUTPUTS=outputs, **shape)
     merge_parts_kernel[(n_rows,)](
         logits, labels, parts, *results, *rows, n_parts,
-        OUTPUTS=outputs, GROUP=shape["GROUP"], LANES=triton.next_power_of_2(n_parts), num_warps=1,
+        OUTPUTS=outputs, LANES=triton.next_power_of_2(n_parts), num_warps=1,
     )  # fmt: skip
     return results
