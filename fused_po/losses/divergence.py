@@ -199,7 +199,9 @@ def generalized_jsd(
     log_q = (teacher_logits.detach() / temperature).log_softmax(-1)
     if beta in (0, 1):
         return categorical_kl(log_q, log_p) if beta == 0 else categorical_kl(log_p, log_q)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)  # the gradient of logaddexp is NaN there
+    p, q = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
+    log_m = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
     return beta * categorical_kl(log_q, log_m) + (1 - beta) * categorical_kl(log_p, log_m)
 
 
