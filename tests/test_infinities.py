@@ -84,7 +84,7 @@ def test_dpo_with_an_infinite_margin(backend, smoothing, kl, forbidden, seed):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_heads_and_the_exact_kl(backend, smoothing, seed):
     """`linear_dpo` with a bias of -inf, and kl="full", where the reference forbids the same token."""
-    logits, labels = pair(False, True)
+    _, labels = pair(False, True)
     labels[0], token = (labels[1, 1] + 1) % 5, labels[1, 1].item()
     bias = torch.zeros(5, device=DEVICE)
     bias[token] = -INF

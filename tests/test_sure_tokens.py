@@ -1,7 +1,7 @@
-"""Labels of which the softmax is nearly sure: log-prob and gradient to relative precision, in every op that has them.
+"""Labels of which the softmax is nearly sure: log-prob and gradient to relative precision, in every op.
 
-The truth leaves the label out: log p = -log1p(sum over the others of exp(z_v - z_y)). log_softmax rounds it to a multiple
-of 6e-8, and its gradient with it.
+The truth leaves the label out: log p = -log1p(sum over the others of exp(z_v - z_y)). log_softmax rounds it to a
+multiple of 6e-8, and its gradient with it.
 """
 
 import importlib

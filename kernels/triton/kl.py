@@ -201,8 +201,9 @@ def weighed_gradient(log2p, log2q, p, center, g_kl, DIRECTION: tl.constexpr):
     """The gradient of the reverse KL, or of js, in scaled logits of probability p."""
     if DIRECTION == "reverse":
         return tl.where(p > 0.0, g_kl * p * ((log2p - log2q) * LN2 - center), p)
-    p_above, _ = above_mixture(log2p, log2q, DIRECTION)
-    return tl.where(p > 0.0, g_kl * (1.0 - DIRECTION) * p * (p_above * LN2 - center), p)
+    else:
+        p_above, _ = above_mixture(log2p, log2q, DIRECTION)
+        return tl.where(p > 0.0, g_kl * (1.0 - DIRECTION) * p * (p_above * LN2 - center), p)
 
 
 @triton.jit
@@ -212,8 +213,9 @@ def kl_at_label(logp, ref_logp, center, entropy, grads, DIRECTION: tl.constexpr)
     dz = label_gradient(logp, entropy, g_logp, g_entropy, 0.0)
     if DIRECTION == "forward":
         return dz + g_kl * (expm1(logp) - expm1(ref_logp))
-    log2p = logp * LOG2E
-    return dz + weighed_gradient(log2p, ref_logp * LOG2E, tl.exp2(log2p), center, g_kl, DIRECTION)
+    else:
+        log2p = logp * LOG2E
+        return dz + weighed_gradient(log2p, ref_logp * LOG2E, tl.exp2(log2p), center, g_kl, DIRECTION)
 
 
 @triton.jit
