@@ -227,6 +227,25 @@ def test_coefficients_of_zero():
     assert value.item() == 0 and slope.item() == 0
 
 
+@pytest.mark.parametrize("rewards", [(0.0, -INF), (-INF, 0.0), (1.0, 0.0, -INF), (1.0, -INF, 0.0), (1.0, -INF, -INF)])
+def test_rankings_with_a_forbidden_answer(rewards):
+    """As their choices among two answers, each without an infinity in a sum."""
+    value, slope = value_and_slope(losses.plackett_luce, tensor(*rewards)[None])
+    x = tensor(*rewards).requires_grad_()
+    exact = x.new_zeros(())
+    for k in range(len(rewards) - 1):
+        later = [x[j] for j in range(k + 1, len(rewards)) if x[j] > -INF]
+        if later:
+            exact = exact - torch.nn.functional.logsigmoid(x[k] - torch.stack(later).logsumexp(0))
+        elif x[k] == -INF:
+            exact = exact + math.nan  # a choice between two that are never made
+    assert torch.equal(value[0].isnan(), exact.isnan())
+    if not exact.isnan():
+        (grad,) = torch.autograd.grad(exact, x) if exact.requires_grad else (torch.zeros_like(x),)
+        assert_same(value[0], exact.detach())
+        assert_same(slope[0], grad)
+
+
 TOKENS = tensor(-INF, -1.0)[None]
 POLICY = [
     lambda x, a, m: losses.reinforce(x, a, m),

@@ -69,7 +69,10 @@ def plackett_luce(rewards: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         return torch.where(mask, rewards, 0).sum(1) * 0
     nothing = torch.finfo(rewards.dtype).min / 4  # e^nothing is 0, and twice as much is finite
     kept = torch.where(mask, rewards, nothing)
-    rest = kept.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # [B, K - 1]: of what comes after k
+    # [B, K - 1]: of what comes after k. The gradient of logcumsumexp is NaN at -inf, so that is put in afterwards.
+    rest = kept.clamp(min=nothing).flip(1).logcumsumexp(1).flip(1)[:, 1:]
+    most = torch.where(mask, rewards.detach(), -torch.inf).flip(1).cummax(1).values.flip(1)[:, 1:]
+    rest = torch.where(most == -torch.inf, most, rest)
     choices = mask[:, :-1] & mask.flip(1).cummax(1).values.flip(1)[:, 1:]
     difference = torch.where(choices, kept[:, :-1] - rest, 0)
     return torch.where(choices, -logsigmoid(difference), 0).sum(1)
