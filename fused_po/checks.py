@@ -145,6 +145,19 @@ def looked_at(value: Tensor) -> bool:
     return has_values(value) and (value.device.type == "cpu" or debug())
 
 
+def inplace(inplace_backward: object, logits: Tensor) -> None:
+    """Refuse what is no flag, and a leaf: its gradient would lie where its values are, as `.grad` and as data."""
+    flags(inplace_backward=inplace_backward)
+    if not inplace_backward or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    base = logits if logits._base is None else logits._base
+    if base.requires_grad and base.is_leaf:
+        raise ValueError(
+            "inplace_backward: got logits that are a leaf that requires grad, or a view of one, whose values the "
+            "gradient would overwrite; leave it False, or pass what was computed from the leaf"
+        )
+
+
 def _overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether two elements of such a layout may share memory; never for a slice, transpose or stride of a dense tensor.
 

@@ -23,9 +23,9 @@ _interpreting = threading.Lock()  # Triton's interpreter swaps functions of the 
 
 
 # A launcher's arguments whose strides its kernel reads; their last dimension alone must be contiguous. `scale` looks
-# at its values itself. A kernel takes every other tensor for contiguous.
+# at its gradient itself. A kernel takes every other tensor for contiguous.
 STRIDED = ("logits", "ref_logits", "basis", "out", "parts")
-AS_THEY_ARE = ("values",)
+AS_THEY_ARE = ("grad",)
 
 
 def _as_kernels_read(name: str, value: object) -> object:

@@ -244,7 +244,7 @@ def kl_from_logits(
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
     checks.alike(logits=logits, ref_logits=ref_logits)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
     how = direction_of(direction, js_weight)

@@ -248,7 +248,7 @@ def logps_from_logits(
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
     bits = output_bits(outputs)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     checks.whole("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
