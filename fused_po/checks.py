@@ -6,12 +6,14 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
 def tensor(name: str, value: object) -> Tensor:
@@ -31,7 +33,7 @@ def floating(name: str, value: object) -> Tensor:
 
 def integer(name: str, value: object, shape: Iterable[int], device: torch.device, why: str) -> Tensor:
     """`value` as int64 if it is an integer tensor of this shape and device."""
-    if tensor(name, value).dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if tensor(name, value).dtype not in INTEGERS:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype such as torch.int64")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}, {why}")
@@ -125,9 +127,82 @@ def mask_like(name: str, mask: object, like: Tensor, of: str) -> Tensor:
     return mask.bool()
 
 
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor holds numbers now: not while it is traced, nor on the meta device, nor as a FakeTensor."""
+    return not torch.compiler.is_compiling() and not value.is_meta and not hasattr(value, "fake_mode")
+
+
+def refuse_without_values(name: str, value: Tensor) -> None:
+    """Refuse meta and fake tensors where the result depends on numbers in a way that no shape can stand for."""
+    if value.is_meta or hasattr(value, "fake_mode"):
+        raise ValueError(
+            f"{name}: got a tensor without values (on meta, or a FakeTensor), expected one that holds numbers"
+        )
+
+
 def looked_at(value: Tensor) -> bool:
-    """Whether a tensor's values are checked: on CPU; elsewhere, for a sync, under FUSED_PO_DEBUG=1; never traced."""
-    return not torch.compiler.is_compiling() and (value.device.type == "cpu" or debug())
+    """Whether a tensor's values are checked: on CPU; elsewhere, for a sync, under FUSED_PO_DEBUG=1."""
+    return has_values(value) and (value.device.type == "cpu" or debug())
+
+
+def inplace(inplace_backward: object, logits: Tensor) -> None:
+    """Refuse what is no flag, and a leaf: its gradient would lie where its values are, as `.grad` and as data."""
+    flags(inplace_backward=inplace_backward)
+    if not inplace_backward or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    base = logits if logits._base is None else logits._base
+    if base.requires_grad and base.is_leaf:
+        raise ValueError(
+            "inplace_backward: got logits that are a leaf that requires grad, or a view of one, whose values the "
+            "gradient would overwrite; leave it False, or pass what was computed from the leaf"
+        )
+
+
+def _overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two elements of such a layout may share memory; never for a slice, transpose or stride of a dense tensor.
+
+    Exact where the dimensions nest: from the smallest stride up, each steps over all that lies within.
+    """
+    within = 0  # the largest offset of the dimensions so far
+    for stride, size in sorted(zip(strides, shape)):
+        if size > 1:
+            if stride <= within:
+                return 0 not in shape
+            within += stride * (size - 1)
+    return False
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory, other than as one and the same view."""
+    itemsize, shift = a.element_size(), abs(a.data_ptr() - b.data_ptr())
+    if (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) and shift % itemsize == 0:
+        return shift > 0 and _overlap((2, *a.shape), (shift // itemsize, *a.stride()))
+    begins = a.data_ptr(), b.data_ptr()
+    ends = (v.data_ptr() + v.element_size() * (1 + _last_offset(v)) for v in (a, b))
+    return bool(a.numel() and b.numel()) and max(begins) < min(ends)
+
+
+def _last_offset(value: Tensor) -> int:
+    """How many elements behind the first the last one lies."""
+    return sum(stride * (size - 1) for stride, size in zip(value.stride(), value.shape))
+
+
+def overwritable(logits: Tensor, inplace_backward: bool, ref_logits: Optional[Tensor] = None) -> None:
+    """Refuse logits in whose place no gradient can be written. For the ops, which see the memory that is written.
+
+    The same view as both logits and ref_logits is allowed: each element is read before it is overwritten.
+    """
+    if inplace_backward and _overlap(logits.shape, logits.stride()):
+        raise ValueError(
+            f"inplace_backward: got logits of shape {tuple(logits.shape)} and strides {tuple(logits.stride())}, whose "
+            "elements share memory (expand, unfold, as_strided), so that no gradient can be written over them; leave "
+            "it False, or pass logits.contiguous()"
+        )
+    if inplace_backward and ref_logits is not None and _share_memory(logits, ref_logits):
+        raise ValueError(
+            "inplace_backward: got ref_logits that share memory with logits, which the gradient would overwrite; leave "
+            "it False, or pass ref_logits.clone()"
+        )
 
 
 def positive_like(name: str, value: object, like: Tensor, of: str) -> float | Tensor:
@@ -193,7 +268,7 @@ def debug() -> bool:
 
 def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     """Refuse labels outside [0, n_cols). On a GPU the check costs a sync, so there FUSED_PO_DEBUG=1 switches it on."""
-    if labels.device.type != "cpu" and not debug():
+    if not looked_at(labels):
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= n_cols))
     if bool(bad.any()):

@@ -11,28 +11,6 @@ from helpers import fresh_seed
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(self, x, y, z):
-        """The interpreter rounds the product of an fma; hardware does not, and the kernels rely on it."""
-        exact = x.data.astype("float64") * y.data + z.data
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    InterpreterBuilder.create_fma = create_fma
-
-    def create_fp_trunc(self, src, dst_type):
-        """The interpreter cuts an fp32 down to bf16; hardware rounds to the nearest, ties to even."""
-        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
-            return self.cast_impl(src, dst_type)
-        bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        data = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
-        return TensorHandle(data, dst_type.scalar)
-
-    InterpreterBuilder.create_fp_trunc = create_fp_trunc
-
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # a process a core

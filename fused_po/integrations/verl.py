@@ -50,9 +50,11 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: [..., V]. labels: [...], integers in [0, V); at -100 the result is 0, as with flash-attn's kernel.
-        inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's does in verl.
+        inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's does in verl; those
+            of a leaf are never overwritten.
     """
-    return logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward).logps
+    leaf = logits.is_leaf and logits.requires_grad
+    return logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward and not leaf).logps
 
 
 def linear_cross_entropy(

@@ -61,6 +61,7 @@ def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) ->
 
 def _checked(wins: Tensor) -> Tensor:
     table = checks.tensor("wins", wins).detach()
+    checks.refuse_without_values("wins", table)
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table):
         raise ValueError(f"wins: got shape {tuple(table.shape)}, expected [n, n] with n >= 1")
     if table.is_complex():

@@ -199,8 +199,7 @@ class RunningMean:
     def update(self, rewards: Tensor) -> Tensor:
         """Take in rewards of any shape; the new mean, a float64 scalar on their device."""
         checks.finite("rewards", checks.floating("rewards", rewards))
-        if rewards.device.type == "meta":
-            raise ValueError("rewards: is on meta, where there are no values to take a mean of")
+        checks.refuse_without_values("rewards", rewards)
         self.count += rewards.numel()
         self.mean = self.mean.to(rewards.device)
         if rewards.numel():

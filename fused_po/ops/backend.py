@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -21,15 +22,41 @@ TRITON_CACHE_ERRORS = {"triton": (OSError, ValueError)}
 _interpreting = threading.Lock()  # Triton's interpreter swaps functions of the language while a kernel runs
 
 
+# A launcher's arguments whose strides its kernel reads; their last dimension alone must be contiguous. `scale` looks
+# at its gradient itself. A kernel takes every other tensor for contiguous.
+STRIDED = ("logits", "ref_logits", "basis", "out", "parts")
+AS_THEY_ARE = ("grad",)
+
+
+def _as_kernels_read(name: str, value: object) -> object:
+    """An argument of a launcher as its kernel reads it; a tuple of tensors likewise, and other values as they are."""
+    if isinstance(value, tuple):
+        tensors = any(isinstance(v, torch.Tensor) for v in value)
+        return tuple(_as_kernels_read(name, v) for v in value) if tensors else value
+    if not isinstance(value, torch.Tensor) or name in AS_THEY_ARE:
+        return value
+    if name not in STRIDED:
+        return value.contiguous()
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise ValueError(f"{name}: got stride {value.stride(-1)} of the last dimension, expected 1; copy it first")
+    return value
+
+
 def _launcher(name: str, function: Callable) -> Callable:
-    """A backend's function, run with the device of its first tensor current: kernels launch on the current device."""
+    """A backend's function, given tensors as its kernels read them, on the device of the first: kernels launch there.
+
+    The one place where arguments are made contiguous: callers may pass any strides.
+    """
+    names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def launch(tensor: torch.Tensor, *arguments, **options):
         alone = _interpreting if tensor.device.type == "cpu" else contextlib.nullcontext()
+        given = [_as_kernels_read(*pair) for pair in zip(names, (tensor, *arguments))]
+        options = {key: _as_kernels_read(key, value) for key, value in options.items()}
         try:
             with alone, torch.cuda.device_of(tensor):
-                return function(tensor, *arguments, **options)
+                return function(*given, **options)
         except TRITON_CACHE_ERRORS.get(
             name, ()
         ) as error:  # folders that cannot be written, files that were cut: nothing of ours

@@ -16,7 +16,7 @@ from fused_po import checks
 from fused_po.ops.gemm import head_block, spans
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward
-from fused_po.ops.linear_logps import check_operands, make_head
+from fused_po.ops.linear_logps import check_operands, linear_logps, make_head
 from fused_po.ops.logps import TokenStats, output_bits, token_stats
 from fused_po.parallel import ProcessGroupLike, placed
 from fused_po.reference import stats_dtype
@@ -190,6 +190,12 @@ def chunked_loss(
         n_cols, device = shards.widest(weight.shape[0]), hidden.device
         limit = head.rows_within_budget(n_cols, device) or head.tile_rows(n_cols, device)
     flat = labels.flatten()
+    if not checks.has_values(flat):  # no numbers to cut into chunks: shapes and dtypes as of one chunk
+        how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
+        how |= dict(outputs=outputs, backend=backend, schedule=schedule)
+        rows = torch.arange(flat.numel(), device=flat.device)
+        share = loss_fn(linear_logps(hidden.reshape(flat.numel(), hidden.shape[-1]), weight, flat, bias, **how), rows)
+        return share.to(stats_dtype(head.logits_dtype))
     chunks = chunks_of(groups.flatten(), (flat != ignore_index).long(), limit)
     task = _Task(loss_fn, head, bits, flat, chunks, schedule)
-    return _ChunkedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, task)
+    return _ChunkedLoss.apply(hidden.reshape(flat.numel(), hidden.shape[-1]), weight, bias, task)

@@ -157,7 +157,7 @@ def dpo_from_logits(
             raise ValueError(f"ref_logits: got shape {got}, expected {expected}, the policy's")
         ref_logits = ref_logits.detach()
     loss_numbers = _check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, logits.device)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     checks.whole("ignore_index", ignore_index)
     if kl == "full":
         how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)

@@ -121,6 +121,7 @@ def _forward(
     inplace_backward: bool, backend: str, group: str, sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shards = Shards(group, tuple(sizes))
+    checks.overwritable(logits, inplace_backward, ref_logits)
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     rows, labels = as_rows(logits), negative_where_ignored(labels, ignore_index)
     run, how = row_passes(backends.get(backend), shards), ((outer, inner), (ref_outer, ref_inner))
@@ -243,7 +244,7 @@ def kl_from_logits(
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
     checks.alike(logits=logits, ref_logits=ref_logits)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     sides = scalings(temperature, logit_scale, softcap)
     how = direction_of(direction, js_weight)

@@ -173,9 +173,14 @@ def linear_kl(
     flat, rows, excess, compact = counted.reshape(-1), None, None, schedule.compact
     if schedule.num_scored is not None:
         rows, excess, compact = *bounded_rows(flat, ignore_index, schedule.num_scored), False
-    elif compact and not torch.compiler.is_compiling():  # a graph's shapes must not depend on the labels
+    elif compact and checks.has_values(flat):  # a graph's shapes must not depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
-    tensors = hidden.reshape(-1, hidden.shape[-1]), weight, bias, ref_hidden.reshape(-1, ref_hidden.shape[-1])
+    tensors = (
+        hidden.reshape(flat.numel(), hidden.shape[-1]),
+        weight,
+        bias,
+        ref_hidden.reshape(flat.numel(), ref_hidden.shape[-1]),
+    )
     results = _forward(*tensors, ref_weight, ref_bias, flat, rows, *head, *other, compact, schedule.skip_zero_rows)[:4]
     if excess is not None:
         results = [value + excess for value in results]

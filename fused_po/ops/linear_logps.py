@@ -93,7 +93,7 @@ refuse_second_derivative(_backward)
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype autocast would give the projection, or hidden's: a head of lower precision is cast to it in blocks."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
@@ -169,10 +169,18 @@ def linear_logps(
     excess = None
     if schedule.num_scored is not None:
         rows, excess, compact = *bounded_rows(flat, ignore_index, schedule.num_scored), False
-    elif compact and not torch.compiler.is_compiling():  # a graph's shapes must not depend on the labels
+    elif compact and checks.has_values(flat):  # a graph's shapes must not depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
     results = _forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, low, flat, rows, *head, compact, schedule.skip_zero_rows
+        hidden.reshape(flat.numel(), hidden.shape[-1]),
+        weight,
+        bias,
+        low,
+        flat,
+        rows,
+        *head,
+        compact,
+        schedule.skip_zero_rows,
     )
     if excess is not None:
         results = [value + excess for value in results]
@@ -247,8 +255,7 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
         raise ValueError(f"num_scored: got {bound}, allowed are 0 to {labels.numel()}, the number of labels")
     scored = labels != ignore_index
     count = scored.sum()
-    cheap = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (cheap or checks.debug()) and count > bound:
+    if checks.looked_at(labels) and count > bound:
         raise ValueError(f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}")
     rows = torch.nonzero_static(scored, size=bound, fill_value=-1).squeeze(1)
     if bound:  # no labels, no argmin

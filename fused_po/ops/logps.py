@@ -63,13 +63,13 @@ def as_rows(logits: Tensor) -> Tensor:
     if len(leading) == 2:
         return logits
     try:
-        return logits.view(1, -1, logits.shape[-1]) if logits.numel() else logits.reshape(1, leading.numel(), -1)
+        return logits.view(1, leading.numel(), logits.shape[-1])
     except RuntimeError:
         inner = leading[-1]
         try:
-            return logits.view(-1, inner, logits.shape[-1])
+            return logits.view(leading[:-1].numel(), inner, logits.shape[-1])
         except RuntimeError:
-            return logits.reshape(1, -1, logits.shape[-1])
+            return logits.reshape(1, leading.numel(), logits.shape[-1])
 
 
 def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -88,6 +88,7 @@ def _forward(
     inplace_backward: bool, backend: str, group: str, sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shards = Shards(group, tuple(sizes))
+    checks.overwritable(logits, inplace_backward)
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     run = row_passes(backends.get(backend), shards)
     return run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
@@ -247,7 +248,7 @@ def logps_from_logits(
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     outer, inner = checks.scaling(temperature, logit_scale, softcap)
     bits = output_bits(outputs)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     checks.whole("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
@@ -258,8 +259,16 @@ def logps_from_logits(
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Align labels [..., T] with logits: position t gets the label of t + 1, the last one ignore_index.
 
-    Models return at position t the logits of token t + 1; every function here wants the two aligned.
+    Models return at position t the logits of token t + 1; every function here wants the two aligned. The dtype stays,
+    except that of integers too narrow for ignore_index, such as uint8 for -100: these become int64.
     """
     if checks.tensor("labels", labels).ndim < 1:
         raise ValueError("labels: got shape (), expected [..., T]")
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=checks.whole("ignore_index", ignore_index))
+    checks.whole("ignore_index", ignore_index)
+    if labels.dtype == torch.bool and ignore_index not in (0, 1):
+        raise TypeError(f"labels: got dtype torch.bool, expected an integer dtype, which can hold {ignore_index}")
+    if labels.dtype in checks.INTEGERS:
+        limits = torch.iinfo(labels.dtype)
+        labels = labels if limits.min <= ignore_index <= limits.max else labels.long()
+    last = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    return torch.cat((labels[..., 1:], last), -1) if labels.shape[-1] else labels.clone()

@@ -43,6 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = advantages, weights, old_logps, ref_logps
     form = kind, low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef
+    checks.overwritable(logits, inplace_backward)
     return _run(logits, labels, given, form, outer, ignore_index, backend, False)
 
 
@@ -78,6 +79,7 @@ def forward_(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = advantages, weights, old_logps, ref_logps
     form = kind, low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef
+    checks.overwritable(logits, True)
     return _run(logits, labels, given, form, outer, ignore_index, backend, True)
 
 

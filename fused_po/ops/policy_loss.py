@@ -222,7 +222,7 @@ def policy_loss_from_logits(
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [B, T, V] with V >= 1")
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, "the logits' shape without the last")
     checks.choice("loss_type", loss_type, TYPES)
-    checks.flags(inplace_backward=inplace_backward)
+    checks.inplace(inplace_backward, logits)
     settings = dict(settings)
     rest = terms_besides(kl, kl_coef, entropy_coef, ref_logps, settings)
     form, per_answer = form_of(loss_type, settings, rest)

@@ -52,6 +52,7 @@ def logits_forward(
     label_smoothing: float, kl: Optional[str], kl_coef: float, outer: float, inner: Optional[float],
     ignore_index: int, inplace_backward: bool, backend: str,
 ) -> Results:  # fmt: skip
+    checks.overwritable(logits, inplace_backward, ref_logits)
     checks.label_range(labels, logits.shape[-1], ignore_index)
     run = backends.get(backend)
     labels = labels.contiguous()

@@ -92,7 +92,7 @@ def policy(
     return torch.stack([*saved, entropy, *terms])
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
+def scale(grad: Tensor, factor: Tensor) -> None:
     """Multiply with a number on the device, in place; nothing is read if it is 1."""
     if factor != 1:
-        values.mul_(factor)
+        grad.mul_(factor)

@@ -185,15 +185,15 @@ def policy(logits, labels, given, form, outer, ignore_index, overwrite):
     return tokens
 
 
-def scale(values, factor):
-    """Multiply a tensor with a fp32 number on the device, in place; nothing is read if it is 1 and they lie dense."""
-    if not values.is_contiguous() or values.data_ptr() % 16:
-        values.mul_(factor)
-    elif values.numel():
-        with torch.cuda.device(values.device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(values.device).cuda_stream)
-            pointers = ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(factor.data_ptr())
+def scale(grad, factor):
+    """Multiply with a fp32 number on the device, in place; a contiguous tensor is not even read if it is 1."""
+    if not grad.is_contiguous() or grad.data_ptr() % 16:
+        grad.mul_(factor)
+    elif grad.numel():
+        with torch.cuda.device(grad.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(grad.device).cuda_stream)
+            pointers = ctypes.c_void_p(grad.data_ptr()), ctypes.c_void_p(factor.data_ptr())
             launcher = build.library().fused_po_scale
-            status = launcher(*pointers, ctypes.c_int64(values.numel()), TYPES[values.dtype], stream)
+            status = launcher(*pointers, ctypes.c_int64(grad.numel()), TYPES[grad.dtype], stream)
         if status:
             raise RuntimeError(f"fused_po_scale: {build.library().fused_po_error(status).decode()}")

@@ -31,6 +31,10 @@ __all__ = [
 ]  # fmt: skip
 
 INTERPRETED = not isinstance(statistics_kernel, triton.runtime.JITFunction)
+if INTERPRETED:
+    from .interpreter import round_as_hardware
+
+    round_as_hardware()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

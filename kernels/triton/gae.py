@@ -70,15 +70,14 @@ def gae_kernel(
 
 
 def gae(rewards, values, mask, last, gamma, lam):
-    """(advantages, returns) [B, T] fp32 of rewards, values [B, T], a bool mask [B, T] or None, last [B] or None."""
+    """(advantages, returns) [B, T] fp32 of contiguous rewards, values, bool mask or None [B, T], last [B] or None."""
     n_rows, length = rewards.shape
     advantages, returns = (torch.empty(n_rows, length, dtype=torch.float32, device=rewards.device) for _ in range(2))
     if advantages.numel():
-        mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        last = None if last is None else last.contiguous()
+        mask = None if mask is None else mask.view(torch.uint8)
         block = min(1024, triton.next_power_of_2(max(length, 32)))
         gae_kernel[(n_rows,)](
-            rewards.contiguous(), values.contiguous(), mask, last, advantages, returns, length, gamma, gamma * lam,
+            rewards, values, mask, last, advantages, returns, length, gamma, gamma * lam,
             BLOCK=block, num_warps=max(1, block // 128),
         )  # fmt: skip
     return advantages, returns

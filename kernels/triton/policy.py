@@ -139,11 +139,11 @@ def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr, BLOCKS: tl.cons
                 tl.store(values_ptr + at, value.to(values_ptr.dtype.element_ty), mask=at < n)
 
 
-def scale(values, factor):
-    """Multiply a tensor with a fp32 number on the device, in place; nothing is read if it is 1 and they lie dense."""
-    if not values.is_contiguous():
-        values.mul_(factor)
-    elif values.numel():
-        block = launch_shape(values.numel(), values.element_size())["BLOCK"]
-        grid = (triton.cdiv(values.numel(), block * SCALED_BLOCKS),)
-        scale_kernel[grid](values, factor, values.numel(), BLOCK=block, BLOCKS=SCALED_BLOCKS, num_warps=8)
+def scale(grad, factor):
+    """Multiply with a fp32 number on the device, in place; a contiguous tensor is not even read if it is 1."""
+    if not grad.is_contiguous():
+        grad.mul_(factor)
+    elif grad.numel():
+        block = launch_shape(grad.numel(), grad.element_size())["BLOCK"]
+        grid = (triton.cdiv(grad.numel(), block * SCALED_BLOCKS),)
+        scale_kernel[grid](grad, factor, grad.numel(), BLOCK=block, BLOCKS=SCALED_BLOCKS, num_warps=8)
