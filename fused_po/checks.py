@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,13 +46,22 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: is on {value.device}, expected {device}, where the others are")
 
 
-def number(name: str, value: object, allowed: str, ok) -> float:
-    """`value` as a float if it is a finite number for which `ok` holds."""
+def number(name: str, value: object, allowed: str, ok: Callable, *limits: float | None) -> float:
+    """`value` as a float if it is a finite number for which `ok` holds; `limits` fill the braces of `allowed`.
+
+    torch.compile makes a number symbolic once it changes between calls. It can compare such a number, but it cannot
+    call math.isfinite on it, nor put it into an f-string.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}: got {value}, allowed are {allowed}")
+    if not (-LARGEST <= value <= LARGEST and ok(value)):
+        raise ValueError(refusal(name, value, allowed, *limits))
     return float(value)
+
+
+def refusal(name: str, value: object, allowed: str, *limits: object) -> str:
+    """The message of a value that is not allowed. torch.compile cannot trace an f-string of a symbolic number."""
+    return "{}: got {}, allowed are {}".format(name, value, allowed.format(*limits) if limits else allowed)  # noqa: UP032
 
 
 def dimension(name: str, value: int, ndim: int) -> int:
@@ -71,7 +81,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if least is not None and value < least:
-        raise ValueError(f"{name}: got {value}, allowed are integers >= {least}")
+        raise ValueError(refusal(name, value, "integers >= {}", least))
     return value
 
 
@@ -154,7 +164,8 @@ def only_with(name: str, value: object, default: object, used: bool, where: str)
     """Refuse an argument that was set although nothing would read it."""
     plain = isinstance(value, (bool, int, float, str, type(None)))  # other values' == may be no bool
     if not used and not (plain and value == default):
-        raise ValueError(f"{name}: got {value}, which only {where} reads; leave it at {default}")
+        message = "{}: got {}, which only {} reads; leave it at {}"  # see `refusal`
+        raise ValueError(message.format(name, value, where, default))
 
 
 def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:

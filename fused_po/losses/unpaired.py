@@ -175,7 +175,7 @@ def udm_weights(
     if checks.looked_at(p) and not bool(((p >= 0) & (p <= 1)).all()):
         raise ValueError(f"prob_desirable: got {p.min().item()} to {p.max().item()}, allowed are 0 to 1")
     low = checks.number("min_ratio", min_ratio, "finite numbers >= 0", lambda v: v >= 0)
-    high = checks.number("max_ratio", max_ratio, f"finite numbers >= min_ratio, {low}", lambda v: v >= low)
+    high = checks.number("max_ratio", max_ratio, "finite numbers >= min_ratio, {}", lambda v: v >= low, low)
     weights = (p / (1 - p)).clamp(min=low, max=high)  # p = 1 is inf, and so the bound
     return weights if desirable is None else torch.where(check_desirable(desirable, p), 1.0, weights)
 
