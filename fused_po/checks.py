@@ -125,6 +125,17 @@ def alike(**values: object) -> None:
         same_device(name, value, device)
 
 
+def sequences(**values: object) -> None:
+    """`alike`, of numbers of whole sequences: log-probs of tokens would give a loss of every token, which is none."""
+    alike(**values)
+    name, first = next(iter(values.items()))
+    if first.ndim > 1:
+        raise ValueError(
+            f"{name}: got shape {tuple(first.shape)}, expected [B], one number a sequence; "
+            "fused_po.sequence_logps makes them of the log-probs of tokens [B, T]"
+        )
+
+
 def mask_like(name: str, mask: object, like: Tensor, of: str) -> Tensor:
     """`mask` as bool if it is a tensor of like's shape; non-zero means that a position counts."""
     if tensor(name, mask).shape != like.shape:

@@ -21,7 +21,7 @@ Number = Union[float, Tensor]
 
 def log_ratio(logps: Tensor, ref_logps: Optional[Tensor]) -> Tensor:
     """r, after a look at shapes; the reference detached."""
-    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
+    checks.sequences(logps=logps, **checks.given(ref_logps=ref_logps))
     return logps if ref_logps is None else logps - ref_logps.detach()
 
 
@@ -117,7 +117,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor, *, clamp: bool = True) -> Ten
         kl_logps, ref_kl_logps: [B'], sequence log-probs of the mismatched pairs. None of them: 0.
         clamp: at 0 from below.
     """
-    checks.alike(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    checks.sequences(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     checks.flags(clamp=clamp)
     ratios = log_ratio(kl_logps, ref_kl_logps)
     mean = ratios.sum() / max(1, ratios.numel())
