@@ -136,7 +136,7 @@ def _normaliser(
     max_length: Optional[float],
     world_size: int,
 ) -> tuple[Optional[Tensor], Union[float, Tensor]]:
-    """(each sequence's number of tokens, what the mode divides the sum over all sequences by); "token-mean": no first."""
+    """(each sequence's number of tokens, what the mode divides the whole sum by); None first for "token-mean"."""
     if mode == "token-mean":
         return None, _divisor("num_tokens", num_tokens, num_sequences, counted.sum(), world_size)
     lengths = _sequence_sums(counted, bounds)

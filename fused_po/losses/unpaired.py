@@ -192,7 +192,7 @@ class RunningMean:
     """
 
     def __init__(self) -> None:
-        self.mean, self.count = torch.zeros((), dtype=torch.float64), 0
+        self.mean, self.count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
 
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class PolicyLoss(nn.Module):
         outside = mask & ((measure < low) | (measure > high))
         share = losses.masked_mean(outside.to(weights.dtype), mask)
         if self.is_correction_level == "seq":
-            share = (outside.any(-1).sum() / mask.any(-1).sum().clamp(min=1)).to(weights.dtype)
+            share = outside.any(-1).sum().to(weights.dtype) / mask.any(-1).sum().clamp(min=1)
         if self.is_correction_mode == "clip":
             return weights.clamp(low, high), share
         return torch.where(outside, 0, weights), share
