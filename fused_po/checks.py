@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
@@ -47,13 +48,22 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: is on {value.device}, expected {device}, where the others are")
 
 
-def number(name: str, value: object, allowed: str, ok) -> float:
-    """`value` as a float if it is a finite number for which `ok` holds."""
+def number(name: str, value: object, allowed: str, ok: Callable, *limits: float | None) -> float:
+    """`value` as a float if it is a finite number for which `ok` holds; `limits` fill the braces of `allowed`.
+
+    torch.compile makes a number symbolic once it changes between calls. It can compare such a number, but it cannot
+    call math.isfinite on it, nor put it into an f-string.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}: got {value}, allowed are {allowed}")
+    if not (-LARGEST <= value <= LARGEST and ok(value)):
+        raise ValueError(refusal(name, value, allowed, *limits))
     return float(value)
+
+
+def refusal(name: str, value: object, allowed: str, *limits: object) -> str:
+    """The message of a value that is not allowed. torch.compile cannot trace an f-string of a symbolic number."""
+    return "{}: got {}, allowed are {}".format(name, value, allowed.format(*limits) if limits else allowed)  # noqa: UP032
 
 
 def dimension(name: str, value: int, ndim: int) -> int:
@@ -73,7 +83,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if least is not None and value < least:
-        raise ValueError(f"{name}: got {value}, allowed are integers >= {least}")
+        raise ValueError(refusal(name, value, "integers >= {}", least))
     return value
 
 
@@ -115,6 +125,17 @@ def alike(**values: object) -> None:
         if value.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}, that of {first}")
         same_device(name, value, device)
+
+
+def sequences(**values: object) -> None:
+    """`alike`, of numbers of whole sequences: log-probs of tokens would give a loss of every token, which is none."""
+    alike(**values)
+    name, first = next(iter(values.items()))
+    if first.ndim > 1:
+        raise ValueError(
+            f"{name}: got shape {tuple(first.shape)}, expected [B], one number a sequence; "
+            "fused_po.sequence_logps makes them of the log-probs of tokens [B, T]"
+        )
 
 
 def mask_like(name: str, mask: object, like: Tensor, of: str) -> Tensor:
@@ -229,7 +250,8 @@ def only_with(name: str, value: object, default: object, used: bool, where: str)
     """Refuse an argument that was set although nothing would read it."""
     plain = isinstance(value, (bool, int, float, str, type(None)))  # other values' == may be no bool
     if not used and not (plain and value == default):
-        raise ValueError(f"{name}: got {value}, which only {where} reads; leave it at {default}")
+        message = "{}: got {}, which only {} reads; leave it at {}"  # see `refusal`
+        raise ValueError(message.format(name, value, where, default))
 
 
 def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:

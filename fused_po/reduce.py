@@ -118,6 +118,33 @@ def _divisor(name: str, given: Count, other: Count, here: Tensor, world_size: in
     return torch.where(given > 0, given, 1)
 
 
+def _check_mode(mode: str, max_length: Optional[float], world_size: int) -> None:
+    checks.choice("mode", mode, MODES)
+    if (mode == "seq-mean-token-sum-norm") != (max_length is not None):
+        raise ValueError(
+            f"max_length: got {max_length}, expected a length with 'seq-mean-token-sum-norm' and only then"
+        )
+    checks.whole("world_size", world_size, 1)
+
+
+def _normaliser(
+    counted: Tensor,
+    bounds: Optional[Tensor],
+    mode: str,
+    num_tokens: Count,
+    num_sequences: Count,
+    max_length: Optional[float],
+    world_size: int,
+) -> tuple[Optional[Tensor], Union[float, Tensor]]:
+    """(each sequence's number of tokens, what the mode divides the whole sum by); None first for "token-mean"."""
+    if mode == "token-mean":
+        return None, _divisor("num_tokens", num_tokens, num_sequences, counted.sum(), world_size)
+    lengths = _sequence_sums(counted, bounds)
+    sequences = (lengths > 0).to(counted.dtype).sum()
+    divisor = _divisor("num_sequences", num_sequences, num_tokens, sequences, world_size)
+    return lengths, divisor if max_length is None else divisor * checks.positive("max_length", max_length)
+
+
 def aggregate(
     token_loss: Tensor,
     mask: Optional[Tensor] = None,
@@ -163,25 +190,14 @@ def aggregate(
     Raises:
         TypeError, ValueError: a wrong shape, an unknown mode, a missing count, by name.
     """
-    checks.choice("mode", mode, MODES)
-    normed = mode == "seq-mean-token-sum-norm"
-    if normed != (max_length is not None):
-        raise ValueError(
-            f"max_length: got {max_length}, expected a length with 'seq-mean-token-sum-norm' and only then"
-        )
-    checks.whole("world_size", world_size, 1)
+    _check_mode(mode, max_length, world_size)
     kept, mask, bounds = _checked("token_loss", token_loss, mask, cu_seqlens)
-    counted = mask.to(kept.dtype)
-    if mode == "token-mean":
+    lengths, divisor = _normaliser(mask.to(kept.dtype), bounds, mode, num_tokens, num_sequences, max_length, world_size)
+    if lengths is None:
         total = kept.sum()
-        divisor = _divisor("num_tokens", num_tokens, num_sequences, counted.sum(), world_size)
     else:
-        sums, lengths = _sequence_sums(kept, bounds), _sequence_sums(counted, bounds)
+        sums = _sequence_sums(kept, bounds)
         total = (sums / lengths.clamp(min=1) if mode == "seq-mean-token-mean" else sums).sum()
-        sequences = (lengths > 0).to(kept.dtype).sum()
-        divisor = _divisor("num_sequences", num_sequences, num_tokens, sequences, world_size)
-    if normed:
-        divisor = divisor * checks.positive("max_length", max_length)
     return total * world_size / divisor
 
 
@@ -197,7 +213,30 @@ def token_weights(mask: Tensor, mode: str = "token-mean", **counts: Count) -> Te
     Returns:
         Like mask, fp32; 0 where nothing counts.
     """
-    if checks.tensor("mask", mask).ndim != (2 if counts.get("cu_seqlens") is None else 1):
+    return _token_weights(mask, mode, **counts)
+
+
+def _token_weights(
+    mask: Tensor,
+    mode: str,
+    *,
+    cu_seqlens: Optional[Tensor] = None,
+    num_tokens: Count = None,
+    num_sequences: Count = None,
+    max_length: Optional[float] = None,
+    world_size: int = 1,
+) -> Tensor:
+    """`token_weights` in closed form: no autograd, which would not work under hooks on saved tensors."""
+    if checks.tensor("mask", mask).ndim != (2 if cu_seqlens is None else 1):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [B, T] without cu_seqlens, [N] with them")
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    return torch.func.grad(lambda token_loss: aggregate(token_loss, mask, mode, **counts))(zeros)
+    _check_mode(mode, max_length, world_size)
+    counted = checks.mask_like("mask", mask, mask, "itself").float()
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, mask.numel(), mask.device)
+    lengths, divisor = _normaliser(counted, bounds, mode, num_tokens, num_sequences, max_length, world_size)
+    share = counted.new_ones(()) / divisor * world_size
+    if lengths is None or mode != "seq-mean-token-mean":
+        return counted * share
+    shares = share / lengths.clamp(min=1)
+    if bounds is None:
+        return counted * shares[:, None]
+    return counted * shares.repeat_interleave(bounds.diff(), output_size=mask.numel())

@@ -27,29 +27,35 @@ def default_budget(device: torch.device, memory: int) -> int:
     return min(CPU_BUDGET, memory // 4) if device.type == "cpu" else memory // 32
 
 
+def chosen_budget(device: torch.device) -> int:
+    """Bytes for the kept basis on this device where the schedule leaves it open: the variable's, or the default."""
+    text = os.environ.get(BUDGET_VARIABLE)
+    if text is None:
+        return default_budget(device, device_memory(device))
+    if not text.isdecimal():
+        raise ValueError(f"{BUDGET_VARIABLE}: got {text!r}, allowed are whole numbers >= 0, in bytes")
+    return within_memory(BUDGET_VARIABLE, int(text), device)
+
+
+# torch.compile takes these as constants of the graph. Why not the decorator: see ops/backend.py.
+device_memory._dynamo_marked_constant = True
+chosen_budget._dynamo_marked_constant = True
+
+
+def within_memory(name: str, budget: int, device: torch.device) -> int:
+    """`budget` if the device has as many bytes."""
+    memory = device_memory(device)
+    if budget > memory:
+        message = "{}: got {} bytes, allowed on {} are 0 to {}, all its memory; what is not needed is not allocated"
+        raise ValueError(message.format(name, budget, device, memory))
+    return budget
+
+
 def logits_budget(budget: int | None, device: torch.device) -> int:
     """Bytes for the kept basis on this device: the one asked for, or the variable's, or the default."""
     if device.type == "meta":
         return CPU_BUDGET if budget is None else budget
-    memory = device_memory(device)
-    name = "logits_budget"
-    if budget is None and BUDGET_VARIABLE in os.environ:
-        name, text = BUDGET_VARIABLE, os.environ[BUDGET_VARIABLE]
-        if not text.isdecimal():
-            raise ValueError(f"{name}: got {text!r}, allowed are whole numbers >= 0, in bytes")
-        budget = int(text)
-    if budget is None:
-        return default_budget(device, memory)
-    if budget > memory:
-        raise ValueError(
-            f"{name}: got {budget} bytes, allowed on {device} are 0 to {memory}, all its memory; what is not needed "
-            "is not allocated"
-        )
-    return budget
-
-
-# torch.compile takes the number as a constant of the graph. Why not the decorator: see ops/backend.py.
-logits_budget._dynamo_marked_constant = True
+    return chosen_budget(device) if budget is None else within_memory("logits_budget", budget, device)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Schedule:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in {unit}, or None")
             if value < low:
-                raise ValueError(f"{name}: got {value}, allowed are ints >= {low}, in {unit}, or None")
+                raise ValueError(checks.refusal(name, value, "ints >= {}, in {}, or None", low, unit))
         checks.flags(entropy_grad=self.entropy_grad, skip_zero_rows=self.skip_zero_rows, compact=self.compact)
         if self.num_scored is not None and not self.compact:
             raise ValueError("num_scored: got it with compact=False, which computes every token; leave out one of them")

@@ -56,21 +56,21 @@ def problem(size: Size, dtype: torch.dtype, device: str, seed: int) -> Values:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
     n, v, h = size
     weight, hidden = normal(v, h) / h**0.5, normal(n, h)
     labels = torch.randint(v, (n,), generator=generator)
-    hidden += 9 * torch.rand(n, 1, generator=generator) * weight[labels]
+    hidden += 9 * torch.rand(n, 1, generator=generator, dtype=torch.float32) * weight[labels]
     ref_weight = weight + 0.1 * normal(v, h) / h**0.5
     tensors = {"hidden": hidden, "weight": weight, "ref_hidden": hidden + 0.3 * normal(n, h), "ref_weight": ref_weight}
     tensors["logits"], tensors["ref_logits"] = hidden @ weight.T, tensors["ref_hidden"] @ ref_weight.T
     tensors["u"], tensors["low"] = normal(n, RANK), normal(v, RANK) / RANK
-    forbidden = torch.rand(v, generator=generator) < 0.02
+    forbidden = torch.rand(v, generator=generator, dtype=torch.float32) < 0.02
     forbidden[labels] = False
     for name in ("logits", "ref_logits"):
         tensors[name][:, forbidden] = -torch.inf
-    labels[torch.rand(n, generator=generator) < 1 / 3] = IGNORE
+    labels[torch.rand(n, generator=generator, dtype=torch.float32) < 1 / 3] = IGNORE
     found = {name: value.to(device, dtype) for name, value in tensors.items()}
     steps = {"rewards": normal(8, n), "values": normal(8, n)}
     return found | {name: value.to(device) for name, value in steps.items()} | {"labels": labels.to(device)}
@@ -277,7 +277,7 @@ def linear_dpo(t: Values, on: dict) -> Tensor:
 def policy_loss(t: Values, **how) -> Tensor:
     logits, labels = pairs(t["logits"] + 0), pairs(t["labels"])
     old = pairs(plain_logps(wide(t["ref_logits"]), t["labels"]))
-    a = torch.linspace(-1, 1, 2 * PAIRS, device=old.device)
+    a = torch.linspace(-1, 1, 2 * PAIRS, dtype=torch.float32, device=old.device)
     how |= {"entropy_coef": 0.1, "weights": torch.full_like(old, 1 / labels.numel())}
     out = fused_po.policy_loss_from_logits(logits, labels, a, old, loss_type="sapo", **how)
     return carrying(out.losses, out.loss)

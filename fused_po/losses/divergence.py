@@ -237,7 +237,7 @@ def diffusion_dpo(
     Args:
         chosen_kl, rejected_kl, ref_chosen_kl, ref_rejected_kl: [B], of model and reference, >= 0. beta: > 0.
     """
-    checks.alike(
+    checks.sequences(
         chosen_kl=chosen_kl, rejected_kl=rejected_kl, ref_chosen_kl=ref_chosen_kl, ref_rejected_kl=ref_rejected_kl
     )
     return dpo(-chosen_kl, -rejected_kl, -ref_chosen_kl, -ref_rejected_kl, beta=beta)

@@ -116,7 +116,7 @@ def clip_cov(
     low, high = clip_range(epsilon, epsilon_high)
     share = ratio_share("clip_cov_ratio", clip_cov_ratio)
     floor = checks.number("clip_cov_lb", clip_cov_lb, "finite numbers", lambda v: True)
-    top = checks.number("clip_cov_ub", clip_cov_ub, f"numbers > clip_cov_lb = {floor}", lambda v: v > floor)
+    top = checks.number("clip_cov_ub", clip_cov_ub, "numbers > clip_cov_lb = {}", lambda v: v > floor, floor)
     t = tokens(logps, old_logps, advantages, mask)
     ratio = importance_ratio(t.log_ratio, log_ratio_clamp)
     losses = clipped_surrogate(ratio, t.advantages, low, high, None)

@@ -196,7 +196,7 @@ def grpo(
     """
     p = plan(loss_type, epsilon, epsilon_high, delta, importance_sampling_level, settings)
     beta = checks.number("beta", beta, "finite numbers >= 0", lambda v: v >= 0)
-    if (ref_logps is None) != (beta == 0):
+    if (ref_logps is None) if beta else (ref_logps is not None):  # no comparison of booleans: beta may be symbolic
         got = "None" if ref_logps is None else "a tensor"
         raise ValueError(f"ref_logps: got {got} with beta {beta}; a KL term needs both, and beta=0 has none")
     checks.flags(use_bias_correction_kl=use_bias_correction_kl)

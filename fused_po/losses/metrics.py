@@ -23,9 +23,12 @@ def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     """The mean of what counts, detached; 0 where nothing does. What is masked may be NaN."""
     values = checks.tensor("values", values).detach()
     if mask is None:
-        return values.sum() / max(1, values.numel())
-    mask = checks.mask_like("mask", mask, values, "values")
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+        total, count = values.sum(), max(1, values.numel())
+    else:
+        mask = checks.mask_like("mask", mask, values, "values")
+        total, count = torch.where(mask, values, 0).sum(), mask.sum().clamp(min=1)
+    floating = total.is_floating_point() or total.is_complex()
+    return (total if floating else total.float()) / count  # a quotient of integers has the default dtype
 
 
 def token_metrics(mask: Tensor, *, kl: Optional[Tensor] = None, entropy: Optional[Tensor] = None) -> Metrics:

@@ -66,7 +66,7 @@ def importance_weights(
     checks.choice("kind", kind, KINDS)
     low = None if low is None else checks.positive("low", low)
     if high is not None:
-        checks.number("high", high, f"numbers > {low or 0}, or None", lambda v: v > (low or 0))
+        checks.number("high", high, "numbers > {}, or None", lambda v: v > (low or 0), low or 0)
     checks.alike(old_logps=padded("old_logps", old_logps), sampler_logps=sampler_logps)
     mask = checks.mask_like("mask", mask, old_logps, "old_logps")
     log_w = sampler_log_ratio("old_logps", old_logps, sampler_logps, mask, allow_missing)

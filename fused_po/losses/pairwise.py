@@ -32,7 +32,7 @@ def log_ratios(
 ) -> tuple[Tensor, Tensor]:
     """(w, l), after a look at shapes; the reference detached."""
     references = checks.given(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    checks.alike(chosen=chosen, rejected=rejected, **references)
+    checks.sequences(chosen=chosen, rejected=rejected, **references)
     w = chosen if ref_chosen is None else chosen - ref_chosen.detach()
     l = rejected if ref_rejected is None else rejected - ref_rejected.detach()
     return w, l

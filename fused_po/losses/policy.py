@@ -93,8 +93,8 @@ def ratio_bound(epsilon_high: float, dual_clip: Optional[float], delta: Optional
     if dual_clip is not None:
         return checks.number("dual_clip", dual_clip, "numbers > 1", lambda v: v > 1)
     if delta is not None:
-        allowed = f"numbers > 1 + epsilon_high = {1 + epsilon_high}"
-        return checks.number("delta", delta, allowed, lambda v: v > 1 + epsilon_high)
+        least = 1 + epsilon_high
+        return checks.number("delta", delta, "numbers > 1 + epsilon_high = {}", lambda v: v > least, least)
     return None
 
 

@@ -86,7 +86,7 @@ def alphapo(
         chosen, rejected: [B], log-probs per token (means). beta: > 0. gamma: the target margin, >= 0.
         alpha: any finite number. label_smoothing: in [0, 0.5).
     """
-    checks.alike(chosen=chosen, rejected=rejected)
+    checks.sequences(chosen=chosen, rejected=rejected)
     rewards = alphapo_reward(chosen, alpha), alphapo_reward(rejected, alpha)
     return simpo(*rewards, beta=beta, gamma=gamma, label_smoothing=label_smoothing)
 
@@ -122,7 +122,7 @@ def cpo(
         simpo_gamma: "simpo"'s and "alphapo"'s margin. alpha: AlphaPO's reward, with any loss_type; 0 is log p.
     """
     checks.choice("loss_type", loss_type, CPO_LOSSES)
-    checks.alike(chosen=chosen, rejected=rejected)
+    checks.sequences(chosen=chosen, rejected=rejected)
     if loss_type == "alphapo" and alpha == 0:
         raise ValueError('alpha: got 0, with which loss_type="alphapo" is "simpo"; pass AlphaPO\'s alpha, such as 0.25')
     chosen, rejected = alphapo_reward(chosen, alpha), alphapo_reward(rejected, alpha)
@@ -155,7 +155,7 @@ def tpo(
         gamma: "tpo-l"'s margin, TRL's tpo_l_gamma. alpha: >= 0, of gold's likelihood, TRL's tpo_alpha.
     """
     checks.choice("loss_type", loss_type, TPO_LOSSES)
-    checks.alike(chosen=chosen, rejected=rejected, **checks.given(gold=gold))
+    checks.sequences(chosen=chosen, rejected=rejected, **checks.given(gold=gold))
     alpha = checks.number("alpha", alpha, "finite numbers >= 0", lambda v: v >= 0)
     checks.only_with("gamma", gamma, 0.5, loss_type == "tpo-l", 'loss_type="tpo-l"')
     checks.only_with("alpha", alpha, 1.0, gold is not None, "gold's likelihood")
@@ -181,5 +181,5 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll_coef: float
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """log [odds(chosen) / odds(rejected)] of mean log-probs [B]: ORPO's contrast, TRL's metric log_odds_chosen."""
-    checks.alike(chosen=chosen, rejected=rejected)
+    checks.sequences(chosen=chosen, rejected=rejected)
     return (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))

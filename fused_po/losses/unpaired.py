@@ -22,7 +22,7 @@ Number = Union[float, Tensor]
 
 def log_ratio(logps: Tensor, ref_logps: Optional[Tensor]) -> Tensor:
     """r, after a look at shapes; the reference detached."""
-    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
+    checks.sequences(logps=logps, **checks.given(ref_logps=ref_logps))
     return logps if ref_logps is None else logps - ref_logps.detach()
 
 
@@ -118,7 +118,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor, *, clamp: bool = True) -> Ten
         kl_logps, ref_kl_logps: [B'], sequence log-probs of the mismatched pairs. None of them: 0.
         clamp: at 0 from below.
     """
-    checks.alike(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    checks.sequences(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     checks.flags(clamp=clamp)
     ratios = log_ratio(kl_logps, ref_kl_logps)
     mean = ratios.sum() / max(1, ratios.numel())
@@ -176,7 +176,7 @@ def udm_weights(
     if checks.looked_at(p) and not bool(((p >= 0) & (p <= 1)).all()):
         raise ValueError(f"prob_desirable: got {p.min().item()} to {p.max().item()}, allowed are 0 to 1")
     low = checks.number("min_ratio", min_ratio, "finite numbers >= 0", lambda v: v >= 0)
-    high = checks.number("max_ratio", max_ratio, f"finite numbers >= min_ratio, {low}", lambda v: v >= low)
+    high = checks.number("max_ratio", max_ratio, "finite numbers >= min_ratio, {}", lambda v: v >= low, low)
     weights = (p / (1 - p)).clamp(min=low, max=high)  # p = 1 is inf, and so the bound
     return weights if desirable is None else torch.where(check_desirable(desirable, p), 1.0, weights)
 
@@ -193,7 +193,7 @@ class RunningMean:
     """
 
     def __init__(self) -> None:
-        self.mean, self.count = torch.zeros((), dtype=torch.float64), 0
+        self.mean, self.count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
 
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:

@@ -335,8 +335,9 @@ class FusedLinearKTOLoss(nn.Module):
         rejected_rewards)) from _input [B, T, H], lin_weight [V, H], target [B, T] (aligned), preference_labels [B],
         booleans (required), and the reference's like. kl: z0, a scalar or [B], see `losses.kto_kl`; None: 0."""
         known = isinstance(preference_labels, Tensor)
-        got = f"{preference_labels.dtype} {[*preference_labels.shape]}" if known else repr(preference_labels)
-        if got != f"torch.bool {[*checks.tensor('target', target).shape[:1]]}":
+        batch = checks.tensor("target", target).shape[:1]
+        if not known or preference_labels.dtype != torch.bool or preference_labels.shape != batch:
+            got = f"{preference_labels.dtype} {[*preference_labels.shape]}" if known else repr(preference_labels)
             raise ValueError(f"preference_labels: got {got}, expected booleans [B], True for desirable answers")
         how = self.ignore_index, self.average_log_prob
         ours = score(_input, lin_weight, target, bias, *how)

@@ -172,7 +172,7 @@ class PolicyLoss(nn.Module):
         outside = mask & ((measure < low) | (measure > high))
         share = losses.masked_mean(outside.to(weights.dtype), mask)
         if self.is_correction_level == "seq":
-            share = (outside.any(-1).sum() / mask.any(-1).sum().clamp(min=1)).to(weights.dtype)
+            share = outside.any(-1).sum().to(weights.dtype) / mask.any(-1).sum().clamp(min=1)
         if self.is_correction_mode == "clip":
             return weights.clamp(low, high), share
         return torch.where(outside, 0, weights), share
@@ -306,7 +306,7 @@ class DPOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(mean loss, chosen rewards [B], rejected rewards [B]) from four [B] log-probs; the rewards are detached."""
-        checks.alike(
+        checks.sequences(
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
             reference_chosen_logps=reference_chosen_logps,

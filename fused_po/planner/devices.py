@@ -80,7 +80,7 @@ def best_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> flo
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy of random numbers."""
-    source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
+    source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 25, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device.type == "cuda")
 
