@@ -13,8 +13,17 @@ from torch.utils._pytree import tree_map
 from fused_po.ops.logps import TokenStats
 
 # What is answered without computing: properties are known by their getters.
-KNOWN = {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.__len__} | {
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "layout")
+KNOWN = {
+    Tensor.size,
+    Tensor.stride,
+    Tensor.storage_offset,
+    Tensor.dim,
+    Tensor.is_floating_point,
+    Tensor.numel,
+    Tensor.__len__,
+} | {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_nested", "layout")
 }
 SAME = {Tensor.detach, Tensor.float}  # what Trainer and accelerate do with every output, read or not
 
@@ -58,7 +67,12 @@ class LazyLogits(Tensor):
 
 
 def _computed(value: Any) -> Any:
-    return value.make() if isinstance(value, LazyLogits) else value
+    if not isinstance(value, LazyLogits):
+        return value
+    logits = value.make()
+    with torch._C.DisableTorchFunctionSubclass():
+        value.data = logits  # for whoever reads its memory past __torch_function__: collectives, say
+    return logits
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
