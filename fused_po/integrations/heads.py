@@ -45,27 +45,31 @@ def read_head(head: nn.Module, hidden: Tensor) -> HeadParts:
     return HeadParts(_whole(head.weight), None if head.bias is None else _whole(head.bias), None)
 
 
-def changes_of(head: nn.Module, measured: bool = False) -> list[Callable]:
+def changes_of(head: nn.Module, measured: bool = False, called: bool = True) -> list[Callable]:
     """The hooks and replaced forwards on a head, and on the layers under an adapter, that work on its logits.
 
     Hooks of ENGINES are left out. So are forward pre-hooks on the head itself: a fused call honours them.
 
     measured: without backward hooks, which no forward shows.
+    called: False for a head whose weight is read and that is never called, not even without rows: then pre-hooks count,
+        also those of torch.nn.utils, which recompute the weight.
     """
     names = AFTER[:1] if measured else AFTER
     found = [hook for name in names for hook in getattr(every_module, "_global" + name).values()]
     for module in head.modules():
         found += [hook for name in names for hook in getattr(module, name).values()]
-        if module is not head or is_sharded(head):  # called without rows, or twice
+        if module is not head or is_sharded(head) or not called:  # called without rows, or twice, or not
             found += module._forward_pre_hooks.values()
         if "forward" in vars(module):
             found.append(vars(module)["forward"])
-    return [hook for hook in found if not all(_package(part) in ENGINES for part in _parts(hook))]
+    if not called:
+        found += every_module._global_forward_pre_hooks.values()
+    return [hook for hook in found if not all(_of_engine(part, called) for part in _parts(hook))]
 
 
 def called(hook: Callable) -> str:
     """A hook's name, for a message."""
-    part = next(part for part in _parts(hook) if _package(part) not in ENGINES)
+    part = next((part for part in _parts(hook) if not _of_engine(part)), hook)
     return f"{getattr(part, '__qualname__', type(part).__qualname__)} of {_module(part)}"
 
 
@@ -81,8 +85,10 @@ def _module(function: Callable) -> str:
     return getattr(function, "__globals__", {"__name__": type(function).__module__}).get("__name__", "")
 
 
-def _package(function: Callable) -> str:
-    return _module(function).split(".")[0]
+def _of_engine(function: Callable, weights: bool = True) -> bool:
+    """weights: those count that recompute a weight."""
+    name = _module(function)
+    return name.split(".")[0] in ENGINES and (weights or not name.startswith("torch.nn.utils."))
 
 
 def _name(value: object) -> str:
