@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
@@ -35,6 +36,8 @@ class _FusedForward:
         self.model = model
         self.__wrapped__ = types.MethodType(type(model).forward, model)
         self.__doc__ = type(model).forward.__doc__
+        # not as a decorator, which would import the compiler with this module; transformers' models have
+        self.logits_of = torch.compiler.disable(State.logits_of)
 
     def __reduce__(self) -> tuple:
         """Made anew for the model's copy: its class may be local, or its forward decorated."""
@@ -68,7 +71,8 @@ class _FusedForward:
         temperature = 1.0 if temperature is None else temperature
         call = Call(names, temperature, shift_labels, num_items_in_batch, why is not None)
         result = _run(self.model, state, call, *args, **kwargs, labels=some_labels)
-        return _with_stats(result, state, call, implied and not torch.is_grad_enabled())
+        evaluates = implied and not torch.is_grad_enabled()
+        return _with_stats(result, state, call, self.logits_of if evaluates else None)
 
 
 def _run(model: nn.Module, state: State, call: Optional[Call], *args: Any, **kwargs: Any) -> Any:
@@ -86,11 +90,11 @@ def _stock_forward(model: nn.Module, state: State, *args: Any, **kwargs: Any) ->
     return type(model).forward(model, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
-def _with_stats(result: Any, state: State, call: Call, evaluates: bool) -> Any:
+def _with_stats(result: Any, state: State, call: Call, logits_of: Optional[Callable]) -> Any:
     """The model's output with token_stats and without the empty logits.
 
-    evaluates: with logits that are computed when they are read, and token_stats as an attribute only, so that Trainer
-        finds the fields of a plain forward.
+    logits_of: in an evaluation, gives logits that are computed when they are read. Then token_stats is an attribute
+        alone, so that Trainer finds the fields of a plain forward.
     """
     if call.stats is None:
         raise TypeError(
@@ -102,14 +106,9 @@ def _with_stats(result: Any, state: State, call: Call, evaluates: bool) -> Any:
     fields = {name: value for name, value in result.items() if name != "logits"}
     kind = output_class(type(result))
     # a head cut by tensor parallelism has no logits on one rank
-    if evaluates and (is_sharded(state.head) or not hasattr(call.logits, "device_mesh")):
-        return kind(**fields, logits=_logits_of(state, call))
+    if logits_of is not None and (is_sharded(state.head) or not hasattr(call.logits, "device_mesh")):
+        return kind(**fields, logits=logits_of(state, call))
     return kind(**fields, token_stats=call.stats)
-
-
-@torch.compiler.disable
-def _logits_of(state: State, call: Call) -> LazyLogits:
-    return state.logits_of(call)
 
 
 class _WithTokenStats:
