@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+
+# Packages whose hooks move, gather, cut or recompute a head's weights, and change nothing else.
+ENGINES = ("torch", "accelerate", "deepspeed", "transformers", "peft")
+# A module's hooks that see logits or their gradients: forward hooks first.
+AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class HeadParts(NamedTuple):
@@ -35,6 +43,52 @@ def read_head(head: nn.Module, hidden: Tensor) -> HeadParts:
             "leave out fused=True for this model, or unfuse_lm_head(model)"
         )
     return HeadParts(_whole(head.weight), None if head.bias is None else _whole(head.bias), None)
+
+
+def changes_of(head: nn.Module, measured: bool = False, called: bool = True) -> list[Callable]:
+    """The hooks and replaced forwards on a head, and on the layers under an adapter, that work on its logits.
+
+    Hooks of ENGINES are left out. So are forward pre-hooks on the head itself: a fused call honours them.
+
+    measured: without backward hooks, which no forward shows.
+    called: False for a head whose weight is read and that is never called, not even without rows: then pre-hooks count,
+        also those of torch.nn.utils, which recompute the weight.
+    """
+    names = AFTER[:1] if measured else AFTER
+    found = [hook for name in names for hook in getattr(every_module, "_global" + name).values()]
+    for module in head.modules():
+        found += [hook for name in names for hook in getattr(module, name).values()]
+        if module is not head or is_sharded(head) or not called:  # called without rows, or twice, or not
+            found += module._forward_pre_hooks.values()
+        if "forward" in vars(module):
+            found.append(vars(module)["forward"])
+    if not called:
+        found += every_module._global_forward_pre_hooks.values()
+    return [hook for hook in found if not all(_of_engine(part, called) for part in _parts(hook))]
+
+
+def called(hook: Callable) -> str:
+    """A hook's name, for a message."""
+    part = next((part for part in _parts(hook) if not _of_engine(part)), hook)
+    return f"{getattr(part, '__qualname__', type(part).__qualname__)} of {_module(part)}"
+
+
+def _parts(hook: Callable) -> list[Callable]:
+    """The functions that a hook is made of: in a partial, a bound method, decorators."""
+    inner = [getattr(hook, name) for name in ("func", "__func__", "__wrapped__") if hasattr(hook, name)]
+    own = [] if isinstance(hook, partial | MethodType) else [hook]
+    return own + [part for each in inner for part in _parts(each)]
+
+
+def _module(function: Callable) -> str:
+    """The module that a function, or the class of a callable object, was written in, whatever decorators say."""
+    return getattr(function, "__globals__", {"__name__": type(function).__module__}).get("__name__", "")
+
+
+def _of_engine(function: Callable, weights: bool = True) -> bool:
+    """weights: those count that recompute a weight."""
+    name = _module(function)
+    return name.split(".")[0] in ENGINES and (weights or not name.startswith("torch.nn.utils."))
 
 
 def _name(value: object) -> str:

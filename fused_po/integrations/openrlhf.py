@@ -3,24 +3,83 @@
     import fused_po.integrations.openrlhf as fused
     fused.install()          # in each actor's process, before or after openrlhf.models is imported
 
-The loss classes are those of `fused_po.modules`. What is served, and what stays OpenRLHF's: docs/integrations.md.
-Written for OpenRLHF 0.11.2.
+The loss classes are those of `fused_po.modules`, but as in OpenRLHF an argument that a loss does not read is accepted:
+it warns once. What is served, and what stays OpenRLHF's: docs/integrations.md. Written for OpenRLHF 0.11.2.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+import inspect
+from collections.abc import Callable
+from typing import Any, Optional
 
 from torch import Tensor
 
 from fused_po import checks, losses, modules
 from fused_po.integrations.swap import Swap
+from fused_po.integrations.unread import accepting, at_defaults
 from fused_po.ops.logps import logps_from_logits
 
 FUNCTIONS = ("log_probs_from_logits", "compute_approx_kl")
-LOSSES = ("DPOLoss", "GPTLMLoss", "LogExpLoss", "PairWiseLoss", "PolicyLoss", "SFTLoss", "ValueLoss")
 KL_BOUND = 10.0  # OpenRLHF's, of estimates and of the ratio to the old policy
 _swap = Swap()
+Unread = dict[str, tuple[object, str]]  # for `at_defaults`
+
+
+def _unread_settings(name: str, given: dict[str, Any]) -> Unread:
+    """What this loss, so constructed, does not read."""
+    if name == "DPOLoss" and given["ipo"]:
+        return {"label_smoothing": (0.0, "ipo=False")}
+    if name == "PolicyLoss":
+        corrects = 'policy_loss_type="ppo" with is_correction_level="token" or "seq"'
+        if given["policy_loss_type"] == "gspo" or given["is_correction_level"] == "off":
+            threshold = inspect.signature(modules.PolicyLoss).parameters["is_correction_threshold"].default
+            unread = {"is_correction_gating": ("ratio", corrects), "is_correction_mode": ("mask", corrects)}
+            return unread | {"is_correction_threshold": (threshold, corrects)}
+    return {}
+
+
+def _unread_in_call(name: str, settings: dict[str, Any], given: dict[str, Any]) -> Unread:
+    """What it does not read in this call. Without the count that it divides by, it takes the batch's own."""
+    if name == "LogExpLoss":
+        return {"margin": (None, "PairWiseLoss")}
+    if name not in ("PolicyLoss", "SFTLoss", "ValueLoss"):
+        return {}
+    of_tokens = settings["token_level_loss"] and settings.get("policy_loss_type") != "gspo"
+    read, other = ("batch_num_tokens", "global_batch_size")[:: 1 if of_tokens else -1]
+    if given.get(read) is not None:
+        return {}
+    level = f"token_level_loss={not of_tokens}"
+    return {other: (None, level), "dp_size": (1, f"a loss that is given {read}")}
+
+
+def _with_all_arguments(name: str) -> type:
+    """The class of `modules`, which refuses what it does not read, made to accept it."""
+    ours = getattr(modules, name)
+    constructor = inspect.signature(ours) if "__init__" in vars(ours) else inspect.Signature()
+    made = accepting(
+        name, ours, constructor,
+        settle=lambda given: at_defaults(name, given, _unread_settings(name, given)),
+        unread=lambda settings, given: _unread_in_call(name, settings, given), more="",
+    )  # fmt: skip
+    made.__module__ = __name__
+    return made
+
+
+DPOLoss = _with_all_arguments("DPOLoss")
+LogExpLoss = _with_all_arguments("LogExpLoss")
+PolicyLoss = _with_all_arguments("PolicyLoss")
+SFTLoss = _with_all_arguments("SFTLoss")
+ValueLoss = _with_all_arguments("ValueLoss")
+LOSSES: dict[str, Callable] = {
+    "DPOLoss": DPOLoss,
+    "GPTLMLoss": modules.GPTLMLoss,
+    "LogExpLoss": LogExpLoss,
+    "PairWiseLoss": modules.PairWiseLoss,
+    "PolicyLoss": PolicyLoss,
+    "SFTLoss": SFTLoss,
+    "ValueLoss": ValueLoss,
+}
 
 
 def install() -> None:
@@ -31,7 +90,7 @@ def install() -> None:
         RuntimeError: it lacks a name that is replaced. Nothing is changed then.
     """
     functions = [("openrlhf.models.utils", name, globals()[name]) for name in FUNCTIONS]
-    _swap.replace(functions + [("openrlhf.models.loss", name, getattr(modules, name)) for name in LOSSES])
+    _swap.replace(functions + [("openrlhf.models.loss", name, loss) for name, loss in LOSSES.items()])
 
 
 def uninstall() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 LARGE = 1e4  # saturates any softcap, and no float16
 TOKENS = 4
+NAMED = re.compile("logit|soft_?cap|lm_head|output_multiplier")  # settings of logits
 
 
 class Processing(NamedTuple):
@@ -93,6 +95,23 @@ def numbers(model: nn.Module) -> list[float]:
         values = [v for v in config.to_dict().values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
         found += [n for v in values if v > 0 and math.isfinite(v) for n in (float(v), 1 / v)]
     return found
+
+
+def places(model: nn.Module) -> tuple[object, ...]:
+    """Where a model keeps the numbers that it works on its logits with."""
+    return model.config, model.config.get_text_config(), model, model.base_model
+
+
+def settings(model: nn.Module, processing: Processing) -> dict[tuple[int, str], object]:
+    """The numbers that the logits may depend on, by place and name: named after logits, or equal to what was found."""
+    known = {processing.logit_scale, 1 / processing.logit_scale, processing.softcap} - {1.0, None}
+
+    def counts(name: str, value: object) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (value is None or number) and bool(NAMED.search(name) or value in known)
+
+    owners = enumerate(places(model))
+    return {(place, name): v for place, owner in owners for name, v in vars(owner).items() if counts(name, v)}
 
 
 def fit(known: Tensor, processed: Tensor, exact_numbers: list[float]) -> Processing:

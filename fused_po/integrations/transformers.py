@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -18,144 +19,112 @@ from torch import Tensor, nn
 
 from fused_po import checks
 from fused_po.integrations import probe
-from fused_po.integrations.heads import call_as, is_sharded, read_head
+from fused_po.integrations.fused_call import Call, State, running
+from fused_po.integrations.heads import changes_of, is_sharded, read_head
+from fused_po.integrations.lazy_logits import LazyLogits
 from fused_po.integrations.probe import Processing
-from fused_po.ops.linear_logps import linear_logps
-from fused_po.ops.logps import TokenStats, shift_labels
+from fused_po.ops.logps import TokenStats
 from fused_po.schedule import Schedule
 
-STATE = "_fused_po"  # the attribute of a fused model that holds its _State
+STATE = "_fused_po"  # the attribute of a fused model that holds its State
 
 
-class _Call:
-    """One fused forward on its way through the model."""
+class _FusedForward:
+    """The forward of a fused model, with the signature of its class's, which the Trainer and generate() read."""
 
-    def __init__(self, outputs: tuple[str, ...], temperature: float, shifted: Optional[Tensor], count: Any) -> None:
-        self.outputs, self.temperature = outputs, temperature
-        self.shifted, self.count = shifted, count  # labels that are aligned already, num_items_in_batch
-        self.hidden: Optional[Tensor] = None  # [B, T, H], what the head was called with
-        self.scoring = False
-        self.stats: Optional[TokenStats] = None
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.__wrapped__ = types.MethodType(type(model).forward, model)
+        self.__doc__ = type(model).forward.__doc__
+        # not as a decorator, which would import the compiler with this module; transformers' models have
+        self.logits_of = torch.compiler.disable(State.logits_of)
 
+    def __reduce__(self) -> tuple:
+        """Made anew for the model's copy: its class may be local, or its forward decorated."""
+        return _FusedForward, (self.model,)
 
-class _State:
-    """What the parts that fuse_lm_head puts into one model share. It holds no reference to the model."""
-
-    def __init__(self, always: bool, backend: Optional[str], schedule: Optional[Schedule]) -> None:
-        self.always, self.how = always, {"backend": backend, "schedule": schedule}
-        self.processing: Optional[Processing] = None
-        self.call: Optional[_Call] = None
-        self.head: Optional[nn.Module] = None
-        self.hook: Any = None
-        self.forward: Optional[Callable] = None  # the instance's own before, None for the class's
-        self.patched: Optional[Callable] = None  # and the one that took its place
-        self.loss: Optional[Callable] = None
-        self.own_loss = False
-
-    def attach(self, head: nn.Module) -> None:
-        """Watch this head: PEFT puts another in the first one's place."""
-        if self.head is not head:
-            self.detach()
-            self.head, self.hook = head, head.register_forward_pre_hook(self.divert, with_kwargs=True)
-
-    def detach(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-        self.head = self.hook = None
-
-    def divert(self, head: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple[tuple, dict]]:
-        """The hook on the head: keep the hidden states, and give the head none of their rows; a DTensor head one."""
-        if self.call is None or self.call.scoring:
-            return None
-        if self.call.hidden is not None:
-            raise TypeError("fused: this model calls its lm_head more than once in a forward; call it with fused=False")
-        if kwargs or len(args) != 1:
-            raise TypeError(f"fused: lm_head was called with {sorted(kwargs)} beside hidden states; use fused=False")
-        self.call.hidden = args[0]
-        rows = int(any(hasattr(p, "device_mesh") for p in head.parameters()))  # DTensors cannot reshape no rows
-        return (args[0][..., :rows, :],), kwargs
-
-    def score(self, logits: Tensor, labels: Tensor, vocab_size: Optional[int] = None, **kwargs: Any) -> Tensor:
-        """In `loss_function`'s place: the same mean over scored tokens, from the hidden states of this call."""
-        call = self.call
-        if call is None:
-            return self.loss(logits, labels, vocab_size, **kwargs)
-        hidden, ignore_index = call.hidden, kwargs.get("ignore_index", -100)
-        if call.shifted is not None:
-            labels = call.shifted
-        labels = labels.to(hidden.device)
-        if labels.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}, one a position the "
-                "head sees; logits_to_keep is not for fused calls"
-            )
-        aligned = labels if call.shifted is not None else shift_labels(labels, ignore_index)
-
-        def stats_of(hidden: Tensor) -> TokenStats:
-            weight, bias, low_rank = read_head(self.head, hidden)
-            return linear_logps(
-                hidden, weight, aligned, bias, temperature=call.temperature, ignore_index=ignore_index,
-                outputs=call.outputs, low_rank=low_rank, **self.processing._asdict(), **self.how,
-            )  # fmt: skip
-
-        call.scoring = True
-        call.stats = call_as(self.head, stats_of, hidden)
-        count = call.count if call.count is not None else (aligned != ignore_index).sum().clamp(min=1)
-        return -call.stats.logps.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count)
-
-
-def _patched(stock: Callable) -> Callable:
-    """A forward with the signature of `stock`, which the Trainer and generate() read."""
-
-    @wraps(stock)
-    def forward(
-        self: nn.Module, *args: Any, fused: Optional[bool] = None, labels: Optional[Tensor] = None,
+    def __call__(
+        self, *args: Any, fused: Optional[bool] = None, labels: Optional[Tensor] = None,
         shift_labels: Optional[Tensor] = None, num_items_in_batch: Any = None, outputs: Optional[tuple] = None,
         temperature: Optional[float] = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        state = getattr(self, STATE)
+        state = getattr(self.model, STATE)
         some_labels = shift_labels if labels is None else labels
-        if fused is None:
-            fused = state.always and some_labels is not None
-        if not fused:
+        implied = fused is None and state.always and some_labels is not None
+        if not (fused or implied):
             for name, value in (("outputs", outputs), ("temperature", temperature)):
                 if value is not None:
                     raise ValueError(f"{name}: got {value!r} in a forward that is not fused; pass fused=True")
             given = dict(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
             kwargs |= {name: value for name, value in given.items() if value is not None}
-            return _stock_forward(self, state, *args, **kwargs)
+            return _run(self.model, state, None, *args, **kwargs)
         if some_labels is None:
             raise ValueError("labels: got none, which fused=True scores; pass labels [B, T], or shift_labels")
         if kwargs.get("return_dict") is False:
             raise ValueError("return_dict: got False, but a fused forward returns a ModelOutput")
         names = ("logps",) if outputs is None else tuple(dict.fromkeys(("logps", *outputs)))
-        call = _Call(names, 1.0 if temperature is None else temperature, shift_labels, num_items_in_batch)
-        head = self.get_output_embeddings()
-        if state.head is not head:
-            state.attach(head)
-        state.call = call
-        try:
-            result = _stock_forward(self, state, *args, **kwargs, labels=some_labels)
-        finally:
-            state.call = None
-        return _with_stats(result, call)
-
-    return forward
+        head = self.model.get_output_embeddings()
+        state.attach(head)
+        why = state.why_whole(self.model, head)
+        if why is not None:
+            warnings.warn(f"fused: this call makes all its logits, since {why}; see fuse_lm_head", stacklevel=2)
+        temperature = 1.0 if temperature is None else temperature
+        call = Call(names, temperature, shift_labels, num_items_in_batch, why is not None)
+        result = _run(self.model, state, call, *args, **kwargs, labels=some_labels)
+        evaluates = implied and not torch.is_grad_enabled()
+        return _with_stats(result, state, call, self.logits_of if evaluates else None)
 
 
-def _stock_forward(model: nn.Module, state: _State, *args: Any, **kwargs: Any) -> Any:
+def _run(model: nn.Module, state: State, call: Optional[Call], *args: Any, **kwargs: Any) -> Any:
+    """The model's own forward in this call, or plain; whatever call this thread is in already."""
+    before = running.calls
+    running.calls = (*before, (state, call))
+    try:
+        return _stock_forward(model, state, *args, **kwargs)
+    finally:
+        running.calls = before
+
+
+def _stock_forward(model: nn.Module, state: State, *args: Any, **kwargs: Any) -> Any:
     own = state.forward
     return type(model).forward(model, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
-def _with_stats(result: Any, call: _Call) -> Any:
-    """The model's output with token_stats and without the empty logits."""
+def _with_stats(result: Any, state: State, call: Call, logits_of: Optional[Callable]) -> Any:
+    """The model's output with token_stats and without the empty logits.
+
+    logits_of: in an evaluation, gives logits that are computed when they are read. Then token_stats is an attribute
+        alone, so that Trainer finds the fields of a plain forward.
+    """
     if call.stats is None:
-        raise TypeError("fused: this model's forward calls no `loss_function` on its lm_head's logits; use fused=False")
+        raise TypeError(
+            "fused: this model's forward did not call the `loss_function` that fuse_lm_head gave it; if the model has "
+            "another since, call fuse_lm_head(model) again, else use fused=False"
+        )
     if not isinstance(result, dict):
         raise TypeError(f"fused: the model returned {type(result).__name__}; set config.return_dict to True")
     fields = {name: value for name, value in result.items() if name != "logits"}
-    return output_class(type(result))(**fields, token_stats=call.stats)
+    kind = output_class(type(result))
+    # a head cut by tensor parallelism has no logits on one rank
+    if logits_of is not None and (is_sharded(state.head) or not hasattr(call.logits, "device_mesh")):
+        return kind(**fields, logits=logits_of(state, call))
+    return kind(**fields, token_stats=call.stats)
+
+
+class _WithTokenStats:
+    """What a fused call's output has more than the model's own: it can be pickled, and finds its token_stats."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.get("logits"), LazyLogits):
+            object.__setattr__(self, "token_stats", self["logits"].token_stats)
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self).__mro__[2], dict(self))
+
+
+def _rebuild(base: type, fields: dict) -> Any:
+    return output_class(base)(**fields)
 
 
 _CLASSES: dict[type, type] = {}
@@ -165,7 +134,7 @@ def output_class(base: type) -> type:
     """A ModelOutput class with the field token_stats added, the same one each time."""
     if base not in _CLASSES:
         extra = [("token_stats", Optional[TokenStats], None)]
-        made = dataclasses.make_dataclass("Fused" + base.__name__, extra, bases=(base,))
+        made = dataclasses.make_dataclass("Fused" + base.__name__, extra, bases=(_WithTokenStats, base))
         made.__module__ = __name__
         made.__doc__ = f"{base.__name__} with token_stats, a fused_po.TokenStats shaped like the labels; no logits."
         _CLASSES[base] = made
@@ -192,7 +161,10 @@ def fuse_lm_head(
         outputs: names of TokenStats' fields beside "logps". temperature: > 0, divides the logits; the loss's too.
 
     Every other call is as before. The model is changed in place, PEFT's adapters may come before or after. What it does
-    to its logits (a scale, a softcap) is measured, and the result checked, by two forwards over four tokens.
+    to its logits (a scale, a softcap) is measured, and the result checked, by two forwards over four tokens. What
+    changes its logits later is honoured: a forward pre-hook or parametrization on the head, a new head. A call warns
+    and makes its logits after all where a forward or backward hook works on them, or a scale or softcap of the config
+    is another one now. Calling fuse_lm_head again measures the model again.
 
     Args:
         model: a transformers causal LM or vision-language model, alone or in a PeftModel; wrap it in DDP, FSDP,
@@ -213,7 +185,7 @@ def fuse_lm_head(
     if STATE in vars(base):
         unfuse_lm_head(base)
     checks.flags(always=always)
-    state = _State(always, backend, Schedule.of(schedule))
+    state = State(always, backend, Schedule.of(schedule))
     _install(base, state)
     try:
         if logit_scale is None or not is_sharded(state.head):
@@ -225,6 +197,7 @@ def fuse_lm_head(
         else:
             checks.scaling(1.0, logit_scale, softcap)
             state.processing = Processing(logit_scale, softcap)
+        state.settings = probe.settings(base, state.processing)
     except BaseException:
         unfuse_lm_head(base)
         raise
@@ -237,7 +210,7 @@ def unfuse_lm_head(model: nn.Module) -> nn.Module:
     state = vars(base).get(STATE)
     if state is None:
         raise ValueError("model: is not fused; fuse_lm_head(model) comes first")
-    if getattr(vars(base).get("forward"), "__func__", None) is not state.patched:
+    if not isinstance(vars(base).get("forward"), _FusedForward):
         raise ValueError("model: its forward was wrapped again since fuse_lm_head; take that back first")
     state.detach()
     if state.forward is None:
@@ -264,7 +237,7 @@ def _base(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _install(model: nn.Module, state: _State) -> None:
+def _install(model: nn.Module, state: State) -> None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = model.get_output_embeddings()
@@ -274,17 +247,18 @@ def _install(model: nn.Module, state: _State) -> None:
     if state.loss is not ForCausalLMLoss:
         name = getattr(state.loss, "__name__", type(state.loss).__name__)
         raise TypeError(f"model: its loss_function is {name}, expected ForCausalLMLoss, which fused=True computes")
-    state.forward, state.patched = vars(model).get("forward"), _patched(type(model).forward)
+    state.forward = vars(model).get("forward")
     state.attach(head)
     setattr(model, STATE, state)
-    model.forward = types.MethodType(state.patched, model)
+    model.forward = _FusedForward(model)
     model.loss_function = state.score
 
 
-def _measure(model: nn.Module, state: _State, n_cols: int) -> None:
+def _measure(model: nn.Module, state: State, n_cols: int) -> None:
     """Find what the model does to its logits, and check a fused call against the plain one."""
     with probe.evaluating(model):
         stock = partial(_stock_forward, model, state)
+        state.known = tuple(changes_of(state.head, measured=True))
         state.processing, ids, plain, allowed = probe.measure(model, state.head, n_cols, stock)
         try:
             fused = model(input_ids=ids, labels=ids, fused=True).token_stats.logps[0, :-1].to(plain.device)

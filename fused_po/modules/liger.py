@@ -23,6 +23,10 @@ from fused_po.reduce import sequence_logps
 DPO_LOSSES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
 )  # fmt: skip
+READERS: dict[str, tuple[object, tuple[str, ...]]] = {  # as liger_grpo's, of DPO
+    "label_smoothing": (0.0, ("sigmoid", "robust", "exo_pair")),
+    "discopop_tau": (0.05, ("discopop",)),
+}
 Result = tuple[Tensor, tuple[Tensor, ...]]
 
 # The names that users of these modules know, of the arguments of the functions below them.

@@ -15,6 +15,20 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 OF_STEP = ("dapo", "cispo", "vespo")  # means over the tokens of the whole step, on all ranks
 LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
 IGNORE = -100
+# By argument: its default, and the loss_types that read it.
+READERS: dict[str, tuple[object, tuple[str, ...]]] = {
+    "max_completion_length": (None, ("dr_grpo",)),
+    "epsilon_low": (0.2, CLIPPED),
+    "epsilon_high": (0.2, (*CLIPPED, "cispo")),
+    "delta": (None, CLIPPED),
+    "importance_sampling_level": ("token", (*CLIPPED, "cispo", "sapo")),
+    "sapo_temperature_pos": (1.0, ("sapo",)),
+    "sapo_temperature_neg": (1.05, ("sapo",)),
+    "vespo_k_pos": (2.0, ("vespo",)),
+    "vespo_lambda_pos": (3.0, ("vespo",)),
+    "vespo_k_neg": (3.0, ("vespo",)),
+    "vespo_lambda_neg": (2.0, ("vespo",)),
+}
 
 
 class FusedLinearGRPOLoss(nn.Module):
@@ -23,7 +37,8 @@ class FusedLinearGRPOLoss(nn.Module):
     Unlike Liger's: masked positions are neither scored nor looked at ("luspo" there takes a mean over padding too,
     which shows with a KL, or with ratios or weights of tokens; "vespo" takes in weights of padding); log-ratios are
     held within +-20, where Liger's overflow; an argument away from its default that the loss_type does not read is an
-    error. Over ranks, as there, "dapo", "cispo" and "vespo" divide by the tokens of all, the others by their own.
+    error; "cispo" and "sapo" also take ratios of sequences, as TRL's trainer does without Liger. Over ranks, as there,
+    "dapo", "cispo" and "vespo" divide by the tokens of all, the others by their own.
 
     Args:
         beta: >= 0, of the KL (k3) to the reference.
@@ -76,22 +91,18 @@ class FusedLinearGRPOLoss(nn.Module):
             got = f'{max_completion_length} with loss_type="{loss_type}"'
             raise ValueError(f'max_completion_length: got {got}; "dr_grpo" needs it, and no other reads it')
         self.how: dict = {}  # arguments of losses.grpo
-        settings = (
-            ("epsilon", "epsilon_low", epsilon_low, 0.2, CLIPPED),
-            ("epsilon_high", "epsilon_high", epsilon_high, 0.2, (*CLIPPED, "cispo")),
-            ("delta", "delta", delta, None, CLIPPED),
-            ("importance_sampling_level",) * 2 + (importance_sampling_level, "token", (*CLIPPED, "cispo", "sapo")),
-            ("sapo_temperature_pos",) * 2 + (sapo_temperature_pos, 1.0, ("sapo",)),
-            ("sapo_temperature_neg",) * 2 + (sapo_temperature_neg, 1.05, ("sapo",)),
-            ("vespo_k_pos",) * 2 + (vespo_k_pos, 2.0, ("vespo",)),
-            ("vespo_lambda_pos",) * 2 + (vespo_lambda_pos, 3.0, ("vespo",)),
-            ("vespo_k_neg",) * 2 + (vespo_k_neg, 3.0, ("vespo",)),
-            ("vespo_lambda_neg",) * 2 + (vespo_lambda_neg, 2.0, ("vespo",)),
-        )
-        for ours, theirs, value, default, readers in settings:
-            checks.only_with(theirs, value, default, loss_type in readers, f"loss_type in {readers}")
+        given = dict(
+            epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta,
+            importance_sampling_level=importance_sampling_level,
+            sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+            vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
+        )  # fmt: skip
+        for name, value in given.items():
+            default, readers = READERS[name]
+            checks.only_with(name, value, default, loss_type in readers, f"loss_type in {readers}")
             if loss_type in readers:
-                self.how[ours] = value
+                self.how["epsilon" if name == "epsilon_low" else name] = value
         one = torch.zeros(1, 1)
         losses.grpo(one, one, one, one, loss_type=loss_type, **self.how)  # settings that cannot be are errors already
 

@@ -5,9 +5,9 @@ hidden states and head. docs/integrations.md says which trainers, and what stays
 DPOTrainer, its models run without padding.
 """
 
-from fused_po.integrations.trl.seam import patch, patched, unpatch
+from fused_po.integrations.trl.seam import is_patched, patch, patched, unpatch
 
-__all__ = ["PaddingFreeDPOTrainer", "patch", "patched", "unpatch"]
+__all__ = ["PaddingFreeDPOTrainer", "is_patched", "patch", "patched", "unpatch"]
 
 
 def __getattr__(name: str) -> type:

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from fused_po.integrations import probe
+from fused_po.integrations.heads import called, changes_of
+from fused_po.integrations.probe import Processing
 from fused_po.integrations.trl.scored_logits import ScoredLogits
 from fused_po.integrations.trl.scoring import IGNORE, REQUEST, Request, why_stock
 from fused_po.ops.logps import shift_labels
@@ -91,11 +94,14 @@ def score_in_helper(cls: type, helper: Helper, add_fused_lm_head: Callable) -> C
         call = signature.bind(self, *args, **kwargs)
         model, arguments = call.arguments["model"], call.arguments
         base, reason = scoring_base(self, model)
+        if reason is None and not arguments.get("return_outputs"):
+            scoring = ScoringModel(self, model, base, helper, dict(arguments), add_fused_lm_head)
+            reason = scoring.why_not_its_head()
         if reason is not None:
             warnings.warn(f"fused_po: {cls.__name__} keeps TRL's own logits: {reason}", stacklevel=2)
         if reason is not None or arguments.get("return_outputs"):  # a caller who wants outputs wants logits
             return stock(self, *args, **kwargs)
-        call.arguments["model"] = ScoringModel(self, model, base, helper, dict(arguments), add_fused_lm_head)
+        call.arguments["model"] = scoring
         return stock(*call.args, **call.kwargs)
 
     return method
@@ -115,8 +121,19 @@ def scoring_base(trainer: Any, model: nn.Module) -> tuple[Optional[nn.Module], O
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if type(head) is not nn.Linear:
         return None, f"its LM head is {type(head).__name__}, not a plain Linear (an adapter or a quantised one, say)"
+    changes = changes_of(head, called=False)
+    if changes:
+        return None, f"{called(changes[0])} is put on its LM head, or on all modules, or replaces its forward"
     reason = why_stock(head.weight)
     return (base, None) if reason is None else (None, reason)
+
+
+class Measured(NamedTuple):
+    """What was found of one model's head."""
+
+    processing: Processing
+    reason: Optional[str]  # why it cannot be scored without logits
+    settings: dict  # of the config, as they were
 
 
 class ScoringModel:
@@ -127,6 +144,7 @@ class ScoringModel:
     ) -> None:
         self._trainer, self._model, self._base, self._helper = trainer, model, base, helper
         self._arguments, self._add_fused_lm_head = arguments, add_fused_lm_head
+        self._heads = vars(trainer).setdefault("_fused_po_heads", {})  # by model: Measured
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -137,18 +155,53 @@ class ScoringModel:
         call = Call(self._trainer, self._arguments, ids, kwargs["attention_mask"])
         labels = shift_labels(self._helper.labels(call))
         kwargs.pop("logits_to_keep", None)  # the method cuts off the others itself, where a model does not know it
-        # Every row reaches the head, as "labelled"; which are scored is what REQUEST says.
-        token = REQUEST.set(Request(labels, self._helper.outputs))
-        try:
-            with self._fused_forward(), self._trainer.accelerator.autocast():
-                out = self._model(*args, shift_labels=torch.zeros_like(ids), fused_lm_head=True, **kwargs)
-        finally:
-            REQUEST.reset(token)
+        request = Request(labels, self._helper.outputs, self._heads[id(self._base)].processing)
+        out = self._score(self._model, request, *args, **kwargs)
         rows = {name: getattr(out, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
         n_vocab = self._base.get_output_embeddings().weight.shape[0]
         return types.SimpleNamespace(
             logits=ScoredLogits(n_vocab, {"labels": labels.to(out.log_probs.device), **rows}), aux_loss=out.aux_loss
         )
+
+    def _score(self, model: nn.Module, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """The output of TRL's fused head. Every row reaches it, as "labelled"; the request says which are scored."""
+        token = REQUEST.set(request)
+        try:
+            with self._fused_forward(), self._trainer.accelerator.autocast():
+                return model(*args, shift_labels=torch.zeros_like(request.labels), fused_lm_head=True, **kwargs)
+        finally:
+            REQUEST.reset(token)
+
+    def why_not_its_head(self) -> Optional[str]:
+        """Why log-probs of hidden states and head are not those of the model's logits, or None. Measured once."""
+        found = self._heads.get(id(self._base))
+        if found is None or found.settings != probe.settings(self._base, found.processing):
+            found = self._heads[id(self._base)] = self._measure()
+        return found.reason
+
+    def _measure(self) -> Measured:
+        base, model = self._base, getattr(self._model, "_orig_mod", self._model)  # not compiled for four tokens
+        head, none = base.get_output_embeddings(), Processing(1.0, None)
+
+        def result(processing: Processing, reason: Optional[str]) -> Measured:
+            return Measured(processing, reason, probe.settings(base, processing))
+
+        def forward(**inputs: Any) -> Any:
+            with self._trainer.accelerator.autocast():
+                return model(**inputs, use_cache=False)
+
+        with probe.evaluating(model):
+            try:
+                processing, ids, plain, allowed = probe.measure(base, head, len(head.weight), forward)
+            except TypeError as error:
+                return result(none, str(error))
+            labels = shift_labels(ids)
+            scored = self._score(model, Request(labels, ("log_probs",), processing), input_ids=ids).log_probs
+        off = (scored[0, :-1].to(plain.device) - plain).abs().max()
+        if off <= allowed:
+            return result(processing, None)
+        name = type(base).__name__
+        return result(none, f"log-probs of {name}'s hidden states and head are off by {off:.3g} from its logits'")
 
     def _fused_forward(self) -> contextlib.AbstractContextManager:
         """TRL's fused head on the model, for this call: nothing is left on it for others to copy or save."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.integrations.probe import Processing
 from fused_po.integrations.trl.scored_logits import ScoredLogits
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import logps_from_logits
@@ -33,6 +34,7 @@ class Request(NamedTuple):
 
     labels: Tensor  # as many as rows, -100 where nothing but the mean logit is wanted
     outputs: tuple[str, ...]
+    processing: Processing  # what the model does to its logits; TRL looks it up by name
 
 
 REQUEST: ContextVar[Optional[Request]] = ContextVar("request", default=None)
@@ -85,6 +87,7 @@ class Scoring:
         request = REQUEST.get()
         if request is not None:
             targets, outputs = request.labels.reshape(-1).to(hidden.device), request.outputs
+            scaling |= request.processing._asdict()
         fields = {OUTPUTS[name] for name in outputs} | {"logps"}
         if request is not None:
             fields.discard("mean_logits")
@@ -112,8 +115,13 @@ class Scoring:
         return all(t.shape == logits.shape[:-1] and t.device == logits.device for t in rows)
 
     def _ours(self, logits: Tensor | ScoredLogits) -> bool:
+        """Not low-precision logits on a CPU: there TRL rounds each step to their dtype, and returns that."""
         return isinstance(logits, ScoredLogits) or (
-            logits.device.type in DEVICES and logits.is_floating_point() and logits.ndim > 0 and logits.shape[-1] > 0
+            logits.device.type in DEVICES
+            and (logits.dtype in (torch.float32, torch.float64) or logits.device.type == "cuda")
+            and logits.is_floating_point()
+            and logits.ndim > 0
+            and logits.shape[-1] > 0
         )
 
     def from_logits(

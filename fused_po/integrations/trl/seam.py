@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Optional
 
+import torch
+
 from fused_po.integrations.swap import Swap
 from fused_po.integrations.trl.experimental import HELPERS, score_in_helper
 from fused_po.integrations.trl.scoring import Scoring
+from fused_po.ops.backend import NAMES, resolve
 from fused_po.schedule import Schedule
 
 FIRST, BEYOND = "1.15", "1.17"  # the versions the tests have seen
 ASK = f"`pip install 'trl>={FIRST},<{BEYOND}'`"
 NEEDED = ("_ChunkedLogProbFunction", "_supports_trl_loss_kernel", "add_fused_lm_head")
+
+
+log = logging.getLogger("fused_po.integrations.trl")
 
 
 class _Installed(Swap):
@@ -30,7 +37,8 @@ def patch(schedule: Optional[Schedule] = None, *, any_version: bool = False) -> 
     """Let TRL's trainers score tokens with fused_po, in this process, until `unpatch`.
 
     Trainers, models and modules that exist already are served too. Called again, it changes the schedule and nothing
-    else. It swaps names in TRL's modules: call it while no trainer is at work in another thread.
+    else. It swaps names in TRL's modules: call it while no trainer is at work in another thread. One line of the logger
+    "fused_po.integrations.trl", of level INFO, says what is in force.
 
     Args:
         schedule: how to compute, see `Schedule`; None for the defaults.
@@ -40,8 +48,12 @@ def patch(schedule: Optional[Schedule] = None, *, any_version: bool = False) -> 
         ImportError: TRL is not installed.
         RuntimeError: TRL is of a version that was never tested, or lacks a place that is changed. Nothing is changed.
     """
+    _patch(Schedule.of(schedule), any_version)
+    log.info("%s", _in_force())
+
+
+def _patch(schedule: Schedule, any_version: bool) -> None:
     global _installed
-    schedule = Schedule.of(schedule)
     if _installed is not None:
         _installed.scoring.schedule = schedule
         return
@@ -53,6 +65,23 @@ def patch(schedule: Optional[Schedule] = None, *, any_version: bool = False) -> 
         installed.undo()
         raise
     _installed = installed
+
+
+def is_patched() -> bool:
+    """Whether `patch` is in force in this process."""
+    return _installed is not None
+
+
+def _in_force() -> str:
+    """What `patch` does now, in one line. The GPU is not asked: its context would be opened before a trainer's."""
+    backends = f"{resolve(None, torch.device('cpu'), torch.float32)} on CPU"
+    if torch.cuda.is_available():
+        backends += f", {NAMES[0]} on GPU where it runs"
+    without = ", ".join(sorted(HELPERS))
+    return (
+        f"fused_po scores tokens in TRL {import_trl().__version__}: {_installed.scoring.schedule}; on {backends}; "
+        f"trainers: all with TRL's fused head (DPO, KTO, SFT, GRPO, RLOO, ...), and without logits {without}"
+    )
 
 
 def unpatch() -> None:
@@ -74,12 +103,12 @@ def patched(schedule: Optional[Schedule] = None, *, any_version: bool = False) -
         if before is None:
             unpatch()
         else:
-            patch(before)
+            _patch(before, any_version)
 
 
 def require_patch(who: str) -> None:
     """RuntimeError unless `patch` is in force."""
-    if _installed is None:
+    if not is_patched():
         raise RuntimeError(
             f"{who} scores tokens with fused_po: call fused_po.integrations.trl.patch() before, or build it and train "
             "inside `with patched():`"
