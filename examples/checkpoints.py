@@ -26,42 +26,33 @@ def state_of(learner, parts: dict) -> dict:
 
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(learner.model, learner.optimizer, options=options)
-    every = learner.model.named_parameters(remove_duplicate=False)  # torch leaves out the first name of a tied one
-    frozen = {name for name, p in every if not p.requires_grad}
-    model = {name: value for name, value in model.items() if name not in frozen}
+    frozen = {name for name, p in learner.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    again = {name for names in parallel.tied(learner.model) for name in names[1:]}  # a tied tensor has its first name
+    model = {name: value for name, value in model.items() if name not in frozen | again}
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     state = {name: part.state_dict() for name, part in parts.items()}
     return {"model": model, "optimizer": optimizer, "parts": state, "rng": {"cpu": torch.get_rng_state()} | cuda}
 
 
-def memory_of(tensor: Tensor) -> tuple:
-    """(its storage, where it lies in it) of what a tensor has on this rank."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    storage = local.untyped_storage().data_ptr()
-    return storage, (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape)
-
-
-def without_tensors(value, tensors: dict[str, Tensor], name: str = "", held: dict | None = None):
+def without_tensors(value, tensors: dict[str, Tensor], name: str = "", storages: set[int] | None = None):
     """`value` as JSON has it, its tensors moved to `tensors`, by their place; scalars as views of one element.
 
-    safetensors holds each piece of memory once: a tensor that is tied to another one goes by the name of the first;
-    one that shares memory otherwise, or has gaps, is copied. held: what memory has been met, by `memory_of`.
+    safetensors takes no tensor with gaps, and no piece of memory twice: such tensors are copied. storages: those met.
     """
-    held = {} if held is None else held
+    storages = set() if storages is None else storages
     if isinstance(value, Tensor):
-        storage, place = memory_of(value)
-        shape = list(value.shape)
-        if storage and (storage, place) in held:
-            return {"tensor": held[storage, place], "shape": shape}
-        alone = not storage or storage not in held
-        held |= {storage: name, (storage, place): name}
+        local = value.to_local() if hasattr(value, "to_local") else value
+        storage = local.untyped_storage().data_ptr()
+        shared = bool(storage) and storage in storages
+        storages.add(storage)
         one = value if value.ndim else value.view(1)
-        tensors[name] = one if alone and one.is_contiguous() else one.clone(memory_format=torch.contiguous_format)
-        return {"tensor": name, "shape": shape}
+        copied = shared or not local.is_contiguous()
+        tensors[name] = one.clone(memory_format=torch.contiguous_format) if copied else one
+        return {"tensor": name, "shape": list(value.shape)}
     if isinstance(value, dict):
-        return {str(key): without_tensors(part, tensors, f"{name}/{key}", held) for key, part in value.items()}
+        return {str(key): without_tensors(part, tensors, f"{name}/{key}", storages) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_tensors(part, tensors, f"{name}/{i}", held) for i, part in enumerate(value)]
+        return [without_tensors(part, tensors, f"{name}/{i}", storages) for i, part in enumerate(value)]
     return value
 
 

@@ -44,18 +44,8 @@ import parallel
 import torch
 from tqdm import tqdm
 
-NOT_SETTINGS = (
-    "resume",
-    "output",
-    "device",
-    "checkpoint_every",
-    "config",
-    "tensorboard",
-    "parallel",
-    "tp",
-    "timeout",
-    "rates",
-)
+NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard", "rates")
+NOT_SETTINGS += ("parallel", "tp", "timeout")
 TINY_RATE = 1e-3  # a learning rate for the tiny Llama; it would ruin a model that has been trained
 SFT_RATES = (2e-5, 2e-4)  # in full, by adapters
 POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")

@@ -146,7 +146,7 @@ def _can_differentiate(model: nn.Module) -> bool:
 
 
 def _sees_others(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, places: list) -> bool:
-    """Whether the hidden states of every other sequence have a gradient in the embeddings of the rest; and vice versa."""
+    """Whether hidden states have gradients in other sequences' embeddings: the even ones in the odd ones', and back."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
