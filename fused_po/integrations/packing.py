@@ -47,8 +47,9 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
     ]
     reach = max((value for value in windows if value < row_length), default=0)
     limits = [value for value in (getattr(config, name, None) for name in POSITIONS) if isinstance(value, int)]
-    limit = min([value for value in limits if value > 0], default=reach + max(LENGTHS))
+    limit = min([value for value in limits if value > 0], default=sys.maxsize)
     lengths = [min(n if n < max(LENGTHS) else max(n, reach + 9), limit) for n in LENGTHS]
+    lengths += [limit] * (row_length > limit)  # a row may be longer than any sequence
     with probe.evaluating(model), _generators_kept(model):
         why = _why_mixed(model, run, lengths, rows)
     if why is not None:
@@ -57,7 +58,7 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
             f"model: {type(model).__name__} with attn_implementation={attention!r} does not keep the sequences of one "
             f"row apart by position_ids ({why})"
         )
-    _passed[model] = min((value for value in windows if value >= row_length), default=sys.maxsize)
+    _passed[model] = min((value for value in (*windows, limit) if value >= row_length), default=sys.maxsize)
 
 
 @contextlib.contextmanager
