@@ -18,7 +18,18 @@ import torch
 
 import fused_po
 
-PANELS = {"loss": "loss", "mean_token_accuracy": "tokens that are the most probable one", "entropy": "entropy"}
+PANELS = {
+    "loss": "loss",
+    "mean_token_accuracy": "tokens that are the most probable one",
+    "eval_entropy": "held-out entropy, nats a token",
+    "eval_correct": "held-out greedy answers that are correct",
+}
+SHARES = {
+    "loss": "loss",
+    "mean_token_accuracy": "tokens that are the most probable one",
+    "entropy": "entropy, nats a token",
+    "correct": "greedy answers that are correct",
+}
 FIELDS = ("completion",)
 
 
@@ -99,8 +110,7 @@ def train(args) -> dict[str, dict[str, float]]:
         model = models.adapt(model, args)
         train_steps(run, parallel.Engine(args, model), tokenizer, rows, args, args.lr, args.steps, measure)
         shares["after"] = measure()
-        labels = PANELS | {"correct": "greedy answers that are correct"}
-        run.finish(model, tokenizer, "Supervised fine-tuning", labels, shares)
+        run.finish(model, tokenizer, "Supervised fine-tuning", SHARES, shares)
     return shares
 
 

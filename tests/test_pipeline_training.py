@@ -36,7 +36,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     data = pipeline.small_data(folder, uneven=True)
     run("sft", data, folder / "sft", "--steps", "12", "--batch-size", "8")
-    return [*data, "--model", str(folder / "sft" / "model")]
+    return [*data, "--model", str(folder / "sft" / "model"), "--lr", "1e-3"]
 
 
 @pytest.fixture(autouse=True)

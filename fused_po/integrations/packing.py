@@ -56,7 +56,7 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
         attention = getattr(config, "_attn_implementation", None)
         raise ValueError(
             f"model: {type(model).__name__} with attn_implementation={attention!r} does not keep the sequences of one "
-            f"row apart by position_ids ({why})"
+            f"row apart by position_ids; {why}"
         )
     _passed[model] = min((value for value in (*windows, limit) if value >= row_length), default=sys.maxsize)
 
