@@ -212,7 +212,7 @@ def why_mixed(model, args, row_length: int = 0) -> str | None:
         with autocast(args):
             packing.check_kept_apart(base, hidden_of, row_length, rows=1 if attention in FLASH else 2)
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix("model: ")
     return None
 
 
@@ -250,7 +250,7 @@ def head(model) -> dict:
     try:
         return lm_head.lm_head(model)._asdict()
     except TypeError as error:
-        fail(f"--model: {error}")
+        fail(f"--model: {str(error).removeprefix('model: ')}")
 
 
 def token_stats(
