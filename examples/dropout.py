@@ -46,11 +46,11 @@ def switch_off(model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
     """
     for module in model.modules():
         for name in rates(module):
-            setattr(module, name, 0.0)
+            setattr(module, name, type(getattr(module, name))())
     kept = [(config, name, getattr(config, name)) for config in configurations(model) for name in rates(config)]
     setattr(model, KEPT, kept)
-    for config, name, _ in kept:
-        setattr(config, name, 0.0)
+    for config, name, value in kept:
+        setattr(config, name, type(value)())
     ids, states = probe.text_ids(model, model.get_input_embeddings().weight.shape[0]).repeat(1, 4), []
     devices = [torch.device(ids.device)] if ids.is_cuda else []
     with probe.evaluating(model), torch.random.fork_rng(devices=devices):
@@ -75,5 +75,5 @@ def as_loaded(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, name, _ in kept:
-            setattr(config, name, 0.0)
+        for config, name, value in kept:
+            setattr(config, name, type(value)())

@@ -71,7 +71,7 @@ def words_of(stage: str, args, folder: Path, **given) -> list[str]:
         + shlex.split("" if args.model else TINY.get(stage, ""))
         + ["--lora"] * (args.lora and stage != "sft")
     )
-    return words + ["--resume"] * any(folder.glob("checkpoint-*.pt")) + shlex.split(getattr(args, f"{stage}_flags"))
+    return words + ["--resume"] * bool(common.checkpoints(folder)) + shlex.split(getattr(args, f"{stage}_flags"))
 
 
 def stage(name: str, script, args, train=None, **given) -> Path:

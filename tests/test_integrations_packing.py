@@ -51,7 +51,8 @@ def check(model, row_length=80, rows=1, calls=None):
         if calls is not None:
             calls.append(tuple(ids.shape))
         given = {} if positions is None else {"position_ids": positions}
-        return model.get_decoder()(input_ids=ids, use_cache=False, **given).last_hidden_state
+        decoder = model.base_model if model.base_model is not model else model.model
+        return decoder(input_ids=ids, use_cache=False, **given).last_hidden_state
 
     packing.check_kept_apart(model, run, row_length, rows)
 

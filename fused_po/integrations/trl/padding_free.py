@@ -143,7 +143,7 @@ def check_kept_apart(base: nn.Module, row_length: int) -> None:
 
     def run(ids: Tensor, positions: Optional[Tensor]) -> Tensor:
         given = {} if positions is None else {"position_ids": positions}
-        return base.get_decoder()(input_ids=ids, use_cache=False, **given).last_hidden_state
+        return base.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
 
     try:
         packing.check_kept_apart(base, run, row_length)
