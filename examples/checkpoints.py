@@ -26,20 +26,33 @@ def state_of(learner, parts: dict) -> dict:
 
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(learner.model, learner.optimizer, options=options)
+    frozen = {name for name, p in learner.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    again = {name for names in parallel.tied(learner.model) for name in names[1:]}  # a tied tensor has its first name
+    model = {name: value for name, value in model.items() if name not in frozen | again}
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     state = {name: part.state_dict() for name, part in parts.items()}
     return {"model": model, "optimizer": optimizer, "parts": state, "rng": {"cpu": torch.get_rng_state()} | cuda}
 
 
-def without_tensors(value, tensors: dict[str, Tensor], name: str = ""):
-    """`value` as JSON has it, its tensors moved to `tensors`, by their place; scalars as views of one element."""
+def without_tensors(value, tensors: dict[str, Tensor], name: str = "", storages: set[int] | None = None):
+    """`value` as JSON has it, its tensors moved to `tensors`, by their place; scalars as views of one element.
+
+    safetensors takes no tensor with gaps, and no piece of memory twice: such tensors are copied. storages: those met.
+    """
+    storages = set() if storages is None else storages
     if isinstance(value, Tensor):
-        tensors[name] = value if value.ndim else value.view(1)
+        local = value.to_local() if hasattr(value, "to_local") else value
+        storage = local.untyped_storage().data_ptr()
+        shared = bool(storage) and storage in storages
+        storages.add(storage)
+        one = value if value.ndim else value.view(1)
+        copied = shared or not local.is_contiguous()
+        tensors[name] = one.clone(memory_format=torch.contiguous_format) if copied else one
         return {"tensor": name, "shape": list(value.shape)}
     if isinstance(value, dict):
-        return {str(key): without_tensors(part, tensors, f"{name}/{key}") for key, part in value.items()}
+        return {str(key): without_tensors(part, tensors, f"{name}/{key}", storages) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_tensors(part, tensors, f"{name}/{i}") for i, part in enumerate(value)]
+        return [without_tensors(part, tensors, f"{name}/{i}", storages) for i, part in enumerate(value)]
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -101,20 +102,36 @@ def save_picture(figure, path: Path) -> None:
     pyplot().close(figure)
 
 
+def curves_of(rows: list[dict], name: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of a metric by stage, where it is a number."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if math.isfinite(row.get(name, math.nan)):
+            found.setdefault(row["stage"], []).append((row["step"], row[name]))
+    return found
+
+
 def plot_metrics(rows: list[dict], panels: dict[str, str], path: Path, title: str) -> None:
-    """A PNG with one panel for each metric (name: title of the panel), over steps, a colour a stage."""
-    figure, axes = pyplot().subplots(2, (len(panels) + 1) // 2, figsize=(10, 6), layout="constrained", squeeze=False)
-    for axis, (name, label) in zip(axes.flat, panels.items()):
-        for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
-            points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-            if points:
-                marker = "." if len(points) < 20 else None
-                axis.plot(*zip(*points), label=stage, color=f"C{number}", linewidth=1.2, marker=marker)
+    """A PNG with one panel for each metric that there is (name: title of the panel), over steps, a colour a stage.
+
+    The last stage has the scale on the left, those before it one on the right: a loss that falls from 5 to 0.3 would
+    make the next one's a flat line.
+    """
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    curves = {label: found for name, label in panels.items() if (found := curves_of(rows, name))}
+    across = max(1, (len(curves) + 1) // 2)
+    figure, axes = pyplot().subplots(2, across, figsize=(10, 6), layout="constrained", squeeze=False)
+    for axis, (label, found) in zip(axes.flat, curves.items()):
         axis.set(title=label, xlabel="step")
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend()
-    for axis in axes.flat[len(panels) :]:
+        before, lines = axis.twinx() if len(found) > 1 else None, []
+        for stage, points in found.items():
+            scale = axis if stage == list(found)[-1] else before
+            look = dict(color=f"C{stages.index(stage)}", linewidth=1.2, marker="." if len(points) < 20 else None)
+            name = stage if scale is axis else f"{stage}, scale on the right"
+            lines += scale.plot(*zip(*points), label=name, **look)
+        axis.legend(handles=lines)
+    for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     figure.suptitle(title)
     save_picture(figure, path)

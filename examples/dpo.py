@@ -28,7 +28,7 @@ FIELDS = ("chosen", "rejected")
 
 
 def parse(argv: list[str] | None = None):
-    parser = loop.parser("dpo", __doc__)
+    parser = loop.parser("dpo", __doc__, rates=(1e-6, 1e-5))
     add = parser.add_argument
     add("--beta", type=float, default=0.1, help="how much a reward of 1 weighs against the KL")
     coef = "weight of the k3 estimate of the KL; without it a tiny model unlearns to speak"
@@ -50,7 +50,7 @@ def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[in
     labels = fused_po.shift_labels(batch["labels"])
     of_pairs = len(labels) / 2 / counts[0]
     of_tokens = int((labels != dataset.IGNORE).sum()) / counts[1]
-    hidden = models.hidden_states(model, batch, args)
+    hidden, router_loss = models.forward(model, batch, args)
     with models.autocast(args):  # a share of the KL's mean over tokens, beside a share of the losses' over pairs
         out = fused_po.linear_dpo(
             hidden, labels=labels, ref_logps=ref_logps, **models.head(model),
@@ -65,7 +65,7 @@ def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[in
         "logps/rejected": out.rejected_logps,
     }
     metrics = {name: value.mean() * of_pairs for name, value in means.items()}
-    return out.loss * of_pairs, metrics | {"kl": out.kl * of_tokens}
+    return (out.loss + router_loss) * of_pairs, metrics | {"kl": out.kl * of_tokens}
 
 
 @torch.no_grad()

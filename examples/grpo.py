@@ -30,7 +30,7 @@ PANELS = {
 
 
 def parse(argv: list[str] | None = None):
-    how = dict(warm_up=150, steps=80, batch_size=256, lr=1e-3, eval_every=10, checkpoint_every=25)
+    how = dict(warm_up=150, steps=80, batch_size=256, rates=(1e-6, 1e-5), eval_every=10, checkpoint_every=25)
     parser = loop.parser("grpo", __doc__, **how)
     add = parser.add_argument
     add("--num-generations", type=int, default=4, help="answers to a prompt; --batch-size is a multiple of it")
@@ -83,7 +83,8 @@ def with_advantages(rows: list[dict], args) -> list[dict]:
 def grpo_loss(model, tokenizer, rows: list[dict], args, tokens: int, answers: int):
     """(loss, metrics) of rows that are part of an update over so many tokens and answers: shares of its means."""
     batch, mask = rollouts.stack(rows, tokenizer, args)
-    logps = rollouts.logps_of(model, models.hidden_states(model, batch, args), batch, args).logps
+    states = models.forward(model, batch, args)
+    logps = rollouts.logps_of(model, states.hidden, batch, args).logps
     old = rollouts.stacked(rows, "old_logps", mask)
     ref = rollouts.stacked(rows, "ref_logps", mask) if args.beta else None
     advantages = rollouts.column(rows, "advantage").to(logps)
@@ -96,7 +97,9 @@ def grpo_loss(model, tokenizer, rows: list[dict], args, tokens: int, answers: in
     loss = fused_po.aggregate(token_loss, mask, mode, **counts)
     metrics = losses.policy_metrics(logps, old, advantages, mask, ref, **how)
     share = mask.sum() / tokens  # of several parts the metrics are means, by tokens
-    return loss, {name: value * share for name, value in metrics.items() if name.endswith(("mean", "kl"))}
+    return loss + states.router_loss * share, {
+        name: value * share for name, value in metrics.items() if name.endswith(("mean", "kl"))
+    }
 
 
 def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, judge, evaluate) -> None:

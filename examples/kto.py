@@ -33,7 +33,7 @@ OWN, OTHER = ("completion",), ("other",)
 
 
 def parse(argv: list[str] | None = None):
-    parser = loop.parser("kto", __doc__, batch_size=64, steps=600, eval_every=100)
+    parser = loop.parser("kto", __doc__, rates=(1e-6, 1e-5), batch_size=64, steps=600, eval_every=100)
     add = parser.add_argument
     add("--beta", type=float, default=0.1, help="how much a reward of 1 weighs against the KL")
     add("--desirable-weight", type=float, default=1.0, help="of good answers in the loss")
@@ -53,10 +53,11 @@ def mismatched(rows: list[dict], args) -> list[dict]:
 
 
 def logps_of(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, args):
-    """([B, T], [B, T]): log-probs of the answers' tokens under the policy and the reference, 0 elsewhere."""
+    """([B, T], [B, T], router loss): log-probs of the answers' tokens under policy and reference, 0 elsewhere."""
     batch = dataset.stack(rows, fields, tokenizer.pad_token_id, args.device)
     ref = references.logps_of(model, frozen, rows, fields, batch, args)
-    return models.token_stats(model, batch, args).logps, ref
+    states = models.forward(model, batch, args)
+    return models.token_stats(model, batch, args, states=states).logps, ref, states.router_loss
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def gained(model, frozen, rows: list[dict], fields: tuple[str, ...], tokenizer, 
     size = args.micro_batch_size or args.batch_size
     parts = (rows[begin : begin + size] for begin in range(0, len(rows), size))
     with models.evaluating(model):
-        both = [logps_of(model, frozen, part, fields, tokenizer, args) for part in parts]
+        both = [logps_of(model, frozen, part, fields, tokenizer, args)[:2] for part in parts]
     return tuple(torch.cat([part.sum(1) for part in side]) for side in zip(*both))
 
 
@@ -125,8 +126,9 @@ def train(args) -> dict[str, dict[str, float]]:
 
             def loss_of(part: list[dict]):
                 good = torch.tensor([row["label"] for row in part], device=args.device)
-                logps, ref = logps_of(model, frozen, part, OWN, tokenizer, args)
-                return kto_loss(logps, ref, good, z0, args, counts)
+                logps, ref, router_loss = logps_of(model, frozen, part, OWN, tokenizer, args)
+                loss, metrics = kto_loss(logps, ref, good, z0, args, counts)
+                return loss + router_loss * (len(part) / len(drawn)), metrics
 
             return loop.update(learner, drawn, loss_of, args) | {"z0": z0.item()}
 

@@ -44,7 +44,10 @@ import parallel
 import torch
 from tqdm import tqdm
 
-NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard", "parallel", "tp", "timeout")
+NOT_SETTINGS = ("resume", "output", "device", "checkpoint_every", "config", "tensorboard", "rates")
+NOT_SETTINGS += ("parallel", "tp", "timeout")
+TINY_RATE = 1e-3  # a learning rate for the tiny Llama; it would ruin a model that has been trained
+SFT_RATES = (2e-5, 2e-4)  # in full, by adapters
 POSITIVE = ("steps", "batch_size", "lr", "sft_lr", "max_grad_norm", "max_prompt_length", "checkpoint_every", "lora_r")
 NATURAL = ("sft_steps", "micro_batch_size", "eval_every", "seed")
 UNIT = ("gamma", "lam")  # of the scripts that have them
@@ -55,10 +58,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults after each flag, the description as it is written."""
 
 
-def parser(script: str, doc: str, *, warm_up: int = 100, **defaults) -> argparse.ArgumentParser:
+def parser(
+    script: str, doc: str, *, rates: tuple[float, float], warm_up: int = 100, **defaults
+) -> argparse.ArgumentParser:
     """The flags of every script; `script` names its folder under runs/, `defaults` are its own.
 
-    warm_up: the supervised steps before, where there is no --model.
+    rates: the learning rates for a --model, trained in full and by --lora: TRL's, and ten times that. warm_up: the
+        supervised steps before, where there is no --model.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=Help)
     add, flag = made.add_argument, argparse.BooleanOptionalAction
@@ -72,15 +78,19 @@ def parser(script: str, doc: str, *, warm_up: int = 100, **defaults) -> argparse
     add("--resume", action="store_true", help="continue the run in --output (or runs/<script>), bit for bit")
     told = f"supervised steps before; 0: the model as it is. Without it {warm_up}, 0 with --model"
     add("--sft-steps", type=int, help=told)
-    add("--sft-lr", type=float, default=1e-3, help="learning rate of the supervised steps")
+    told = f"learning rate of the supervised steps. Without it {TINY_RATE:g}, {SFT_RATES[0]:g} with --model"
+    add("--sft-lr", type=float, help=told)
     add("--steps", type=int, default=800, help="optimizer steps")
-    add("--lr", type=float, default=1e-3, help="highest learning rate: up over a tenth of the steps, down a cosine")
+    told = f"Without it {TINY_RATE:g}; with --model {rates[0]:g}, with --lora too {rates[1]:g}"
+    add("--lr", type=float, help=f"highest learning rate: up over a tenth of the steps, down a cosine. {told}")
     add("--batch-size", type=int, default=32, help="rows an optimizer step")
     add("--micro-batch-size", type=int, default=0, help="rows at once; gradients add up to a whole batch's. 0: all")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are cut to this length")
     add("--max-prompt-length", type=int, default=512, help="tokens; rows with longer prompts are left out")
     add("--max-length", type=int, default=1024, help="tokens of prompt and answer; longer answers are cut")
-    add("--padding-free", action=flag, default=False, help="sequences end to end, positions anew for each, no padding")
+    told = "sequences end to end, positions anew for each, no padding; an error if the model mixes such sequences"
+    add("--padding-free", action=flag, default=False, help=told)
+    add("--keep-dropout", action=flag, default=False, help="train with the model's dropout; the reference has none")
     add(
         "--lora",
         action=flag,
@@ -95,7 +105,7 @@ def parser(script: str, doc: str, *, warm_up: int = 100, **defaults) -> argparse
     add("--tensorboard", action=flag, default=False, help="write events for TensorBoard into the folder, too")
     add("--seed", type=int, default=0, help="of weights, order and draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    made.set_defaults(script=script, warm_up=warm_up, **defaults)
+    made.set_defaults(script=script, warm_up=warm_up, rates=rates, **defaults)
     return made
 
 
@@ -142,6 +152,8 @@ def parse(
     common.check_device(args.device)
     parallel.check_flags(args)
     args.sft_steps = (0 if args.model else args.warm_up) if args.sft_steps is None else args.sft_steps
+    args.sft_lr = (SFT_RATES[0] if args.model else TINY_RATE) if args.sft_lr is None else args.sft_lr
+    args.lr = (args.rates[args.lora] if args.model else TINY_RATE) if args.lr is None else args.lr
     args.bf16 = args.device.startswith("cuda") if args.bf16 is None else args.bf16
     for names, allowed, wanted in (
         (POSITIVE + positive, lambda v: 0 < v < math.inf, "a number above 0"),
@@ -169,6 +181,8 @@ def load_rows(args, want: str) -> tuple[list[dict], list[dict]]:
 
 def start(args, texts: tuple[list[dict], list[dict]]):
     """(model, tokenizer, training rows, held-out rows): the policy before training; the rows of `load_rows` encoded."""
+    if parallel.first():
+        print(f"learning rate {args.lr:g}" + f", {args.sft_lr:g} in the supervised steps" * bool(args.sft_steps))
     model, tokenizer = models.build(args, dataset.texts_of(texts[0]))
     return model, tokenizer, *(encode(rows, tokenizer, args) for rows in texts)
 

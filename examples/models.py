@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import comparisons
 import dataset
+import dropout
 import parallel
 import torch
 from common import fail, write_whole
 from torch import Tensor
 
 import fused_po
+from fused_po.integrations import lm_head, packing, probe
 
 MASKED = ("sdpa", "eager", "flex_attention")  # attention that keeps packed sequences apart by a mask
 FLASH = ("flash_attention_2", "flash_attention_3")  # and by cu_seqlens, which transformers reads off the positions
@@ -83,11 +87,25 @@ def build(args, texts: list[str]):
             vocab_size=len(tokenizer), max_position_embeddings=args.max_length, **shape, **ends
         )
         model = transformers.LlamaForCausalLM(config).to(parallel.home(args))
-    return checkpointed(model, args), tokenizer
+    return prepared(model, args), tokenizer
 
 
-def checkpointed(model, args):
-    """The model, recomputing activations in its backward with --gradient-checkpointing."""
+def prepared(model, args):
+    """The model as it trains: checked, without dropout, recomputing activations with --gradient-checkpointing.
+
+    Decides --padding-free where it is None: sequences are packed if the model keeps them apart.
+    """
+    if has_head(model):
+        head(model)
+    if not args.keep_dropout:
+        dropout.switch_off(model, lambda ids: run(model, input_ids=ids).hidden)
+    if args.padding_free is not False:
+        mixed = why_mixed(model, args)
+        if mixed and args.padding_free:
+            fail(f"--padding-free: {mixed}; leave it out")
+        if mixed and parallel.first():
+            print(f"sequences are padded, not packed: {mixed}", file=sys.stderr)
+        args.padding_free = not mixed
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -160,44 +178,90 @@ def packed_places(mask: Tensor, room: int) -> tuple[Tensor, Tensor]:
     return places, fill(counts, batch_first=True)
 
 
-def hidden_states(model, batch: dict[str, Tensor], args) -> Tensor:
-    """[B, T, H], what the LM head would be given, of a batch of `dataset.stack`; zeros on padding with --padding-free.
+def has_head(model) -> bool:
+    """Whether it is a causal LM, and not a reward model."""
+    return model.get_output_embeddings() is not None
+
+
+class States(NamedTuple):
+    hidden: Tensor  # [B, T, H]: what the LM head would be given; of a reward model, what `score` would
+    router_loss: Tensor  # 0-dim: what the model adds to a loss over these tokens, times its own coefficient; 0 if none
+
+
+def run(model, **inputs: Tensor) -> States:
+    """One forward of a model, by its own arguments, without logits."""
+    if has_head(model):
+        hidden, added = lm_head.head_input(model, **inputs)
+    else:
+        hidden, added = model.get_decoder()(**inputs, use_cache=False).last_hidden_state, None
+    return States(hidden, torch.zeros((), device=hidden.device) if added is None else added)
+
+
+def why_mixed(model, args, row_length: int = 0) -> str | None:
+    """Why sequences packed into rows of this length would not be kept apart, or None."""
+    attention = model.config._attn_implementation
+    if attention not in MASKED + FLASH:
+        return f"not with attention {attention!r}, which mixes packed sequences"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def hidden_of(ids: Tensor, positions: Tensor | None) -> Tensor:
+        more = {} if positions is None else {"position_ids": positions}
+        return run(base, input_ids=ids, **more).hidden
+
+    try:
+        with autocast(args):
+            packing.check_kept_apart(base, hidden_of, row_length, rows=1 if attention in FLASH else 2)
+    except ValueError as error:
+        return str(error).removeprefix("model: ")
+    return None
+
+
+def forward(model, batch: dict[str, Tensor], args) -> States:
+    """The states of a batch of `dataset.stack`; zeros on padding with --padding-free.
 
     With --padding-free the sequences lie end to end in rows, without padding, positions beginning anew with each:
-    transformers keeps them apart by a block-diagonal mask, or by cu_seqlens in flash-attention.
+    transformers keeps them apart by a block-diagonal mask, or by cu_seqlens in flash-attention; see `why_mixed`.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    decoder = model.get_decoder()
+    if not args.padding_free:
+        with autocast(args):
+            return run(model, input_ids=ids, attention_mask=batch["attention_mask"])
+    # a mask costs the square of a row's length, flash-attention the sum of its sequences' squares; a router's loss is
+    # a mean over all tokens of the rows, which must not be filled up
+    flash = model.config._attn_implementation in FLASH
+    one_row = flash or (has_head(model) and lm_head.adds_loss(model))
+    places, positions = packed_places(mask, mask.numel() if one_row else max(mask.shape[1], 256))
+    if mixed := why_mixed(model, args, places.shape[1]):
+        fail(f"--padding-free: {mixed}; leave it out")
     with autocast(args):
-        if not args.padding_free:
-            return decoder(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
-        attention = model.config._attn_implementation
-        if attention not in MASKED + FLASH:
-            fail(f"--padding-free: not with attention {attention!r}, which mixes packed sequences; leave it out")
-        # a mask costs the square of a row's length, flash-attention the sum of its sequences' squares
-        room = mask.numel() if attention in FLASH else max(mask.shape[1], 256)
-        places, positions = packed_places(mask, room)
-        packed = ids.flatten()[places.clamp(min=0)]
-        hidden = decoder(input_ids=packed, position_ids=positions, use_cache=False).last_hidden_state
+        hidden, router_loss = run(model, input_ids=ids.flatten()[places.clamp(min=0)], position_ids=positions)
     there = places >= 0
-    out = hidden.new_zeros(mask.numel(), hidden.shape[-1])
-    return out.index_put((places[there],), hidden[there]).view(*mask.shape, -1)
+    out = hidden.new_zeros(mask.numel(), hidden.shape[-1]).index_put((places[there],), hidden[there])
+    return States(out.view(*mask.shape, -1), router_loss)
+
+
+def hidden_states(model, batch: dict[str, Tensor], args) -> Tensor:
+    """[B, T, H] of `forward`."""
+    return forward(model, batch, args).hidden
 
 
 def head(model) -> dict:
-    """The LM head as `linear_logps` takes it: weight, bias, logit_scale, softcap."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return dict(weight=layer.weight, bias=getattr(layer, "bias", None), logit_scale=scale, softcap=softcap)
+    """The LM head as `linear_logps` takes it: weight, bias, logit_scale, softcap; measured, once a model."""
+    try:
+        return lm_head.lm_head(model)._asdict()
+    except TypeError as error:
+        fail(f"--model: {str(error).removeprefix('model: ')}")
 
 
-def token_stats(model, batch: dict[str, Tensor], args, outputs: tuple[str, ...] = ("logps",)) -> fused_po.TokenStats:
+def token_stats(
+    model, batch: dict[str, Tensor], args, outputs: tuple[str, ...] = ("logps",), states: States | None = None
+) -> fused_po.TokenStats:
     """Log-probs (and what else `outputs` names) of a stacked batch's labels, [B, T], at the places that predict them.
 
-    `fused_po.shift_labels(batch["labels"]) != dataset.IGNORE` is their mask.
+    `fused_po.shift_labels(batch["labels"]) != dataset.IGNORE` is their mask. states: of `forward`, if it has run.
     """
-    hidden, labels = hidden_states(model, batch, args), fused_po.shift_labels(batch["labels"])
+    hidden = (states or forward(model, batch, args)).hidden
+    labels = fused_po.shift_labels(batch["labels"])
     with autocast(args):
         return fused_po.linear_logps(hidden, labels=labels, outputs=outputs, **head(model))
 
@@ -214,6 +278,37 @@ def scores(model, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
     last = (batch["attention_mask"] * steps).argmax(1)
     ends = hidden[torch.arange(len(hidden), device=hidden.device), last]
     return model.score(ends.to(model.score.weight.dtype)).squeeze(-1)
+
+
+def check_scores(model, flag: str):
+    """The reward model, or an error where its own forward makes other rewards of hidden states than `scores`."""
+    ids = probe.text_ids(model, model.get_input_embeddings().weight.shape[0])
+    with torch.no_grad(), evaluating(model):
+        theirs = model(input_ids=ids).logits.flatten()
+        try:
+            ours = scores(model, run(model, input_ids=ids).hidden, {"attention_mask": torch.ones_like(ids)})
+        except (AttributeError, TypeError):
+            ours = theirs + math.nan
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5):
+        fail(f"{flag}: {type(model).__name__} does more to its hidden states than one linear `score`; not served here")
+    return model
+
+
+def decoder_head(model) -> dict:
+    """`head` for hidden states of the decoder, which a reward model has; an error if the model changes those first."""
+    ids, found = probe.text_ids(model, model.get_input_embeddings().weight.shape[0]), head(model)
+    with torch.no_grad(), evaluating(model):
+        given = run(model, input_ids=ids).hidden
+        try:
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        except (AttributeError, TypeError):
+            states = given[..., :0]
+    factor = float((given * states).sum() / states.square().sum()) if given.shape == states.shape else math.nan
+    if not torch.allclose(given, factor * states, rtol=1e-3, atol=1e-5) or (
+        abs(factor - 1) > 1e-5 and found["bias"] is not None
+    ):
+        fail(f"--lm-coef: {type(model).__name__} changes its hidden states before its LM head; give --lm-coef 0")
+    return found | {"logit_scale": found["logit_scale"] * (factor if abs(factor - 1) > 1e-5 else 1.0)}
 
 
 def rewards(model, batch: dict[str, Tensor], args) -> Tensor:
@@ -304,4 +399,5 @@ def save(path: Path, model, tokenizer) -> None:
     """Model and tokenizer as transformers loads them; adapters are merged into the weights (of a copy)."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    write_whole(path, lambda folder: [part.save_pretrained(folder) for part in (model, tokenizer)])
+    with dropout.as_loaded(model):
+        write_whole(path, lambda folder: [part.save_pretrained(folder) for part in (model, tokenizer)])

@@ -25,7 +25,7 @@ PANELS = {
 
 
 def parse(argv: list[str] | None = None):
-    how = dict(warm_up=150, steps=120, batch_size=128, lr=1e-3, eval_every=10, checkpoint_every=30)
+    how = dict(warm_up=150, steps=120, batch_size=128, rates=(5e-7, 5e-6), eval_every=10, checkpoint_every=30)
     parser = loop.parser("online_dpo", __doc__, **how)
     add = parser.add_argument
     add("--beta", type=float, default=0.1, help="how much a reward of 1 weighs against the KL")

@@ -26,6 +26,7 @@ import copy
 import datetime
 import functools
 import gc
+import operator
 import os
 from collections.abc import Callable, Iterator
 
@@ -259,7 +260,7 @@ class Engine:
         for part in modules if args.tp > 1 else []:
             tensor_parallel(causal_lm(part), axis(args, "tensor"))
         if args.parallel == "fsdp":
-            names = {name for part in modules for name in causal_lm(part)._no_split_modules}
+            names = {name for part in modules for name in causal_lm(part)._no_split_modules or ()}
             for layer in [m for m in self.outer.modules() if type(m).__name__ in names]:
                 dist.fsdp.fully_shard(layer, mesh=axis(args, "data"))
             dist.fsdp.fully_shard(self.outer, mesh=axis(args, "data"))
@@ -302,9 +303,23 @@ class Engine:
         state = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not first():
             return None
+        ties = tied(self.skeleton)
         self.skeleton.load_state_dict(state, assign=True)
+        for one, *others in ties:  # which `assign` has untied
+            for other in others:
+                parent, _, name = other.rpartition(".")
+                setattr(self.skeleton.get_submodule(parent), name, operator.attrgetter(one)(self.skeleton))
         name = next(name for name, module in self.module.named_modules() if module is part)
         return self.skeleton.get_submodule(name)
+
+
+def tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter and buffer: several of one that is tied."""
+    names: dict[int, list[str]] = {}
+    for each in (module.named_parameters, module.named_buffers):
+        for name, tensor in each(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -316,7 +331,8 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 def causal_lm(module: nn.Module) -> nn.Module:
     """transformers' model in PEFT's wrapper or beside a value head."""
-    return next(m for m in module.modules() if hasattr(m, "_no_split_modules") and hasattr(m, "lm_head"))
+    found = (m for m in module.modules() if hasattr(m, "_no_split_modules") and hasattr(m, "get_output_embeddings"))
+    return next(m for m in found if m.get_output_embeddings() is not None)
 
 
 def tensor_parallel(model: nn.Module, ranks: dist.DeviceMesh) -> None:

@@ -32,9 +32,10 @@ import torch
 FLAGS = {  # stage: what it is told beside --<stage>-flags
     "sft": "--steps 170 --eval-every 50",
     "reward": "--steps 600 --eval-every 100",
-    "ppo": "--steps 80 --eval-every 4 --lr 5e-4 --whiten-rewards --kl-coef 0.16",
+    "ppo": "--steps 80 --eval-every 4 --whiten-rewards --kl-coef 0.16",
     "dpo": "--steps 400 --eval-every 20",
 }
+TINY = {"reward": "--lr 1e-3", "ppo": "--lr 5e-4", "dpo": "--lr 1e-3"}  # learning rates without a --model
 BUDGETS = 6  # KLs at which the two are compared
 
 
@@ -65,8 +66,12 @@ def words_of(stage: str, args, folder: Path, **given) -> list[str]:
     """The command line of a stage; `given` are flags that the pipeline itself sets."""
     given = {"seed": args.seed, "device": args.device, "output": folder, **given}
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += shlex.split(FLAGS[stage]) + ["--lora"] * (args.lora and stage != "sft")
-    return words + ["--resume"] * any(folder.glob("checkpoint-*.pt")) + shlex.split(getattr(args, f"{stage}_flags"))
+    words += (
+        shlex.split(FLAGS[stage])
+        + shlex.split("" if args.model else TINY.get(stage, ""))
+        + ["--lora"] * (args.lora and stage != "sft")
+    )
+    return words + ["--resume"] * bool(common.checkpoints(folder)) + shlex.split(getattr(args, f"{stage}_flags"))
 
 
 def stage(name: str, script, args, train=None, **given) -> Path:

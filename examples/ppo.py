@@ -35,7 +35,7 @@ PANELS = {
 
 
 def parse(argv: list[str] | None = None):
-    how = dict(warm_up=150, steps=80, batch_size=128, lr=1e-3, eval_every=10, checkpoint_every=20)
+    how = dict(warm_up=150, steps=80, batch_size=128, rates=(3e-6, 3e-5), eval_every=10, checkpoint_every=20)
     parser = loop.parser("ppo", __doc__, **how)
     add, flag = parser.add_argument, loop.argparse.BooleanOptionalAction
     add("--num-mini-batches", type=int, default=2, help="updates an epoch, each on --batch-size answers of the rollout")
@@ -132,7 +132,7 @@ def ppo_loss(actor: ActorCritic, frozen, tokenizer, rows: list[dict], args, kl_c
     batch, mask = rollouts.stack(rows, tokenizer, args)
     names = ("old_logps", "ref_logps", "old_values", "advantages", "returns")
     old, ref, old_values, advantages, returns = (rollouts.stacked(rows, name, mask) for name in names)
-    hidden = models.hidden_states(actor.policy, batch, args)
+    hidden, router_loss = models.forward(actor.policy, batch, args)
     if args.kl_estimator == "full":
         stats = rollouts.exact_kl(actor.policy, frozen, hidden, batch, args)
         logps, kl = stats.logps, stats.kl
@@ -141,16 +141,17 @@ def ppo_loss(actor: ActorCritic, frozen, tokenizer, rows: list[dict], args, kl_c
         kl = kl_term(logps, old, ref, args) if args.kl_in == "loss" else torch.zeros_like(logps)
     policy = losses.ppo_clip(logps, old, advantages, mask, epsilon=args.cliprange)
     value = losses.value_loss(actor.values(hidden), old_values, returns, mask, clip_eps=args.cliprange_value)
-    clipped = (logps - old).exp().sub(1).abs() > args.cliprange
     parts = {
         "loss/policy_avg": policy,
         "loss/value_avg": value,
         "loss/kl_avg": kl,
+        "loss/router_avg": router_loss.expand_as(mask),
         "policy/approxkl_avg": losses.kl_estimate(old, logps.detach(), "k3"),
-        "policy/clipfrac_avg": clipped.to(policy.dtype),
+        "policy/clipfrac_avg": ((logps - old).exp().sub(1).abs() > args.cliprange).to(policy.dtype),
     }
     means = {name: fused_po.aggregate(part, mask, num_tokens=tokens) for name, part in parts.items()}
-    return means["loss/policy_avg"] + args.vf_coef * means["loss/value_avg"] + kl_coef * means["loss/kl_avg"], means
+    loss = means["loss/policy_avg"] + args.vf_coef * means["loss/value_avg"] + kl_coef * means["loss/kl_avg"]
+    return loss + means["loss/router_avg"], means
 
 
 def updates(learner, tokenizer, rows: list[dict], args, kl_coef: float) -> dict[str, float]:
@@ -177,9 +178,8 @@ def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, jud
         with engine.gathered():
             rows = rollouts.rollout(engine.policy, tokenizer, asked, args, judge)
         rows = scored(engine, rows, tokenizer, args)
-        sampled = rollouts.sampling_metrics(rows)
+        sampled, beta = rollouts.sampling_metrics(rows), coefficient.by.value
         kl = sum((row["old_logps"] - row["ref_logps"]).sum().item() for row in rows) / len(rows)
-        beta = coefficient.by.value
         metrics = {"objective/scores": sampled.pop("reward"), "objective/kl": kl, "kl_coef": beta, **sampled}
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] - beta * kl
         metrics["objective/entropy"] = rollouts.mean_of(rows, "entropy")

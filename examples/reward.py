@@ -42,7 +42,7 @@ FIELDS = ("chosen", "rejected")
 
 
 def parse(argv: list[str] | None = None):
-    parser = loop.parser("reward", __doc__, steps=800, eval_every=100)
+    parser = loop.parser("reward", __doc__, rates=(1e-5, 1e-4), steps=800, eval_every=100)
     add = parser.add_argument
     add("--pairs", choices=("sampled", "given"), help="without it: sampled on the shipped data, given on yours")
     add("--samples", type=int, default=4, help="answers drawn for a prompt, with --pairs sampled")
@@ -75,13 +75,13 @@ def scalar_model(run: loop.Run, args):
     torch.manual_seed(args.seed)
     start, flag = (run.folder / "sft", "--output") if args.sft_steps else (args.model, "--model")
     model = models.load("AutoModelForSequenceClassification", start, args, flag, num_labels=1)
-    return models.adapt(models.checkpointed(model, args), args)
+    return models.adapt(models.prepared(models.check_scores(model, flag), args), args)
 
 
 def reward_loss(model, lm_head: dict, batch: dict, args, pairs: int):
     """(loss, metrics) of a stacked batch that is part of a step over `pairs` pairs: shares of the step's means.
 
-    lm_head: `models.head` of the supervised model.
+    lm_head: `models.decoder_head` of the supervised model.
     """
     hidden = models.hidden_states(model, batch, args)
     chosen, rejected = models.scores(model, hidden, batch).chunk(2)
@@ -158,7 +158,8 @@ def train(args) -> dict[str, dict[str, float]]:
         if args.pairs == "sampled":
             rows = drawn_pairs(run, policy, tokenizer, rows, args, "train", seed=args.seed)
             held_out = drawn_pairs(run, policy, tokenizer, held_out, args, "test", seed=args.seed + args.samples)
-        lm_head = {name: v.detach() if torch.is_tensor(v) else v for name, v in models.head(policy).items()}
+        found = models.decoder_head(policy) if args.lm_coef else {}
+        lm_head = {name: v.detach() if torch.is_tensor(v) else v for name, v in found.items()}
         model = scalar_model(run, args)
         learner = loop.learner(parallel.Engine(args, model), args.lr, args.steps)
 

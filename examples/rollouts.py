@@ -119,7 +119,7 @@ def by_model(folder: str, tokenizer, args) -> Judge:
         fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
     flag = "--reward-model"
     model = models.load("AutoModelForSequenceClassification", folder, args, flag, num_labels=1)
-    model = model.to(args.device).eval().requires_grad_(False)
+    model = models.check_scores(model.to(args.device).eval().requires_grad_(False), flag)
     if models.load_tokenizer(folder, flag).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
 

@@ -5,7 +5,7 @@
 
 Rows have prompt and completion; or messages, or text (then every token is scored); of preference rows the chosen answer
 is taken. The loss is the cross-entropy, which is `fused_po.linear_logps` with its sign turned: no logits exist.
-Sequences lie packed, end to end (--no-padding-free pads them).
+Sequences lie packed, end to end, if the model keeps them apart (--no-padding-free pads them).
 """
 
 from __future__ import annotations
@@ -18,23 +18,36 @@ import torch
 
 import fused_po
 
-PANELS = {"loss": "loss", "mean_token_accuracy": "tokens that are the most probable one", "entropy": "entropy"}
+PANELS = {
+    "loss": "loss",
+    "mean_token_accuracy": "tokens that are the most probable one",
+    "eval_entropy": "held-out entropy, nats a token",
+    "eval_correct": "held-out greedy answers that are correct",
+}
+SHARES = {
+    "loss": "loss",
+    "mean_token_accuracy": "tokens that are the most probable one",
+    "entropy": "entropy, nats a token",
+    "correct": "greedy answers that are correct",
+}
 FIELDS = ("completion",)
 
 
 def parse(argv: list[str] | None = None):
-    return loop.parse(loop.parser("sft", __doc__, steps=100, sft_steps=0, padding_free=True, eval_every=20), argv)
+    how = dict(steps=100, sft_steps=0, padding_free=None, keep_dropout=True, eval_every=20)  # None: if it can
+    return loop.parse(loop.parser("sft", __doc__, rates=loop.SFT_RATES, **how), argv)
 
 
 def sft_loss(model, tokenizer, rows: list[dict], tokens: int, args, entropy: bool = False):
     """(loss, metrics) of rows that are part of a step over `tokens` scored tokens: shares of the step's means."""
     batch = dataset.stack(rows, FIELDS, tokenizer.pad_token_id, args.device)
-    stats = models.token_stats(model, batch, args, ("logps", "is_top1", *(["entropy"] if entropy else [])))
+    states = models.forward(model, batch, args)
+    stats = models.token_stats(model, batch, args, ("logps", "is_top1", *(["entropy"] if entropy else [])), states)
     mask = fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
     metrics = {"mean_token_accuracy": (stats.is_top1.bool() & mask).sum() / tokens}
     if entropy:
         metrics["entropy"] = torch.where(mask, stats.entropy, 0).sum() / tokens
-    return -stats.logps.sum() / tokens, metrics
+    return -stats.logps.sum() / tokens + states.router_loss * (mask.sum() / tokens), metrics
 
 
 def train_steps(run: loop.Run, engine, tokenizer, rows: list[dict], args, lr: float, steps: int, evaluate=None) -> None:
@@ -67,7 +80,7 @@ def warm_up(run: loop.Run, model, tokenizer, rows: list[dict], args, field: str 
             models.save(done, whole, tokenizer)
         parallel.wait()
         if args.parallel:
-            return models.checkpointed(models.load("AutoModelForCausalLM", done, args), args)
+            return models.prepared(models.load("AutoModelForCausalLM", done, args), args)
     return model
 
 
@@ -97,8 +110,7 @@ def train(args) -> dict[str, dict[str, float]]:
         model = models.adapt(model, args)
         train_steps(run, parallel.Engine(args, model), tokenizer, rows, args, args.lr, args.steps, measure)
         shares["after"] = measure()
-        labels = PANELS | {"correct": "greedy answers that are correct"}
-        run.finish(model, tokenizer, "Supervised fine-tuning", labels, shares)
+        run.finish(model, tokenizer, "Supervised fine-tuning", SHARES, shares)
     return shares
 
 

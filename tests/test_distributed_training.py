@@ -64,7 +64,7 @@ def words(tmp_path_factory):
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)
     assert len(tokenizer) == 167
     models.save(folder / "model", transformers.LlamaForCausalLM(config), tokenizer)
-    return [*data, "--model", str(folder / "model")]
+    return [*data, "--model", str(folder / "model"), "--lr", "1e-3", "--sft-lr", "1e-3"]
 
 
 def canned(model, tokenizer, rows, args, longest, **how):

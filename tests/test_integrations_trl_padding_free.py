@@ -30,6 +30,7 @@ from trl_tiny import (
     tokenizer,
 )
 
+from fused_po.integrations import packing
 from fused_po.integrations.trl import PaddingFreeDPOTrainer, patched
 from fused_po.integrations.trl.padding_free import base_of, check_arguments, end_to_end
 
@@ -98,7 +99,8 @@ class Seen:
         self.masked |= kwargs.get("attention_mask") is not None
 
 
-PROBE = [(1, 4), (1, 8), (1, 8)]  # whether sequences are kept apart
+ROW = (1, sum(packing.LENGTHS))
+PROBE = [ROW, *((1, n) for n in packing.LENGTHS), ROW, ROW, ROW]  # whether sequences are kept apart
 
 
 def batches(trainer) -> list[tuple[int, int]]:
@@ -135,7 +137,7 @@ def test_precomputed_reference(tmp_path):
     options, seen = dict(reference=None, precompute_ref_log_probs=True), Seen()
     stock = dpo(tmp_path, trainer=trl.DPOTrainer, **options)
     assert_equal_training(stock, dpo(tmp_path, policy=seen.model, **options))
-    assert seen.shapes[:3] == PROBE and not seen.masked
+    assert seen.shapes[: len(PROBE)] == PROBE and not seen.masked
     assert len(seen.shapes) == len(PROBE) + 10 + STEPS and all(rows == 1 for rows, _ in seen.shapes)
 
 

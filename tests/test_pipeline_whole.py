@@ -2,9 +2,10 @@
 
 import importlib.util
 import time
+from pathlib import Path
 
 import pytest
-from pipeline import EXAMPLES, metrics, run, small_data
+from pipeline import EXAMPLES, metrics, run, script, small_data
 
 MINUTES = 60  # seconds
 
@@ -16,6 +17,22 @@ def whole():
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
+
+
+def test_learning_rates_of_the_stages(whole):
+    """The tiny Llama's, though a stage has it by --model; a user's model has the script's own."""
+    for given, rates in (((), (1e-3, 5e-4, 1e-3)), (("--model", "m"), (1e-5, 3e-6, 1e-6))):
+        args = whole.parse([*given, "--output", "none"])
+        stages = ("reward", "ppo", "dpo")
+        words = [whole.words_of(name, args, Path("none"), model="m") for name in stages]
+        assert tuple(script(name).parse(flags).lr for name, flags in zip(stages, words)) == rates
+
+
+def test_a_stage_that_was_stopped_is_resumed(whole, tmp_path):
+    args = whole.parse(["--output", str(tmp_path / "none")])
+    assert "--resume" not in whole.words_of("dpo", args, tmp_path)
+    (tmp_path / "checkpoint-00000020").mkdir()
+    assert "--resume" in whole.words_of("dpo", args, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "online_dpo", "pipeline"])

@@ -79,13 +79,17 @@ def measure(
 
 def text_ids(model: nn.Module, n_cols: int) -> Tensor:
     """[1, 4] token ids that stand for nothing but text."""
+    ids = plain_ids(model, min(n_cols, model.get_input_embeddings().weight.shape[0]))
+    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded: its hooks move them
+    return torch.tensor([(ids[-TOKENS:] * TOKENS)[:TOKENS]], device=device)
+
+
+def plain_ids(model: nn.Module, n_ids: int) -> list[int]:
+    """Of the first 1000 token ids below n_ids, those that the configuration gives no other meaning."""
     special = set()
     for config in (model.config, model.config.get_text_config()):
         special |= {v for k, v in config.to_dict().items() if isinstance(v, int) and k.endswith(("_id", "_index"))}
-    n_cols = min(n_cols, model.get_input_embeddings().weight.shape[0], 1000)
-    ids = [i for i in range(n_cols) if i not in special]
-    device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded: its hooks move them
-    return torch.tensor([(ids[-TOKENS:] * TOKENS)[:TOKENS]], device=device)
+    return [i for i in range(min(n_ids, 1000)) if i not in special]
 
 
 def numbers(model: nn.Module) -> list[float]:

@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-import torch
 from torch import Tensor, nn
 
+from fused_po.integrations import packing
 from fused_po.integrations.trl.experimental import swapped_forward
 from fused_po.integrations.trl.seam import import_trl, require_patch
 from fused_po.ops.logps import shift_labels
@@ -34,9 +34,10 @@ class PaddingFreeDPOTrainer(trl.DPOTrainer):
 
     Raises:
         RuntimeError: `patch()` was not called.
-        ValueError: a model that does not keep such sequences apart (found out on eight tokens), an encoder-decoder, one
-            with images or sound, prompt learning, `pad_to_multiple_of`, context or sequence parallelism, or a batch of
-            a `data_collator` that has more than TRL's tensors. Each says what to do.
+        ValueError: a model that does not keep such sequences apart (measured before its first batch: a few
+            sequences alone and packed), an encoder-decoder, one with images or sound, prompt learning,
+            `pad_to_multiple_of`, context or sequence parallelism, or a batch of a `data_collator` that has more than
+            TRL's tensors. Each says what to do.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,16 +108,12 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def end_to_end(base: nn.Module, forward: Callable) -> Callable:
     """`forward` of a model with TRL's fused head, which takes a padded batch and runs it without padding."""
-    checked = False
 
     def packed(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        nonlocal checked
         if not fused_lm_head:
             return forward(*args, **kwargs)
         ids, mask, labels = (kwargs.pop(name) for name in TAKEN)
-        if not checked:
-            check_kept_apart(base, ids.device)
-            checked = True
+        check_kept_apart(base, mask.numel())
         others = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
         if others:
             raise ValueError(
@@ -141,34 +138,17 @@ def end_to_end(base: nn.Module, forward: Callable) -> Callable:
     return packed
 
 
-@torch.no_grad()
-def check_kept_apart(base: nn.Module, device: torch.device) -> None:
-    """ValueError if a sequence's hidden states depend on the one before it in the row.
+def check_kept_apart(base: nn.Module, row_length: int) -> None:
+    """ValueError if a sequence's hidden states depend on the others in the row, or its positions on its place in it."""
 
-    They are held against those of the sequence alone, and what is allowed is a part of what one long sequence makes
-    of them: far above rounding, far below one layer that mixes.
-    """
-    ids = (torch.arange(8, device=device) % base.config.vocab_size)[None]
-    places = torch.arange(8, device=device)[None]
-    runs = {"alone": (ids[:, 4:], places[:, :4]), "packed": (ids, places % 4), "mixed": (ids, places)}
-    trained = [module for module in base.modules() if module.training]
-    base.eval()  # no dropout
+    def run(ids: Tensor, positions: Optional[Tensor]) -> Tensor:
+        given = {} if positions is None else {"position_ids": positions}
+        return base.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
+
     try:
-        hidden = {
-            name: base.base_model(input_ids=i, position_ids=p, use_cache=False).last_hidden_state[0, -4:].double()
-            for name, (i, p) in runs.items()
-        }
-        apart = (hidden["packed"] - hidden["alone"]).norm() <= 0.1 * (hidden["mixed"] - hidden["alone"]).norm()
-    except TypeError as error:
-        if "position_ids" not in str(error):
-            raise
-        apart = False
-    finally:
-        for module in trained:
-            module.training = True
-    if not apart:
+        packing.check_kept_apart(base, run, row_length)
+    except ValueError as error:
         raise ValueError(
-            f"model: {type(base).__name__} with attn_implementation={base.config._attn_implementation!r} does not keep "
-            "the sequences of one row apart by position_ids; load an attention model with 'sdpa', 'eager', "
-            f"'flex_attention' or 'flash_attention_2', or {INSTEAD}"
-        )
+            f"{error}; load an attention model with 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2', or "
+            f"{INSTEAD}"
+        ) from None
