@@ -17,6 +17,7 @@ from pathlib import Path
 from common import fail
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = (".zst", ".zip", ".lz4", ".br", ".7z", ".tar", ".tgz")
 JSON = (".jsonl", ".json", ".ndjson")
 TABLES = {".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}  # datasets' builders
 TEXTS = ("prompt", "chosen", "rejected", "completion", "text")  # columns that a CSV file holds as text, "007" too
@@ -34,7 +35,7 @@ def ending(path: Path) -> str:
 def is_file(source: str) -> bool:
     """Whether a source is, or would be, a single file of rows, which has no splits."""
     path = Path(source)
-    return path.is_file() or (not path.is_dir() and ending(path) in (*JSON, *TABLES))
+    return path.is_file() or (not path.is_dir() and ending(path) in (*JSON, *TABLES, *PACKED))
 
 
 def parted(source: str, split: str | None, flag: str) -> tuple[str, str | None]:
@@ -49,6 +50,8 @@ def parted(source: str, split: str | None, flag: str) -> tuple[str, str | None]:
 
 def text_of_file(path: Path) -> str:
     """The whole text of a file in UTF-8, with or without a byte order mark, compressed or not."""
+    if path.suffix.lower() in PACKED:
+        fail(f"{path}: cannot be read (packed as {path.suffix}); unpack it, or pack it as .gz, .bz2 or .xz")
     try:
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
             data = file.read()

@@ -272,7 +272,7 @@ def sample(
         seed: of the draws, which then leave the generator as it was; None: they go on from where it is.
     """
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    answered, ends = [], end_ids(model, tokenizer)
+    answered, ends, limit = [], end_ids(model, tokenizer), tokens.learned_positions(model)
     with torch.random.fork_rng(enabled=seed is not None), evaluating(model), autocast(args), plain_draws(model, ends):
         if seed is not None:
             torch.manual_seed(seed)
@@ -282,7 +282,8 @@ def sample(
             ]
             prompts = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in part]}, return_tensors="pt")
             prompts = {name: prompts[name].to(args.device) for name in ("input_ids", "attention_mask")}
-            out = model.generate(**prompts, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **how)
+            room = longest if limit is None else min(longest, limit - prompts["input_ids"].shape[1])
+            out = model.generate(**prompts, max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **how)
             for row, ids in zip(part, out[:, prompts["input_ids"].shape[1] :].tolist()):
                 ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
                 text = tokenizer.decode(ids, skip_special_tokens=True)

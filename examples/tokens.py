@@ -119,7 +119,7 @@ def check_fits(model, tokenizer, rows: list[dict], args, flag: str = "--model") 
     longest = max(
         (len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows if answers), default=0
     )
-    drawn = getattr(args, "max_completion_length", 0)
+    drawn = 0 if getattr(args, "pairs", None) == "given" else getattr(args, "max_completion_length", 0)
     prompts = max((len(row.get("generation_ids", row["prompt_ids"])) for row in rows), default=0)
     if limit is not None and max(longest, prompts + drawn) > limit:
         found = (

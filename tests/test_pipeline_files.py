@@ -135,6 +135,7 @@ WRONG = {  # a file, what is said of it
     "deep.jsonl": (b"[" * 100000, "deep.jsonl, line 1: not JSON"),
     "cut.jsonl.gz": (gzip.compress(lines())[:-9], "cut.jsonl.gz: cannot be read"),
     "plain.jsonl.gz": (lines(), "plain.jsonl.gz: cannot be read .*gzip"),
+    "rows.jsonl.zst": (b"\x28\xb5", r"rows.jsonl.zst: cannot be read \(packed as .zst\); unpack it, or pack it as .gz"),
     "plain.jsonl.xz": (lines(), "plain.jsonl.xz: cannot be read"),
     "hole.csv": (b"prompt,chosen,rejected\na,,c\n", "hole.csv, row 1: field 'chosen' is null"),
     "fields.csv": (b"question,answer\na,b\n", "row 1: field 'chosen' is missing; .* it has 'question'"),
