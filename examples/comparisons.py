@@ -2,7 +2,8 @@
 
     python examples/comparisons.py            # writes examples/data/comparisons-{train,test}.jsonl, always the same
 
-Rows are in TRL's format: prompt, chosen, rejected. No two numbers that meet in the test set meet in the training set.
+Rows are in TRL's format: prompt, chosen, rejected; an answer begins with the space that stands behind the prompt. No
+two numbers that meet in the test set meet in the training set.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def make_pairs(numbers: list[tuple[int, int]], rng: random.Random) -> list[dict[
         form = rng.randrange(len(ANSWERS))
         prompt = rng.choice(QUESTIONS).format(first, second)
         chosen, rejected = answers(first, second)[form], answers(second, first)[form]
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
     return rows
 
 

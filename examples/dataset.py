@@ -1,186 +1,109 @@
-"""Rows of text: read in TRL's data set formats, encoded, drawn for a step, stacked into a batch."""
+"""Rows of text: read in TRL's data set formats, held out, encoded, drawn for a step, stacked into a batch."""
 
 from __future__ import annotations
 
 import json
+import math
+import random
 import sys
-from pathlib import Path
 
+import comparisons
+import files
+import tokens
 import torch
 from common import fail
+from formats import ANSWERS, COLUMNS, rows_of, shared_prompt, text_of, texts_of, wanted
 from torch import Tensor
 
+__all__ = ["batch_at", "encode", "held_out", "read", "read_both", "rows_of", "scored_tokens", "shared_prompt", "stack"]
+__all__ += ["text_of", "texts_of"]
 IGNORE = -100
-FORMATS = {  # TRL's names, the fields that tell them; a preference row may have a prompt, or the answers begin alike
-    "preference": ("chosen", "rejected"),
-    "unpaired preference": ("prompt", "completion", "label"),
-    "prompt-completion": ("prompt", "completion"),
-    "conversation": ("messages",),
-    "language modelling": ("text",),
-    "prompt-only": ("prompt",),
-}
-TAKEN = {  # which formats make which rows
-    "preference": ("preference",),
-    "unpaired": ("unpaired preference", "preference"),
-    "completion": ("unpaired preference", "prompt-completion", "preference", "conversation", "language modelling"),
-    "prompt": ("prompt-only", "preference"),
-}
 
 
-def shared(first, second) -> int:
-    """How many leading items are equal: characters, messages, tokens."""
-    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
-def shared_prompt(row: dict) -> dict:
-    """A preference row with its prompt; where there is none, it is what both answers begin with (words, or turns)."""
-    if "prompt" in row:
-        return row
-    chosen, rejected = row["chosen"], row["rejected"]
-    same = shared(chosen, rejected)
-    if isinstance(chosen, str) and same < min(len(chosen), len(rejected)):  # whole words
-        same = max(0, chosen.rfind(" ", 0, same))
-    return {**row, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
-
-
-def check_field(row: dict, field: str, where: str) -> None:
-    """A text or a list of messages that is not empty; a label True or False."""
-    value = row[field]
-    if field == "label":
-        if not isinstance(value, bool):
-            fail(f"{where}: field 'label' is {type(value).__name__}, expected true or false")
-    elif isinstance(value, list):
-        for message in value or [None]:
-            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-                fail(f"{where}: field {field!r} has {message!r}, expected messages with the strings role and content")
-    elif not isinstance(value, str):
-        fail(f"{where}: field {field!r} is {type(value).__name__}, expected a string or a list of messages")
-    elif not value.strip():
-        fail(f"{where}: field {field!r} is empty")
-
-
-def rows_of(row: object, want: str, where: str) -> list[dict]:
-    """The rows of `want` (a key of TAKEN) that one line of a data set gives, or an error that says what it has."""
-    formats = {name: FORMATS[name] for name in TAKEN[want]}
-    if not isinstance(row, dict):
-        fail(f"{where}: expected an object with the fields {wanted(want)}, got {type(row).__name__}")
-    found = next((name for name, fields in formats.items() if all(field in row for field in fields)), None)
-    if found is None:
-        first = next(iter(formats.values()))
-        missing = next(field for field in first if field not in row)
-        has = f"it has {', '.join(map(repr, row)) or 'no fields'}"
-        fail(f"{where}: field {missing!r} is missing; wanted {wanted(want)}; {has}")
-    fields = [*formats[found], *(["prompt"] if "prompt" in row and found == "preference" else [])]
-    for field in fields:
-        check_field(row, field, where)
-    if len({type(row[field]) for field in fields if field != "label"}) > 1:
-        fail(f"{where}: {', '.join(fields)} are partly texts, partly lists of messages; expected one kind")
-    if found == "preference":
-        row = shared_prompt(row)
-        for field in ("prompt", "chosen", "rejected"):
-            if not row[field]:
-                fail(f"{where}: field {field!r} is empty once the prompt is what chosen and rejected begin with")
-        if want == "preference" or want == "prompt":
-            return [row]
-        pair = [{"prompt": row["prompt"], "completion": row[f], "label": f == "chosen"} for f in ("chosen", "rejected")]
-        return pair if want == "unpaired" else pair[:1]
-    if found in ("conversation", "language modelling"):  # every token is scored
-        whole = row[formats[found][0]]
-        return [{"prompt": whole[:0], "completion": whole}]
-    return [row] if want != "completion" or row.get("label") is not False else []
-
-
-def wanted(want: str) -> str:
-    """In words, the formats that make such rows."""
-    return " or ".join(f"{', '.join(FORMATS[name])} ({name})" for name in TAKEN[want])
-
-
-def read(source: str, split: str, want: str = "preference") -> list[dict]:
-    """Rows from a .jsonl file, a folder written by `datasets`, or a Hub id; texts, or lists of messages.
+def read(source: str, split: str, want: str = "preference", config: str | None = None) -> list[dict]:
+    """Rows of a file, a folder or a Hub id; texts, or lists of messages. Columns of other names stay in the rows.
 
     Args:
         want: "preference": prompt, chosen, rejected. "unpaired": prompt, completion, label; of a preference row, two.
-            "completion": prompt, completion; of a preference row the chosen one. "prompt": prompt, and what else is
-            there.
+            "completion": prompt, completion; of a preference row the chosen one. "prompt": prompt, and of a preference
+            row its answers.
     """
-    path = Path(source)
-    if path.suffix == ".jsonl" or path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"{path}: cannot be read ({error}); --dataset takes a .jsonl file, a datasets folder or a Hub id")
-        rows = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    fail(f"{path}, line {number}: not JSON ({error})")
-                rows += rows_of(row, want, f"{path}, line {number}")
-    else:
-        try:
-            import datasets
-        except ImportError:
-            fail(f"{source}: not a .jsonl file, and reading Hub data sets takes `pip install datasets`")
-        try:
-            data = datasets.load_from_disk(source) if path.is_dir() else datasets.load_dataset(source, split=split)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        except Exception as error:  # whatever a hub, a network or a cache may raise
-            fail(f"{source}: no data set of that name, or no split {split!r} in it ({error})")
-        numbered = enumerate(data)
-        rows = [new for n, row in numbered for new in rows_of(row, want, f"{source}, split {split}, row {n}")]
+    made = [rows_of(row, want, where) for where, row in files.rows(source, split, config)]
+    rows = [row for some in made for row in some]
+    if unwanted := sum(not some for some in made):
+        print(f"{source}: {unwanted} of {len(made)} rows left out: their label is false", file=sys.stderr)
     if not rows:
-        fail(f"{source}: the {split} set holds no rows; expected one JSON object a line with {wanted(want)}")
+        form = "rows" if files.ending(files.Path(source)) in files.TABLES else "one JSON object a line"
+        fail(f"{source}: the {split} set holds no rows; expected {form} with {wanted(want)}")
     return rows
 
 
-def text_of(content: str | list[dict]) -> str:
-    """A text, or the last message's."""
-    return content if isinstance(content, str) else content[-1]["content"]
+def held_out(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows): a share of the prompts, drawn by the seed; no prompt is in both."""
+    names = [json.dumps(row["prompt"] or row["completion"], sort_keys=True, default=str) for row in rows]
+    prompts = list(dict.fromkeys(names))
+    if len(prompts) < 2:
+        fail(
+            f"--test-share: the data set has {len(prompts)} prompt; expected 2 or more, so that some are left to train"
+        )
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    chosen = set(random.Random(seed).sample(prompts, count))
+    parts = ([row for row, name in zip(rows, names) if (name in chosen) is out] for out in (False, True))
+    return tuple(parts)
 
 
-def texts_of(rows: list[dict]) -> list[str]:
-    """All texts, for a tokenizer to be trained on."""
-    fields = ("prompt", "chosen", "rejected", "completion")
-    parts = [row[field] for row in rows for field in fields if field in row]
-    return [text for part in parts for text in ([part] if isinstance(part, str) else [m["content"] for m in part])]
+def check_flags(args) -> None:
+    """Where the held-out rows come from: --test-dataset, --test-share, the shipped ones, or split 'test'."""
+    args.dataset, args.split = files.parted(args.dataset, args.split, "--split")
+    if args.test_share is not None:
+        if not 0 < args.test_share < 1:
+            fail(f"--test-share: got {args.test_share}, expected a number between 0 and 1")
+        if args.test_dataset is not None or args.test_split is not None:
+            fail("--test-share: given beside --test-dataset or --test-split; give one of them")
+    elif args.test_dataset is None:
+        args.test_dataset = str(comparisons.TEST) if args.dataset == str(comparisons.TRAIN) else args.dataset
+    else:
+        args.test_dataset, args.test_split = files.parted(args.test_dataset, args.test_split, "--test-split")
+    for flag, source, split in (
+        ("split", args.dataset, args.split),
+        ("test-split", args.test_dataset, args.test_split),
+    ):
+        if split is not None and files.is_file(source):
+            fail(f"--{flag}: got {split!r}, but {source} is a file, which has no splits; leave it out")
+    if args.test_dataset == args.dataset:
+        if files.is_file(args.dataset):
+            ways = "name others, or give --test-share 0.1"
+            fail(f"--test-dataset: missing; rows to measure on must not be those to train on; {ways}")
+        if (args.split or "train") == (args.test_split or "test"):
+            fail(f"--test-split: got {args.test_split or 'test'!r}, the split to train on; name another")
 
 
-def template(tokenizer, messages: list[dict], **how) -> list[int]:
-    """Token ids of a conversation."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **how)
-    except ValueError as error:
-        fail(f"--dataset has conversations, which the tokenizer cannot write ({error}); take the model's chat version")
-
-
-def text_ids(row: dict, fields: list[str], tokenizer) -> tuple[list[int], dict[str, list[int]]]:
-    """(ids of the prompt, ids of each field with its end), of texts."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = {field: tokenizer(row[field], add_special_tokens=False)["input_ids"] for field in ["prompt", *fields]}
-    return bos + ids["prompt"], {field: ids[field] + [tokenizer.eos_token_id] for field in fields}
-
-
-def chat_ids(row: dict, fields: list[str], tokenizer) -> tuple[list[int], dict[str, list[int]]]:
-    """The same of messages: the prompt goes as far as the template writes it alike with each answer behind it."""
-    prompt = template(tokenizer, row["prompt"], add_generation_prompt=True) if row["prompt"] else []
-    whole = {field: template(tokenizer, row["prompt"] + row[field]) for field in fields}
-    prompt = prompt[: min((shared(prompt, ids) for ids in whole.values()), default=len(prompt))]
-    return prompt, {field: ids[len(prompt) :] for field, ids in whole.items()}
+def read_both(args, want: str) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows) of --dataset and --test-dataset, or of --dataset and --test-share."""
+    rows = read(args.dataset, args.split or "train", want, args.dataset_config)
+    if args.test_share is not None:
+        return held_out(rows, args.test_share, args.seed)
+    config = args.dataset_config if args.test_dataset == args.dataset else None
+    return rows, read(args.test_dataset, args.test_split or "test", want, config)
 
 
 def encode(rows: list[dict], tokenizer, max_prompt_length: int, max_length: int) -> list[dict]:
-    """Rows with the ids of their texts (prompt_ids, chosen_ids, ...); says on stderr how many were left out or cut."""
-    kept, cut = [], 0
+    """Rows with the ids of their texts (prompt_ids, chosen_ids, ...; see tokens.py); says on stderr what is left out.
+
+    Of a row's own columns only prompt, answers and label stay beside the ids; all of them are under `COLUMNS`, where
+    nothing that the examples put into a row can hide them.
+    """
+    kept, cut, before = [], 0, tokens.put_before(tokenizer)
     for row in rows:
-        fields = [field for field in ("chosen", "rejected", "completion") if field in row]
-        ids_of = chat_ids if isinstance(row["prompt"], list) else text_ids
-        prompt, answers = ids_of(row, fields, tokenizer)
-        if len(prompt) > max_prompt_length:
+        ids = tokens.encoded(row, tokenizer, before)
+        if len(ids.get("generation_ids", ids["prompt_ids"])) > max_prompt_length:
             continue
-        room = max_length - len(prompt)
-        cut += sum(len(answer) > room for answer in answers.values())
-        kept.append({**row, "prompt_ids": prompt, **{f"{field}_ids": ids[:room] for field, ids in answers.items()}})
+        room = max_length - len(ids["prompt_ids"])
+        answers = [f"{field}_ids" for field in ANSWERS if field in row]
+        cut += sum(len(ids[name]) > room for name in answers)
+        fields = ("prompt", *ANSWERS, *(["label"] if "completion" in row else []))
+        own = {name: row[name] for name in fields if name in row} | {COLUMNS: row.get(COLUMNS, row)}
+        kept.append({**own, **ids, **{name: ids[name][:room] for name in answers}})
     if len(kept) < len(rows):
         left_out = f"{len(rows) - len(kept)} of {len(rows)} rows left out"
         print(f"{left_out}: prompt longer than --max-prompt-length {max_prompt_length} tokens", file=sys.stderr)
@@ -188,7 +111,19 @@ def encode(rows: list[dict], tokenizer, max_prompt_length: int, max_length: int)
         print(f"{cut} answers cut at --max-length {max_length} tokens, prompt included", file=sys.stderr)
     if not kept:
         fail(f"no row is left: all prompts are longer than --max-prompt-length {max_prompt_length} tokens")
+    tokens.note(kept, tokenizer)
     return kept
+
+
+def margins(rows: list[dict], device: str) -> Tensor | None:
+    """[B] of the column `margin`, by which TRL's reward trainer parts a pair; None without one."""
+    found = [row.get(COLUMNS, {}).get("margin") for row in rows]
+    if all(margin is None for margin in found):
+        return None
+    for margin in found:
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            fail(f"--dataset: field 'margin' is {margin!r}, expected a finite number in every row, or in none")
+    return torch.tensor(found, dtype=torch.float32, device=device)
 
 
 def stack(rows: list[dict], fields: tuple[str, ...], pad: int, device: str) -> dict[str, Tensor]:

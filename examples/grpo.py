@@ -13,10 +13,13 @@ losses from `fused_po.losses.grpo` by TRL's names; `fused_po.aggregate` divides 
 
 from __future__ import annotations
 
+import math
+
 import dataset
 import loop
 import models
 import rollouts
+import torch
 
 import fused_po
 from fused_po import losses
@@ -53,6 +56,11 @@ def parse(argv: list[str] | None = None):
     return args
 
 
+def differ(group: list[dict]) -> bool:
+    """Whether a group's answers are rewarded unlike; those without a reward do not count."""
+    return len({row["reward"] for row in group if not math.isnan(row["reward"])}) > 1
+
+
 def drawn_groups(model, tokenizer, prompts: list[dict], args, judge, number: int) -> tuple[list[dict], list[dict]]:
     """(--batch-size answers, all that were drawn for them): groups that are rewarded unlike, then others.
 
@@ -66,7 +74,7 @@ def drawn_groups(model, tokenizer, prompts: list[dict], args, judge, number: int
         rows = rollouts.rollout(model, tokenizer, asked, args, judge, samples=size)
         for begin in range(0, len(rows), size):
             group = rows[begin : begin + size]
-            (unlike if len({row["reward"] for row in group}) > 1 else alike).append(group)
+            (unlike if differ(group) else alike).append(group)
         if len(unlike) * size >= args.batch_size:
             break
     flat = [row for group in unlike + alike for row in group]
@@ -74,9 +82,12 @@ def drawn_groups(model, tokenizer, prompts: list[dict], args, judge, number: int
 
 
 def with_advantages(rows: list[dict], args) -> list[dict]:
-    """The rows with their advantage over the other answers to their prompt."""
+    """The rows with their advantage over the other answers to their prompt; 0 for those without a reward, as in TRL."""
     rewards = rollouts.column(rows, "reward")
-    advantages = losses.group_advantages(rewards, args.num_generations, scale=args.scale_rewards)
+    known, groups = ~rewards.isnan(), torch.arange(len(rows)) // args.num_generations
+    advantages = torch.zeros_like(rewards)
+    rollouts.rewarded(rows)  # there is at least one
+    advantages[known] = losses.group_advantages(rewards[known], groups[known], scale=args.scale_rewards)
     return [{**row, "advantage": value} for row, value in zip(rows, advantages.tolist())]
 
 
@@ -112,9 +123,9 @@ def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, jud
         if args.beta:
             rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
         tokens = dataset.scored_tokens(rows, rollouts.FIELDS)
-        groups = rollouts.column(drawn, "reward").view(-1, args.num_generations)
+        groups = [drawn[i : i + args.num_generations] for i in range(0, len(drawn), args.num_generations)]
         metrics = rollouts.sampling_metrics(drawn) | {"entropy": rollouts.mean_of(rows, "entropy")}
-        metrics["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean().item()
+        metrics["frac_reward_zero_std"] = sum(not differ(group) for group in groups) / len(groups)
         for _ in range(args.num_iterations):
             loss_of = lambda part: grpo_loss(model, tokenizer, part, args, tokens, len(rows))  # noqa: E731
             metrics |= loop.update(learner, rows, loss_of, args)

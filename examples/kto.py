@@ -15,6 +15,7 @@ import models
 import parallel
 import references
 import sft
+import tokens
 import torch
 
 from fused_po import losses
@@ -111,6 +112,7 @@ def train(args) -> dict[str, dict[str, float]]:
         frozen = models.freeze(model, args)
         model = models.adapt(model, args)
         rows = mismatched(rows, args)
+        tokens.check_fits(model, tokenizer, rows, args)
         if args.precompute_ref:
             rows = references.scored(model, frozen, rows, OWN + OTHER, tokenizer, args)
         learner = loop.learner(parallel.Engine(args, model), args.lr, args.steps)

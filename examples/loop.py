@@ -41,6 +41,7 @@ import comparisons
 import dataset
 import models
 import parallel
+import tokens
 import torch
 from tqdm import tqdm
 
@@ -71,9 +72,19 @@ def parser(
     add("--config", help="YAML file of flags (steps: 100, lora: true); the command line goes before it")
     add("--model", help="Hub id or folder of a causal LM; without it a tiny Llama is built and trained here")
     add(
-        "--dataset", default=str(comparisons.TRAIN), help=".jsonl file, datasets folder or Hub id, in a format of TRL's"
+        "--dataset",
+        default=str(comparisons.TRAIN),
+        help="file, folder or Hub id, in a format of TRL's; NAME:SPLIT, too",
     )
     add("--test-dataset", help="the held-out rows; without it the shipped ones, or split 'test' of --dataset")
+    add("--dataset-config", help="configuration of --dataset on the Hub, such as main")
+    add("--split", help="split of --dataset, if it is no single file; without it train")
+    add("--test-split", help="split of the held-out rows, if they are no single file; without it test")
+    add(
+        "--test-share",
+        type=float,
+        help="share of --dataset's prompts to hold out, from 0 to 1, if there is no test set",
+    )
     add("--output", help="folder for the run; without it runs/<script>, or the next free runs/<script>-N")
     add("--resume", action="store_true", help="continue the run in --output (or runs/<script>), bit for bit")
     told = f"supervised steps before; 0: the model as it is. Without it {warm_up}, 0 with --model"
@@ -167,16 +178,14 @@ def parse(
         common.fail(f"--seed: got {args.seed}, expected less than 2**31")
     if args.max_length <= args.max_prompt_length:
         common.fail(f"--max-length: got {args.max_length}, expected more than --max-prompt-length")
-    if args.test_dataset is None:
-        args.test_dataset = str(comparisons.TEST) if args.dataset == str(comparisons.TRAIN) else args.dataset
-    if args.test_dataset == args.dataset and args.dataset.endswith(".jsonl"):
-        common.fail("--test-dataset: missing; rows to measure on must not be those to train on")
+    dataset.check_flags(args)
     return args
 
 
 def load_rows(args, want: str) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows) of --dataset and --test-dataset, as `dataset.read` has them."""
-    return dataset.read(args.dataset, "train", want), dataset.read(args.test_dataset, "test", want)
+    """(training rows, held-out rows) as `dataset.read` has them, once --model is known to be there."""
+    models.check(args)
+    return dataset.read_both(args, want)
 
 
 def start(args, texts: tuple[list[dict], list[dict]]):
@@ -184,7 +193,9 @@ def start(args, texts: tuple[list[dict], list[dict]]):
     if parallel.first():
         print(f"learning rate {args.lr:g}" + f", {args.sft_lr:g} in the supervised steps" * bool(args.sft_steps))
     model, tokenizer = models.build(args, dataset.texts_of(texts[0]))
-    return model, tokenizer, *(encode(rows, tokenizer, args) for rows in texts)
+    rows, held_out = (encode(rows, tokenizer, args) for rows in texts)
+    tokens.check_fits(model, tokenizer, rows + held_out, args)
+    return model, tokenizer, rows, held_out
 
 
 def encode(rows: list[dict], tokenizer, args) -> list[dict]:

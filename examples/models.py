@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ import comparisons
 import dataset
 import dropout
 import parallel
+import tokens
 import torch
 from common import fail, write_whole
+from formats import COLUMNS
 from torch import Tensor
 
 import fused_po
@@ -27,7 +30,7 @@ FLASH = ("flash_attention_2", "flash_attention_3")  # and by cu_seqlens, which t
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512):
     """A BPE tokenizer of the texts' own words and numbers, as transformers wants it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -37,6 +40,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512):
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    begin = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=begin)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
@@ -59,6 +64,16 @@ def load(kind: str, path: str | Path, args, flag: str = "--model", **how):
         return getattr(quiet(), kind).from_pretrained(path, **how).to(parallel.home(args))
     except Exception as error:  # whatever a hub, a network, a damaged file or transformers may raise
         fail(f"{flag}: {str(path)!r} cannot be loaded ({type(error).__name__}: {error})")
+
+
+def check(args) -> None:
+    """Ends the program if --model names no model with a tokenizer, before anything else is read."""
+    if args.model:
+        try:
+            quiet().AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        except Exception as error:
+            fail(f"--model: {str(args.model)!r} cannot be loaded ({type(error).__name__}: {error})")
+        load_tokenizer(args.model)
 
 
 def load_tokenizer(path: str | Path, flag: str = "--model"):
@@ -344,25 +359,30 @@ def plain_draws(model, ends: list[int]) -> Iterator[None]:
 def sample(
     model, tokenizer, rows: list[dict], args, longest: int, *, temperature: float = 1.0, seed: int | None = None
 ) -> list[dict]:
-    """The rows with an answer each: its ids up to and with its end (answer_ids), and its text (answer).
+    """The rows with an answer each: its ids up to and with its end (answer_ids), and its text (answer_text).
 
     Args:
-        rows: with prompt_ids. longest: tokens of an answer. temperature: 0 takes the most probable tokens.
+        rows: with prompt_ids, or generation_ids where they differ (see tokens.py).
+        longest: tokens of an answer. temperature: 0 takes the most probable tokens.
         seed: of the draws, which then leave the generator as it was; None: they go on from where it is.
     """
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    answered, ends = [], end_ids(model, tokenizer)
+    answered, ends, limit = [], end_ids(model, tokenizer), tokens.learned_positions(model)
     with torch.random.fork_rng(enabled=seed is not None), evaluating(model), autocast(args), plain_draws(model, ends):
         if seed is not None:
             torch.manual_seed(seed)
         for begin in range(0, len(rows), 300):
-            part = rows[begin : begin + 300]
+            part = [
+                {**row, "prompt_ids": row.get("generation_ids", row["prompt_ids"])} for row in rows[begin : begin + 300]
+            ]
             prompts = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in part]}, return_tensors="pt")
             prompts = {name: prompts[name].to(args.device) for name in ("input_ids", "attention_mask")}
-            out = model.generate(**prompts, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **how)
+            room = longest if limit is None else min(longest, limit - prompts["input_ids"].shape[1])
+            out = model.generate(**prompts, max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **how)
             for row, ids in zip(part, out[:, prompts["input_ids"].shape[1] :].tolist()):
                 ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
-                answered.append({**row, "answer_ids": ids, "answer": tokenizer.decode(ids, skip_special_tokens=True)})
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                answered.append({**row, "answer_ids": ids, "answer_text": text})
     return answered
 
 
@@ -373,8 +393,17 @@ def share_correct(model, tokenizer, rows: list[dict], args, longest: int = 24) -
     """
     known = [row for row in rows if comparisons.is_question(dataset.text_of(row["prompt"]))]
     answered = sample(model, tokenizer, parallel.deal(known, args), args, longest, temperature=0)
-    right = sum(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer"]) for row in answered)
+    right = sum(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer_text"]) for row in answered)
     return parallel.total({"right": right}, args)["right"] / len(known) if known else math.nan
+
+
+def behind_prompt(tokenizer, row: dict) -> str | list[dict]:
+    """A sampled answer as a row of a data set has it: a text with its space behind the prompt, or a message."""
+    if not isinstance(row["prompt"], str):
+        return [{"role": "assistant", "content": row["answer_text"]}]
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    prompt, whole = decode(row["prompt_ids"]), decode(row["prompt_ids"] + row["answer_ids"])
+    return whole[len(prompt) :] if whole.startswith(prompt) else row["answer_text"]
 
 
 def sampled_pairs(model, tokenizer, rows: list[dict], args, *, samples: int, longest: int, seed: int) -> list[dict]:
@@ -385,11 +414,14 @@ def sampled_pairs(model, tokenizer, rows: list[dict], args, *, samples: int, lon
     pairs = []
     drawn = [sample(model, tokenizer, rows, args, longest, seed=seed + i) for i in range(samples)]
     for answers in zip(*drawn):
-        prompt = answers[0]["prompt"]
+        prompt, own = answers[0]["prompt"], answers[0].get(COLUMNS, {})
+        settings = {name: own[name] for name in tokens.SETTINGS if name in own}
         right, wrong = [], []
         for row in answers:
-            (right if comparisons.is_correct(dataset.text_of(prompt), row["answer"]) else wrong).append(row["answer"])
-        pairs += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in zip(right, wrong) if b.strip()]
+            correct = comparisons.is_correct(dataset.text_of(prompt), row["answer_text"])
+            (right if correct else wrong).append(behind_prompt(tokenizer, row))
+        both = [(good, bad) for good, bad in zip(right, wrong) if dataset.text_of(bad).strip()]
+        pairs += [{"prompt": prompt, "chosen": good, "rejected": bad, **settings} for good, bad in both]
     if not pairs:
         fail(f"no pair: of {len(rows)} prompts none got a right answer and a wrong one in {samples} samples")
     return pairs

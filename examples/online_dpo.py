@@ -35,10 +35,10 @@ def parse(argv: list[str] | None = None):
 
 
 def pairs_of(rows: list[dict]) -> list[dict]:
-    """Pairs (prompt_ids, chosen_ids, rejected_ids) of rows that come in twos; those with equal rewards make none."""
+    """Pairs (prompt_ids, chosen_ids, rejected_ids) of rows that come in twos; equal rewards, or none, make no pair."""
     pairs = []
     for one, other in zip(rows[::2], rows[1::2]):
-        if one["reward"] != other["reward"]:
+        if abs(one["reward"] - other["reward"]) > 0:  # not if one is NaN
             better, worse = sorted((one, other), key=lambda row: -row["reward"])
             answers = {"chosen_ids": better["answer_ids"], "rejected_ids": worse["answer_ids"]}
             pairs.append({"prompt_ids": one["prompt_ids"], **answers})

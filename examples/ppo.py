@@ -176,7 +176,7 @@ def train_steps(run: loop.Run, engine, tokenizer, prompts: list[dict], args, jud
     def one_step(number: int) -> dict[str, float]:
         asked = dataset.batch_at(prompts, number, args.batch_size * args.num_mini_batches, args.seed)
         with engine.gathered():
-            rows = rollouts.rollout(engine.policy, tokenizer, asked, args, judge)
+            rows = rollouts.rewarded(rollouts.rollout(engine.policy, tokenizer, asked, args, judge))
         rows = scored(engine, rows, tokenizer, args)
         sampled, beta = rollouts.sampling_metrics(rows), coefficient.by.value
         kl = sum((row["old_logps"] - row["ref_logps"]).sum().item() for row in rows) / len(rows)

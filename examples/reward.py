@@ -78,14 +78,14 @@ def scalar_model(run: loop.Run, args):
     return models.adapt(models.prepared(models.check_scores(model, flag), args), args)
 
 
-def reward_loss(model, lm_head: dict, batch: dict, args, pairs: int):
+def reward_loss(model, lm_head: dict, batch: dict, args, pairs: int, margin: torch.Tensor | None = None):
     """(loss, metrics) of a stacked batch that is part of a step over `pairs` pairs: shares of the step's means.
 
-    lm_head: `models.decoder_head` of the supervised model.
+    lm_head: `models.decoder_head` of the supervised model. margin: [B], of `dataset.margins`.
     """
     hidden = models.hidden_states(model, batch, args)
     chosen, rejected = models.scores(model, hidden, batch).chunk(2)
-    loss = losses.bradley_terry(chosen, rejected, centering=args.centering).sum() / pairs
+    loss = losses.bradley_terry(chosen, rejected, margin=margin, centering=args.centering).sum() / pairs
     means = losses.reward_metrics(chosen, rejected)
     metrics = {name: means[name] * len(chosen) / pairs for name in ("accuracy", "margin", "mean_reward")}
     if args.lm_coef:
@@ -171,7 +171,7 @@ def train(args) -> dict[str, dict[str, float]]:
 
             def loss_of(part: list[dict]):
                 batch = dataset.stack(part, FIELDS, tokenizer.pad_token_id, args.device)
-                return reward_loss(model, lm_head, batch, args, len(drawn))
+                return reward_loss(model, lm_head, batch, args, len(drawn), dataset.margins(part, args.device))
 
             return loop.update(learner, drawn, loss_of, args)
 

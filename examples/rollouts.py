@@ -5,7 +5,7 @@
     begin(run, args, texts)                    -> (policy, reference, tokenizer, prompts, held-out prompts, judge)
     judge = judge_of(args, tokenizer, prompts) rewards of answers, by a program, a function or a reward model
     rollout(model, tokenizer, prompts, args, judge)
-                                               rows with answer_ids, answer, ended, reward
+                                               rows with answer_ids, answer_text, ended, reward
     annotated(engine, rows, tokenizer, args, values_of)
                                                rows with values of their answers' tokens, scored without gradients
     stacked(rows, name, mask)                  such values as [B, T], for a loss
@@ -17,33 +17,30 @@ An answer's tokens are those up to and with its end; nothing after it exists in 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-import numbers
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import comparisons
 import dataset
+import judges
 import loop
 import models
 import parallel
 import sft
 import torch
 from common import fail
+from formats import COLUMNS
+from judges import FIELDS, Judge, by_function, by_model, by_program, checked, judge_of
 from torch import Tensor
 
 import fused_po
 
-FIELDS = ("answer",)
+__all__ = ["FIELDS", "Judge", "by_function", "by_model", "by_program", "checked", "judge_of"]
 SHARES = {
     "correct": "greedy answers that are correct",
     "reward": "reward of sampled answers",
     "kl": "exact KL to the reference, nats an answer",
 }
-Judge = Callable[[list[dict]], list[float]]
 
 
 def parse(
@@ -60,8 +57,7 @@ def parse(
     add("--sft-batch-size", type=int, default=32, help="rows of a supervised step")
     positive += ("max_completion_length", "temperature", "sft_batch_size")
     args = loop.parse(parser, argv, positive, (*natural, "missing_eos_penalty"))
-    if args.reward_model and args.reward_function:
-        fail("--reward-function: given beside --reward-model; one of them rewards")
+    judges.check_flags(args)
     if args.max_prompt_length + args.max_completion_length > args.max_length:
         lengths = f"{args.max_prompt_length} + {args.max_completion_length}"
         fail(f"--max-length: got {args.max_length}, less than a prompt and its answer may have, {lengths} tokens")
@@ -73,114 +69,46 @@ def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
     model, tokenizer, prompts, held_out = loop.start(args, texts)
     if args.sft_steps and not all("chosen_ids" in row for row in prompts):
         fail("--sft-steps: the data set has prompts alone, nothing to imitate; give --model and --sft-steps 0")
-    judge = judge_of(args, tokenizer, prompts + held_out)  # before the steps: it may not be there
+    done = lambda: (sum(row["stage"] != "SFT" for row in run.history), args.steps)  # noqa: E731
+    judge = judge_of(args, tokenizer, prompts + held_out, done)  # before the steps: it may not be there
     shape = argparse.Namespace(**{**vars(args), "batch_size": args.sft_batch_size})
     model = sft.warm_up(run, model, tokenizer, prompts, shape)
     frozen = models.freeze(model, args)
     return models.adapt(model, args), frozen, tokenizer, prompts, held_out, judge
 
 
-def by_program(rows: list[dict]) -> list[float]:
-    """1 for an answer that the checking program finds right, 0 for others."""
-    return [float(comparisons.is_correct(dataset.text_of(row["prompt"]), row["answer"])) for row in rows]
-
-
-def by_function(spec: str) -> Judge:
-    """The rewards of a function in a file."""
-    path, _, name = spec.rpartition(":")
-    found = importlib.util.spec_from_file_location("reward_function", path)
-    if found is None or not Path(path).is_file():
-        fail(f"--reward-function: got {spec!r}, expected FILE.py:NAME with a file that exists")
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-        function = getattr(module, name)
-    except Exception as error:  # whatever a user's file may raise
-        fail(f"--reward-function: {spec} cannot be loaded ({type(error).__name__}: {error})")
-
-    def judge(rows: list[dict]) -> list[float]:
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if not name.endswith("_ids")}
-        answers, prompts = columns.pop("answer"), columns.pop("prompt")
-        columns.pop("completion", None)
-        chats = [not isinstance(prompt, str) for prompt in prompts]
-        said = [[{"role": "assistant", "content": a}] if chat else a for a, chat in zip(answers, chats)]
-        try:
-            return function(prompts=prompts, completions=said, **columns)
-        except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            fail(f"--reward-function: {spec} raised {type(error).__name__}: {error} (line {line})")
-
-    return judge
-
-
-def by_model(folder: str, tokenizer, args) -> Judge:
-    """The rewards of a reward model with the policy's tokenizer."""
-    if not (Path(folder) / "config.json").is_file():
-        fail(f"--reward-model: {folder} holds no model; expected the folder `model` of a run of reward.py")
-    flag = "--reward-model"
-    model = models.load("AutoModelForSequenceClassification", folder, args, flag, num_labels=1)
-    model = models.check_scores(model.to(args.device).eval().requires_grad_(False), flag)
-    if models.load_tokenizer(folder, flag).get_vocab() != tokenizer.get_vocab():
-        fail(f"--reward-model: {folder} has another tokenizer than the policy; train it from the policy's model")
-
-    @torch.no_grad()
-    def judge(rows: list[dict]) -> list[float]:
-        scores = []
-        for begin in range(0, len(rows), 100):
-            batch = dataset.stack(rows[begin : begin + 100], FIELDS, tokenizer.pad_token_id, args.device)
-            scores += models.rewards(model, batch, args).tolist()
-        return scores
-
-    return judge
-
-
-def checked(judge: Judge, what: str) -> Judge:
-    """The judge, or an error where its rewards are no finite numbers, one for each answer."""
-
-    def judged(rows: list[dict]) -> list[float]:
-        rewards = judge(rows)
-        rewards = rewards.tolist() if isinstance(rewards, Tensor) else rewards
-        if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
-            got = f"{len(rewards)} rewards" if isinstance(rewards, (list, tuple)) else type(rewards).__name__
-            fail(f"{what}: returned {got}, expected a list of {len(rows)} numbers, one for each answer")
-        for reward, row in zip(rewards, rows):
-            if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-                asked = f"for {row['answer']!r} to {dataset.text_of(row['prompt'])!r}"
-                fail(f"{what}: returned {reward!r} {asked}; a reward is a finite number")
-        return [float(reward) for reward in rewards]
-
-    return judged
-
-
-def judge_of(args, tokenizer, prompts: list[dict]) -> Judge:
-    """What rewards answers: --reward-model, --reward-function, or the program that checks the shipped questions."""
-    if args.reward_model:
-        return checked(by_model(args.reward_model, tokenizer, args), f"--reward-model {args.reward_model}")
-    if args.reward_function:
-        return checked(by_function(args.reward_function), f"--reward-function {args.reward_function}")
-    other = next((row for row in prompts if not comparisons.is_question(dataset.text_of(row["prompt"]))), None)
-    if other is not None:
-        asked = dataset.text_of(other["prompt"])
-        fail(f"the checking program does not know {asked!r}; give --reward-model or --reward-function")
-    return by_program
-
-
 def rollout(
     model, tokenizer, prompts: list[dict], args, judge: Judge, *, samples: int = 1, seed: int | None = None
 ) -> list[dict]:
-    """The prompts with `samples` answers each, one after the other: answer_ids, answer, ended, reward.
+    """The prompts with `samples` answers each, one after the other: answer_ids, answer_text, ended, reward, logged.
+
+    A judge sees the user's columns beside these, and all of them, whatever their names, under COLUMNS. The reward is
+    NaN where the judge cannot score an answer; `logged` is what it logged of the call.
 
     seed: of the draws, which then leave torch's generator as it was. The ranks share the prompts, each with draws of
         its own; all get all rows.
     """
-    asked = parallel.deal([row for row in prompts for _ in range(samples)], args)
+    own = [{COLUMNS: {name: value for name, value in row.items() if name != "prompt_ids"}, **row} for row in prompts]
+    asked = parallel.deal([row for row in own for _ in range(samples)], args)
     how = dict(temperature=args.temperature, seed=parallel.own_seed(seed, args))
     rows = models.sample(model, tokenizer, asked, args, args.max_completion_length, **how)
+    rows = [{**row[COLUMNS], **row} for row in rows]
     ends = models.end_ids(model, tokenizer)
     ended = [row["answer_ids"][-1] in ends for row in rows]
     rewards = [r - (0.0 if end else args.missing_eos_penalty) for r, end in zip(judge(rows) if rows else [], ended)]
-    rows = [{**row, "ended": end, "reward": reward} for row, end, reward in zip(rows, ended, rewards)]
+    logged = {name: sum(values) / len(values) for name, values in getattr(judge, "logged", {}).items()}
+    rows = [{**row, "ended": end, "reward": reward, "logged": logged} for row, end, reward in zip(rows, ended, rewards)]
     return parallel.collect(rows, args)
+
+
+def rewarded(rows: list[dict]) -> list[dict]:
+    """The rows whose answer was scored; at least one is."""
+    found = [row for row in rows if not math.isnan(row["reward"])]
+    if not found:
+        fail(
+            f"--reward-function: returned None for all {len(rows)} answers of a step, from which nothing can be learned"
+        )
+    return found
 
 
 def column(rows: list[dict], name: str) -> Tensor:
@@ -269,11 +197,21 @@ def mean_of(rows: list[dict], name: str) -> float:
     return torch.cat([row[name] for row in rows]).mean().item()
 
 
+def logged_means(rows: list[dict]) -> dict[str, float]:
+    """What a reward function logged by `log_metric`: means over the answers of the calls that logged it."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.get("logged", {}).items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def sampling_metrics(rows: list[dict]) -> dict[str, float]:
     """Under TRL's names: rewards, lengths, answers without an end."""
-    rewards = column(rows, "reward")
+    rewards = column([row for row in rows if not math.isnan(row["reward"])], "reward")
     lengths = [len(row["answer_ids"]) for row in rows]
     return {
+        **logged_means(rows),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(unbiased=False).item(),
         "completions/mean_length": sum(lengths) / len(rows),
@@ -295,7 +233,8 @@ def measure(model, frozen, tokenizer, prompts: list[dict], args, judge: Judge) -
             nats += exact_kl(model, frozen, models.hidden_states(model, batch, args), batch, args).kl.sum().item()
     nats = parallel.total({"nats": nats}, args)["nats"]
     correct = models.share_correct(model, tokenizer, prompts, args, longest=args.max_completion_length)
-    return {"correct": correct, "reward": column(rows, "reward").mean().item(), "kl": nats / len(rows)}
+    reward = column(rows, "reward").nanmean().item()
+    return logged_means(rows) | {"correct": correct, "reward": reward, "kl": nats / len(rows)}
 
 
 def train(

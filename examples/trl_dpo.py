@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> trl.DPOTrainer:
     config.model_init_kwargs = {"dtype": getattr(torch, args.dtype)}
     if not args.stock:
         patch()
-    pairs = datasets.Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+    taken = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    pairs = datasets.Dataset.from_list([{key: row[key] for key in taken if key in row} for row in rows])
     trainer = trl.DPOTrainer(path, args=config, train_dataset=pairs, processing_class=models.load_tokenizer(path))
     trainer.train()
     return trainer

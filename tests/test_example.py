@@ -124,7 +124,8 @@ def test_answers_round_trip_through_the_tokenizer():
     rows = dataset.read(str(comparisons.TEST), "test")[:20]
     tokenizer = models.train_tokenizer(text for row in rows for text in row.values())
     for row in dataset.encode(rows, tokenizer, 100, 200):
-        assert tokenizer.decode(row["chosen_ids"], skip_special_tokens=True).strip() == row["chosen"]
+        whole = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"], skip_special_tokens=True)
+        assert whole == row["prompt"] + row["chosen"]
 
 
 def test_batches_follow_from_the_step_alone_and_cover_an_epoch():

@@ -67,8 +67,8 @@ def test_rollouts_hold_what_was_sampled_and_its_log_probs(words, temperature, se
         ids, end = row["answer_ids"], tokenizer.eos_token_id
         assert end not in ids[:-1] and row["ended"] == (ids[-1] == end) and 1 <= len(ids) <= 6
         assert row["ended"] or len(ids) == 6
-        assert row["answer"] == tokenizer.decode(ids, skip_special_tokens=True)
-        toy = sum(ord(letter) % 7 for letter in row["answer"]) / (1 + 7 * len(row["answer"]))
+        assert row["answer_text"] == tokenizer.decode(ids, skip_special_tokens=True)
+        toy = sum(ord(letter) % 7 for letter in row["answer_text"]) / (1 + 7 * len(row["answer_text"]))
         assert row["reward"] == pytest.approx(toy - (0 if row["ended"] else 1))
     engine = parallel.Engine(args, model, frozen)
     rows = rollouts.with_old_logps(engine, rows, tokenizer, args)
