@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import differentiable, public, transforms_active
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
@@ -19,12 +20,18 @@ from fused_po.ops.logps import (
     dense,
     fake_stats,
     output_bits,
-    refuse_second_derivative,
     requested,
     token_stats,
+    with_copies,
+    without_copies,
 )
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, placed
 from fused_po.schedule import Schedule, logits_budget
+
+
+def read_back(outputs: int) -> list[int]:
+    """The results that the backward reads: the entropy (1); for its or lse's gradient from a basis the log-prob (0)."""
+    return [i for i, read in enumerate((outputs & 1 and outputs & 6, outputs & 2)) if read]
 
 
 @torch.library.custom_op("fused_po::linear_logps_fwd", mutates_args=())
@@ -39,13 +46,15 @@ def _forward(
     checks.label_range(labels, head.shards.n_cols(weight.shape[0]), ignore_index)
     n_room = labels.numel() if rows is None else rows.numel()
     rows = scored_rows(labels, ignore_index) if compact else rows
-    return forward(head, hidden, weight, bias, labels, rows, n_room, low)
+    *results, saved, kept = forward(head, hidden, weight, bias, labels, rows, n_room, low)
+    return *results, with_copies(saved, results, read_back(outputs)), kept
 
 
 @_forward.register_fake
 def _(hidden, weight, bias, low, labels, rows, *how):
     head = Head(*how[:-2])
-    results = fake_stats(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), head.outputs)
+    copies = len(read_back(head.outputs))
+    results = fake_stats(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), head.outputs, copies)
     return *results, head.empty_kept(hidden, labels.numel() if rows is None else rows.numel(), weight)
 
 
@@ -71,8 +80,7 @@ def _(hidden, weight, bias, low, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    logps, entropy, _, _, stats, kept = output
-    ctx.save_for_backward(*inputs[:6], stats, logps, entropy, kept)
+    ctx.save_for_backward(*inputs[:6], *output[4:])
     ctx.how = inputs[6:]
     ctx.set_materialize_grads(False)
 
@@ -82,12 +90,13 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
     if all(g is None for g in given):
         return (None,) * (6 + len(ctx.how))
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
-    grads = torch.ops.fused_po.linear_logps_bwd(*ctx.saved_tensors, *given, *ctx.how, needs)
+    *tensors, saved, kept = ctx.saved_tensors
+    stats = without_copies(saved, read_back(ctx.how[3]))
+    grads = torch.ops.fused_po.linear_logps_bwd(*tensors, *stats, kept, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (2 + len(ctx.how))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward)
+_score = differentiable(_forward, _autograd, _setup_context)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -103,6 +112,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+@public
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -169,9 +179,9 @@ def linear_logps(
     excess = None
     if schedule.num_scored is not None:
         rows, excess, compact = *bounded_rows(flat, ignore_index, schedule.num_scored), False
-    elif compact and not torch.compiler.is_compiling():  # a graph's shapes must not depend on the labels
+    elif compact and not (torch.compiler.is_compiling() or transforms_active()):  # no shape may depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
-    results = _forward(
+    results = _score(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, low, flat, rows, *head, compact, schedule.skip_zero_rows
     )
     if excess is not None:

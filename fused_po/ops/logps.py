@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import differentiable, public, transforms_active
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import stats_dtype
 
@@ -50,7 +51,7 @@ def token_stats(results: tuple[Tensor, ...], bits: int, shape: torch.Size) -> To
     logps, entropy, lse, aux = results
     asked = [bool(bits >> i & 1) for i in range(6)]
     fields = [value.view(shape) if ask else None for value, ask in zip((logps, entropy, lse), asked)]
-    fields += [aux[i].detach().view(shape) if asked[3 + i] else None for i in range(3)]
+    fields += [aux[i].detach().clone().view(shape) if asked[3 + i] else None for i in range(3)]
     fields[4] = None if fields[4] is None else fields[4] > 0.5
     return TokenStats(*fields)
 
@@ -72,14 +73,30 @@ def as_rows(logits: Tensor) -> Tensor:
             return logits.reshape(1, -1, logits.shape[-1])
 
 
-def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of (logps, entropy, lse, aux, saved)."""
+def fake_stats(values: Tensor, n_rows, bits: int, copies: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of (logps, entropy, lse, aux, saved with so many copies of results)."""
 
     def new(*shape):
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
     logps, entropy, lse = (new(n_rows if bits & bit else 0) for bit in (1, 2, 4))
-    return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(2, n_rows)
+    return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(2 + copies, n_rows)
+
+
+def with_copies(saved: Tensor, results: tuple[Tensor, ...], copied: list[int]) -> Tensor:
+    """[2 + n, N]: saved [2, N] and copies of n of the results, for the backward alone: a caller may edit results."""
+    return torch.cat([saved, *(results[i][None] for i in copied)]) if copied else saved
+
+
+def without_copies(saved: Tensor, copied: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(saved [2, N], log-probs, entropy) of the same; a row of saved stands for a result that nothing reads."""
+    copies = dict(zip(copied, saved[2:]))
+    return saved[:2], copies.get(0, saved[0]), copies.get(1, saved[0])
+
+
+def read_back(outputs: int) -> list[int]:
+    """The results that the backward of `logps_fwd` reads: the entropy, which is number 1, if it is an output."""
+    return [1] if outputs & 2 else []
 
 
 @torch.library.custom_op("fused_po::logps_fwd", mutates_args=())
@@ -90,12 +107,13 @@ def _forward(
     shards = Shards(group, tuple(sizes))
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     run = row_passes(backends.get(backend), shards)
-    return run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
+    *results, saved = run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
+    return *results, with_copies(saved, results, read_back(outputs))
 
 
 @_forward.register_fake
 def _(logits, labels, outer, inner, ignore_index, outputs, *others):
-    return fake_stats(logits, labels.numel(), outputs)
+    return fake_stats(logits, labels.numel(), outputs, len(read_back(outputs)))
 
 
 def dense(g: Optional[Tensor]) -> Optional[Tensor]:
@@ -151,8 +169,8 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
 
 
 def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
-    """The gradient by a backward op; in place, by that with an underscore, over the logits."""
-    if not inplace:
+    """The gradient by a backward op; in place, by that with an underscore, over the logits (not in torch.func)."""
+    if not inplace or transforms_active():
         return getattr(torch.ops.fused_po, op)(logits, *arguments)
     grad = logits.detach()
     getattr(torch.ops.fused_po, f"{op}_")(grad, *arguments)
@@ -162,8 +180,7 @@ def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
 def _setup_context(ctx, inputs, output):
     logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend, group, sizes = inputs
     ctx.first_col = Shards(group, tuple(sizes)).start()
-    _, entropy, _, _, saved = output
-    ctx.save_for_backward(logits, labels, saved, entropy)
+    ctx.save_for_backward(logits, labels, output[4])
     ctx.set_materialize_grads(False)
 
 
@@ -171,27 +188,13 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
     grads = requested((g_logps, g_entropy, g_lse), ctx.outputs)
     if all(g is None for g in grads):
         return (None,) * 10
-    logits, labels, saved, entropy = ctx.saved_tensors
+    logits, labels, saved = ctx.saved_tensors
+    saved, _, entropy = without_copies(saved, read_back(ctx.outputs))
     arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
     return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 9
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def refuse_second_derivative(op) -> None:
-    """Make differentiating a backward op a clear error."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            "fused_po: second derivatives are not implemented (create_graph=True, or a gradient penalty, through "
-            "fused log-probs); compute these log-probs with torch.log_softmax where you need them"
-        )
-
-    op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
-
-
-refuse_second_derivative(_backward)
+score = differentiable(_forward, _autograd, _setup_context)
 
 
 def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
@@ -204,6 +207,7 @@ def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
     return shards
 
 
+@public
 def logps_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -251,7 +255,7 @@ def logps_from_logits(
     checks.whole("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
-    *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
+    *results, _ = score(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
     return token_stats(tuple(results), bits, labels.shape)
 
 
