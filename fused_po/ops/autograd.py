@@ -1,8 +1,8 @@
 """What every op has in common towards autograd: one derivative, in reverse mode.
 
-A public function is marked `public`: it refuses forward-mode AD, and takes tensors made under inference_mode. An op gets
-its formula by `differentiable`: a second derivative is an error, and torch.func's reverse-mode transforms work. What a
-backward reads is saved in tensors that no caller gets, so that any result may be edited in place.
+A public function is marked `public`: it refuses forward-mode AD, and takes tensors made under inference_mode. An op
+gets its formula by `differentiable`: a second derivative is an error, and torch.func's reverse-mode transforms work.
+What a backward reads is saved in tensors that no caller gets, so that any result may be edited in place.
 """
 
 from __future__ import annotations
@@ -54,15 +54,41 @@ def refuse_forward_mode(function: str, name: str) -> None:
     )
 
 
-def forward_mode_in_graph() -> bool:
-    """Whether torch.compile is tracing a call inside torch.func.jvp or jacfwd."""
+def no_tangent(function: str, name: str, run: Callable[[], Tensor]) -> Tensor:
+    """What run returns, refused if it has a tangent, also where an autograd.Function has switched forward mode off."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return run()
+    with forward_ad._set_fwd_grad_enabled(True):
+        value = run()
+        if isinstance(value, Tensor) and has_tangent(value):
+            refuse_forward_mode(function, name)
+    return value
+
+
+def transform_in_graph() -> Optional[str]:
+    """Which of torch.func's transforms torch.compile is tracing a call in: "jvp", "grad" or neither."""
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    jvp = torch._C._functorch.TransformType.Jvp
-    return forward_ad._current_level >= 0 or any(i.key() == jvp for i in retrieve_all_functorch_interpreters())
+    kinds = torch._C._functorch.TransformType
+    active = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    if forward_ad._current_level >= 0 or kinds.Jvp in active:
+        return "jvp"
+    return "grad" if kinds.Grad in active else None
 
 
-forward_mode_in_graph._dynamo_marked_constant = True  # as in ops/backend.py: asked once, while tracing
+transform_in_graph._dynamo_marked_constant = True  # asked once, while tracing: see `resolve` in ops/backend.py
+
+
+def check_graph(function: str) -> None:
+    """Refuse what torch.compile cannot trace: forward mode, and reverse mode by torch.func."""
+    transform = transform_in_graph()
+    if transform == "jvp":
+        refuse_forward_mode(function, "an argument")
+    if transform == "grad":
+        raise NotImplementedError(
+            f"{function}: torch.func.grad, vjp and jacrev do not run inside torch.compile here; put torch.compile "
+            "inside them, or call backward() on the compiled function's loss"
+        )
 
 
 def usable(value: Tensor) -> Tensor:
@@ -91,8 +117,7 @@ def public(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*arguments, **options):
         if torch.compiler.is_compiling():
-            if forward_mode_in_graph():
-                refuse_forward_mode(function.__name__, "an argument")
+            check_graph(function.__name__)
             return function(*arguments, **options)
         arguments = [prepared(name, v) for name, v in zip(names, arguments)] + list(arguments[len(names) :])
         return function(*arguments, **{name: prepared(name, v) for name, v in options.items()})
@@ -130,7 +155,7 @@ def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
     """vmap's rule for an op: run on each element of the batch, results stacked."""
     results = []
     for i in range(info.batch_size):
-        results.append(run(*(v if dim is None else v.select(dim, i) for v, dim in zip(arguments, in_dims))))
+        results.append(run(*(v.select(d, i) if isinstance(d, int) else v for v, d in zip(arguments, in_dims))))
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.ops.autograd import once, public, transforms_active
+from fused_po.ops.autograd import no_tangent, once, public, transforms_active
 from fused_po.ops.gemm import head_block, spans
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward
@@ -79,7 +79,8 @@ def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -
         leaves = {name: value.requires_grad_(task.head.keep != "nothing") for name, value in leaves.items()}
         own = {name: getattr(stats, name) for name in ("logps", "entropy", "lse") if getattr(stats, name) is not None}
         copies = {name: leaves.get(name, value).clone() for name, value in own.items()}
-        share = task.loss_fn(stats._replace(**copies), rows.clone())
+        given = stats._replace(**copies), rows.clone()
+        share = no_tangent("chunked_loss", "loss_fn's loss", lambda: task.loss_fn(*given))
     if not isinstance(share, Tensor) or share.ndim != 0 or not share.is_floating_point():
         got = f"shape {tuple(share.shape)}, {share.dtype}" if isinstance(share, Tensor) else type(share).__name__
         raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the chunk's share of the loss")
