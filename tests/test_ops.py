@@ -9,6 +9,7 @@ from helpers import BACKENDS, DEVICE, IGNORE, random_labels
 
 import fused_po
 from fused_po.ops import linear_logps as linear_module  # noqa: F401  (registers the ops)
+from fused_po.reference import SAVED_FIELDS
 
 ops = torch.ops.fused_po
 STATS = ("logps", "entropy", "lse")
@@ -68,7 +69,7 @@ def test_opcheck_logits(backend, seed):
     torch.library.opcheck(ops.logps_fwd, (logits, labels, 1.5, None, IGNORE, 63, False, backend, *HERE))
     _, entropy, _, _, saved = ops.logps_fwd(logits.detach(), labels, 1.5, 0.2, IGNORE, 63, False, backend, *HERE)
     g = torch.randn(6, device=DEVICE)
-    arguments = (logits.detach(), labels, saved, entropy, g, g, None, 1.5, 0.2, backend, 0)
+    arguments = (logits.detach(), labels, saved[:SAVED_FIELDS], entropy, g, g, None, 1.5, 0.2, backend, 0)
     torch.library.opcheck(ops.logps_bwd, arguments)
     torch.library.opcheck(ops.logps_bwd_, arguments)
 
@@ -90,9 +91,9 @@ def test_opcheck_linear(backend, keep, compact, rank, seed):
     torch.library.opcheck(ops.linear_logps_fwd, (*first, 1.5, None, IGNORE, 3, *fixed))
     torch.library.opcheck(ops.linear_logps_fwd, (hidden, weight, None, low, labels, rows, 1.5, 0.2, IGNORE, 1, *fixed))
     operands = [None if t is None else t.detach() for t in (hidden, weight, bias, low)]
-    logps, entropy, _, _, stats, kept = ops.linear_logps_fwd(*operands, labels, rows, 1.5, None, IGNORE, 3, *fixed)
+    _, entropy, _, _, stats, kept = ops.linear_logps_fwd(*operands, labels, rows, 1.5, None, IGNORE, 3, *fixed)
     g = torch.randn(6, device=DEVICE)
-    saved = (*operands, labels, rows, stats, logps, entropy, kept, g, None, g, 1.5, None, IGNORE, 3)
+    saved = (*operands, labels, rows, stats[:SAVED_FIELDS], entropy, kept, g, None, g, 1.5, None, IGNORE, 3)
     needs = [True, *(keep != "product" and t is not None for t in operands[1:])]
     torch.library.opcheck(ops.linear_logps_bwd, (*saved, *fixed, needs))
 

@@ -70,7 +70,7 @@ def run(work: Work, logps: bool) -> int:
     with Allocations([hidden, weight, labels, *grads, *([] if rows is None else [rows])]) as counted:
         if logps:
             made = schedules.forward(work.head, hidden, weight, None, labels, rows, work.scored)
-            saved = schedules.Saved(hidden, weight, None, labels, rows, made[4], made[0], made[1], made[5])
+            saved = schedules.Saved(hidden, weight, None, labels, rows, made[4], made[1], made[5])
             incoming = grads[0], grads[1] if work.entropy else None, None
             call = head_backward.backward, work.head, saved, *incoming, needs, False
         else:

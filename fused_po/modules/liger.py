@@ -107,7 +107,8 @@ def pair_result(
     if nll is not None:
         loss = loss + alpha * nll
     nll = loss.new_zeros(()) if nll is None else nll
-    return loss, (*pairs.halves(), *pairs.logits_means(), nll, *(r.detach() for r in rewards), *more)
+    results = *pairs.halves(), *pairs.logits_means(), nll, *(r.detach() for r in rewards), *more
+    return loss, tuple(value.clone() for value in results)  # apart from what the backward reads: all_reduce edits them
 
 
 class FusedLinearDPOLoss(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
+from fused_po.ops.autograd import no_tangent, once, public, transforms_active
 from fused_po.ops.gemm import head_block, spans
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward
@@ -67,13 +68,19 @@ def foreign_leaf(loss: Tensor, own: tuple[Tensor, ...]) -> Optional[Tensor]:
 
 
 def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, tuple]:
-    """(a chunk's share of the loss, its gradients in logps, entropy and lse) from the op's results for these rows."""
+    """(a chunk's share of the loss, its gradients in logps, entropy and lse) from the op's results for these rows.
+
+    loss_fn gets copies, which it may edit in place: the backward reads the results, and the rows are read again.
+    """
     stats = token_stats(results[:4], task.bits, rows.shape)
     wanted = ("logps", "entropy", "lse") if task.schedule.entropy_grad else ("logps", "lse")
     leaves = {n: getattr(stats, n).detach() for n in wanted if getattr(stats, n) is not None}
     with torch.enable_grad():
         leaves = {name: value.requires_grad_(task.head.keep != "nothing") for name, value in leaves.items()}
-        share = task.loss_fn(stats._replace(**leaves), rows)
+        own = {name: getattr(stats, name) for name in ("logps", "entropy", "lse") if getattr(stats, name) is not None}
+        copies = {name: leaves.get(name, value).clone() for name, value in own.items()}
+        given = stats._replace(**copies), rows.clone()
+        share = no_tangent("chunked_loss", "loss_fn's loss", lambda: task.loss_fn(*given))
     if not isinstance(share, Tensor) or share.ndim != 0 or not share.is_floating_point():
         got = f"shape {tuple(share.shape)}, {share.dtype}" if isinstance(share, Tensor) else type(share).__name__
         raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the chunk's share of the loss")
@@ -90,10 +97,15 @@ def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradients are formed with the loss; the backward only scales them."""
+    """The gradients are formed with the loss; the backward only scales them.
+
+    links: of no size, they require grad as hidden, weight and bias do; the gradients' own graph leads to them.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task, *links: Optional[Tensor]
+    ) -> Tensor:
         head, wide = task.head, stats_dtype(task.head.logits_dtype)
         needs = [need and task.head.keep != "nothing" for need in ctx.needs_input_grad[:3]]
         grad_hidden = torch.zeros_like(hidden) if needs[0] else None
@@ -109,30 +121,37 @@ class _ChunkedLoss(torch.autograd.Function):
             share, grads = share_and_gradient(task, results, rows)
             loss += share
             if any(g is not None for g in grads):
-                logps, entropy, _, _, stats, kept = results
-                tensors = Saved(h, weight, bias, labels, scored, stats, logps, entropy, kept)
+                _, entropy, _, _, stats, kept = results
+                tensors = Saved(h, weight, bias, labels, scored, stats, entropy, kept)
                 grad = backward(head, tensors, *grads, needs, task.schedule.skip_zero_rows, sums)[0]
                 if needs[0]:
                     grad_hidden[rows] = grad
             del results
-        ctx.save_for_backward(grad_hidden, *(s if need else None for s, need in zip(sums, needs[1:])))
+        ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums, needs[1:])))
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.block = head_block(hidden.shape[0], *weight.shape, head.tile_bytes)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
-        grad_hidden, *sums = ctx.saved_tensors
+        *links, grad_hidden, weight_sum, bias_sum = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _ChunkedLoss.scaled(ctx, grad_hidden, (weight_sum, bias_sum), g)
+        return *once(grads, (*links, g)), None, *(None for _ in links)
+
+    @staticmethod
+    def scaled(ctx, grad_hidden: Optional[Tensor], sums: tuple[Optional[Tensor], ...], g: Tensor) -> tuple:
+        """The gradients of hidden, weight and bias for the incoming g."""
         grads = [None if grad_hidden is None else (grad_hidden * g).to(grad_hidden.dtype)]
         for total, dtype in zip(sums, ctx.dtypes):
             grad = None if total is None else torch.empty_like(total, dtype=dtype)
             for some in () if total is None else spans(0, len(total), ctx.block):
                 grad[some] = total[some] * g
             grads.append(grad)
-        return *grads, None
+        return tuple(grads)
 
 
+@public
 def chunked_loss(
     loss_fn: LossFunction,
     hidden: Tensor,
@@ -174,6 +193,11 @@ def chunked_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name; a loss_fn that
             does not return a scalar, or that depends on another tensor that requires grad.
     """
+    if transforms_active():
+        raise NotImplementedError(
+            "chunked_loss: does not run inside torch.func's grad, vjp, jacrev or vmap; use torch.autograd.grad, or "
+            "linear_logps, which does"
+        )
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
     hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
@@ -198,4 +222,6 @@ def chunked_loss(
         return share.to(stats_dtype(head.logits_dtype))
     chunks = chunks_of(groups.flatten(), (flat != ignore_index).long(), limit)
     task = _Task(loss_fn, head, bits, flat, chunks, schedule)
-    return _ChunkedLoss.apply(hidden.reshape(flat.numel(), hidden.shape[-1]), weight, bias, task)
+    operands = hidden.reshape(flat.numel(), hidden.shape[-1]), weight, bias
+    links = (None if v is None else v[:0].clone() for v in operands)
+    return _ChunkedLoss.apply(*operands, task, *links)

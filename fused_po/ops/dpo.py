@@ -10,11 +10,11 @@ from torch import Tensor
 from fused_po import checks
 from fused_po.ops import backend as backends
 from fused_po.ops import preference
+from fused_po.ops.autograd import public
 from fused_po.ops.kl import KLStats, kl_from_logits
 from fused_po.ops.linear_kl import linear_kl
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.parallel import ProcessGroupLike
-from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
 from fused_po.schedule import Schedule
 
@@ -45,11 +45,9 @@ class DPOOutput(NamedTuple):
 
 
 def _output(results: tuple[Tensor, ...], labels: Tensor, kl: Optional[str]) -> DPOOutput:
-    loss, losses, sequences, mean_kl, kl_tokens, pairs, *_ = results
-    chosen, rejected = sequences.chunk(2)
-    metrics = pairs.detach()[buffers.CHOSEN_REWARD : buffers.ACCURACY + 1].unbind(0)
+    loss, losses, chosen, rejected, mean_kl, kl_tokens, *metrics = results[:10]
     kl_values = (mean_kl.detach(), kl_tokens.detach().view(labels.shape)) if kl else (None, None)
-    return DPOOutput(loss, losses, chosen, rejected, *metrics, *kl_values)
+    return DPOOutput(loss, losses, chosen, rejected, *(value.detach() for value in metrics), *kl_values)
 
 
 def _with_exact_kl(
@@ -59,7 +57,7 @@ def _with_exact_kl(
     beta, smoothing, coef = numbers
     logps, ref_logps = stats.logps, stats.ref_logps
     name = backends.resolve(backend, logps.device, logps.dtype)
-    results = preference.forward(logps, labels, ref_logps, beta, smoothing, None, 0.0, ignore_index, name)
+    results = preference.from_logps(logps, labels, ref_logps, beta, smoothing, None, 0.0, ignore_index, name)
     out = _output(results, labels, None)
     mean_kl = stats.kl.sum() / (labels != ignore_index).sum().clamp(min=1)
     loss = out.loss + coef * mean_kl if coef else out.loss
@@ -100,6 +98,7 @@ def _check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, device) -
     return beta, smoothing, coef
 
 
+@public
 def dpo_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -170,13 +169,14 @@ def dpo_from_logits(
         backends.resolve(name, ref_logits.device, ref_logits.dtype)
     ref_logps = None if ref_logps is None else ref_logps.detach().to(stats_dtype(logits.dtype))
     beta, smoothing, coef = loss_numbers
-    results = preference.logits_forward(
+    results = preference.from_logits(
         logits, labels, ref_logits, ref_logps, beta, smoothing, kl, coef, outer, inner, ignore_index,
         inplace_backward, name,
     )  # fmt: skip
     return _output(results, labels, kl)
 
 
+@public
 def linear_dpo(
     hidden: Tensor,
     weight: Tensor,
@@ -242,5 +242,5 @@ def linear_dpo(
     beta, smoothing, coef = numbers
     name = backends.resolve(backend, logps.device, logps.dtype)
     ref_logps = ref_logps.detach().to(logps.dtype)
-    results = preference.forward(logps, labels, ref_logps, beta, smoothing, kl, coef, ignore_index, name)
+    results = preference.from_logps(logps, labels, ref_logps, beta, smoothing, kl, coef, ignore_index, name)
     return _output(results, labels, kl)

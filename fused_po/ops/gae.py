@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import public
 from fused_po.reference import stats_dtype
 
 
@@ -41,6 +42,7 @@ def _(rewards, values, mask, last_values, gamma, lam, backend):
     return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
 
 
+@public
 def gae(
     rewards: Tensor,
     values: Tensor,

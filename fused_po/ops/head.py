@@ -89,8 +89,7 @@ class Saved(NamedTuple):
     bias: Optional[Tensor]
     labels: Tensor  # [N]
     rows: Optional[Tensor]  # [n]
-    stats: Tensor  # [2, N]
-    logps: Tensor
+    stats: Tensor  # [SAVED_FIELDS, N]
     entropy: Tensor
     kept: Tensor
     low: Optional[Tensor] = None  # [V, r]

@@ -19,7 +19,6 @@ class Incoming(NamedTuple):
 
     labels: Tensor
     saved: Tensor  # [SAVED_FIELDS, N]
-    logps: Tensor
     entropy: Optional[Tensor]
     g_logps: Optional[Tensor]
     g_entropy: Optional[Tensor]
@@ -30,8 +29,12 @@ class Incoming(NamedTuple):
         return self if index is None else Incoming(*(None if v is None else v[..., index].contiguous() for v in self))
 
     @property
+    def logps(self) -> Tensor:
+        return self.saved[2]
+
+    @property
     def grads(self) -> tuple[Optional[Tensor], ...]:
-        return self[4:]
+        return self[3:]
 
     @property
     def only_logps(self) -> bool:
@@ -44,7 +47,7 @@ class Incoming(NamedTuple):
         grads = [None if g is None else torch.where(live, g, 0) for g in self.grads]
         saved = torch.stack([self.saved[0], self.saved[1].masked_fill(~live, torch.inf), self.saved[2]])
         labels = self.labels.masked_fill(~live, ignore_index)
-        return Incoming(labels, saved, self.logps, self.entropy, *grads), live
+        return Incoming(labels, saved, self.entropy, *grads), live
 
 
 class HeadBackward:
@@ -165,9 +168,9 @@ def backward(
 
     sums: add those of weight and bias to these instead; there is no low then.
     """
-    hidden, weight, bias, labels, rows, saved, logps, entropy, kept, low = tensors
+    hidden, weight, bias, labels, rows, saved, entropy, kept, low = tensors
     entropy = None if g_entropy is None else entropy
-    incoming = Incoming(labels, saved, logps, entropy, g_logps, g_entropy, g_lse)
+    incoming = Incoming(labels, saved, entropy, g_logps, g_entropy, g_lse)
     from_kept = head.inner is None or incoming.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == "product" and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, hidden, (weight, low), incoming, kept), rows)

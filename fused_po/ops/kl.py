@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows, refuse_second_derivative
+from fused_po.ops.autograd import differentiable, public
+from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows
 from fused_po.parallel import ProcessGroupLike, Shards, row_passes
 from fused_po.reference import stats_dtype
 from fused_po.reference.divergence import ENTROPY, KL, LOGP, REF_LOGP, TOKEN_FIELDS
@@ -32,28 +33,31 @@ class KLStats(NamedTuple):
     entropy: Optional[Tensor] = None
 
 
-def results_of(tokens: Tensor, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(kl, logps, entropy, tokens) as an op returns them: of its own storage each, without elements where not asked."""
-    picked = (tokens[i].clone() if with_labels else tokens.new_empty(0) for i in (LOGP, ENTROPY))
+def results_of(tokens: Tensor, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(kl, logps, entropy, ref_logps, tokens) as an op returns them: tokens for the backward alone, copies for callers.
+
+    Without elements where not asked.
+    """
+    picked = (tokens[i].clone() if with_labels else tokens.new_empty(0) for i in (LOGP, ENTROPY, REF_LOGP))
     return tokens[KL].clone(), *picked, tokens
 
 
-def fake_results(values: Tensor, n_rows, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_results(values: Tensor, n_rows, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the same."""
 
     def new(*shape):
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
     some = n_rows if with_labels else 0
-    return new(n_rows), new(some), new(some), new(TOKEN_FIELDS, n_rows)
+    return new(n_rows), new(some), new(some), new(some), new(TOKEN_FIELDS, n_rows)
 
 
 def kl_stats(results: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size, with_labels: bool) -> KLStats:
     """KLStats from an op's results."""
-    kl, logps, entropy, tokens = results
+    kl, logps, entropy, ref_logps = results
     if not with_labels:
         return KLStats(kl.view(shape))
-    return KLStats(kl.view(shape), logps.view(shape), tokens[REF_LOGP].detach().view(shape), entropy.view(shape))
+    return KLStats(kl.view(shape), logps.view(shape), ref_logps.detach().view(shape), entropy.view(shape))
 
 
 def stacked(like: Tensor, *grads: Optional[Tensor]) -> Tensor:
@@ -119,7 +123,7 @@ def _forward(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ref_outer: float,
     ref_inner: Optional[float], direction: str, js_weight: float, with_labels: bool, ignore_index: int,
     inplace_backward: bool, backend: str, group: str, sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shards = Shards(group, tuple(sizes))
     checks.overwritable(logits, inplace_backward, ref_logits)
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
@@ -182,7 +186,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, g_kl, g_logps, g_entropy, g_tokens):
+def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
     nothing = (None,) * (4 + len(ctx.how))
     logits, ref_logits, labels, tokens = ctx.saved_tensors
     with_labels = ctx.how[-3]
@@ -193,10 +197,10 @@ def _autograd(ctx, g_kl, g_logps, g_entropy, g_tokens):
     return gradient_by("kl_bwd", ctx.inplace, logits, *arguments), *nothing[1:]
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward)
+_compare = differentiable(_forward, _autograd, _setup_context)
 
 
+@public
 def kl_from_logits(
     logits: Tensor,
     ref_logits: Tensor,
@@ -250,8 +254,8 @@ def kl_from_logits(
     how = direction_of(direction, js_weight)
     name = backends.resolve(backend, logits.device, logits.dtype)
     backends.resolve(name, ref_logits.device, ref_logits.dtype)
-    results = _forward(
+    results = _compare(
         logits, ref_logits.detach(), counted.reshape(-1), *sides[0], *sides[1], *how, labels is not None, ignore_index,
         inplace_backward, name, *shards[:2],
     )  # fmt: skip
-    return kl_stats(results, counted.shape, labels is not None)
+    return kl_stats(results[:4], counted.shape, labels is not None)

@@ -219,7 +219,7 @@ class _Backward(HeadBackward):
         active: list[bool], kept: Tensor, index: Optional[Tensor], n_kept: int,
     ) -> None:  # fmt: skip
         """grads [3, N], of which `active` come in at all; labels [N], tokens [9, N] like it."""
-        rows = Incoming(labels, saved_of(tokens), tokens[LOGP], tokens[ENTROPY], *[None] * 3)
+        rows = Incoming(labels, saved_of(tokens), tokens[ENTROPY], *[None] * 3)
         super().__init__(head, policy.hidden, policy.weight, policy.bias, rows, kept[0], index, n_kept)
         self.other, self.policy, self.reference = other, policy, reference
         self.tokens, self.grads, self.active = tokens, grads, active

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import kl_head
+from fused_po.ops.autograd import differentiable, public, transforms_active
 from fused_po.ops.head import Head, scored_rows
 from fused_po.ops.head_backward import empty_gradients
 from fused_po.ops.kl import (
@@ -24,7 +25,7 @@ from fused_po.ops.kl import (
 )
 from fused_po.ops.kl_head import Other, Side
 from fused_po.ops.linear_logps import bounded_rows, check_operands, compute_dtype, make_head
-from fused_po.ops.logps import dense, refuse_second_derivative
+from fused_po.ops.logps import dense
 from fused_po.parallel import ProcessGroupLike, placed
 from fused_po.schedule import Schedule
 
@@ -37,7 +38,7 @@ def _forward(
     budget: int, keep: str, backend: str, group: str, sizes: list[int], partial: bool, ref_outer: float,
     ref_inner: Optional[float], ref_compute_dtype: torch.dtype, ref_logits_dtype: torch.dtype, direction: str,
     js_weight: float, with_labels: bool, compact: bool, skip_zero_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
     head = Head(*how, group, sizes, partial)
     checks.label_range(labels, head.shards.n_cols(weight.shape[0]), ignore_index)
@@ -85,7 +86,7 @@ def _(hidden, weight, bias, *others):
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.how = inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors, output[3], output[4])
+    ctx.save_for_backward(*tensors, *output[4:])
     ctx.set_materialize_grads(False)
 
 
@@ -99,10 +100,10 @@ def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (5 + len(ctx.how))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward)
+_compare = differentiable(_forward, _autograd, _setup_context)
 
 
+@public
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -173,15 +174,13 @@ def linear_kl(
     flat, rows, excess, compact = counted.reshape(-1), None, None, schedule.compact
     if schedule.num_scored is not None:
         rows, excess, compact = *bounded_rows(flat, ignore_index, schedule.num_scored), False
-    elif compact and checks.has_values(flat):  # a graph's shapes must not depend on the labels
+    elif compact and checks.has_values(flat) and not transforms_active():  # no shape may depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
+    n_rows = flat.numel()  # given, since -1 is ambiguous for a width of 0
     tensors = (
-        hidden.reshape(flat.numel(), hidden.shape[-1]),
-        weight,
-        bias,
-        ref_hidden.reshape(flat.numel(), ref_hidden.shape[-1]),
-    )
-    results = _forward(*tensors, ref_weight, ref_bias, flat, rows, *head, *other, compact, schedule.skip_zero_rows)[:4]
+        hidden.reshape(n_rows, hidden.shape[-1]), weight, bias, ref_hidden.reshape(n_rows, ref_hidden.shape[-1]),
+    )  # fmt: skip
+    results = _compare(*tensors, ref_weight, ref_bias, flat, rows, *head, *other, compact, schedule.skip_zero_rows)[:4]
     if excess is not None:
         results = [value + excess for value in results]
     stats = kl_stats(tuple(results), counted.shape, with_labels)

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import differentiable, public, transforms_active
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
     TokenStats,
     dense,
     fake_stats,
+    fake_with_entropy,
     output_bits,
-    refuse_second_derivative,
     requested,
     token_stats,
+    with_entropy,
+    without_entropy,
 )
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, placed
 from fused_po.schedule import Schedule, logits_budget
@@ -39,20 +42,22 @@ def _forward(
     checks.label_range(labels, head.shards.n_cols(weight.shape[0]), ignore_index)
     n_room = labels.numel() if rows is None else rows.numel()
     rows = scored_rows(labels, ignore_index) if compact else rows
-    return forward(head, hidden, weight, bias, labels, rows, n_room, low)
+    *results, saved, kept = forward(head, hidden, weight, bias, labels, rows, n_room, low)
+    return *results, with_entropy(saved, results, outputs), kept
 
 
 @_forward.register_fake
 def _(hidden, weight, bias, low, labels, rows, *how):
     head = Head(*how[:-2])
     results = fake_stats(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), head.outputs)
+    results = fake_with_entropy(results, head.outputs)
     return *results, head.empty_kept(hidden, labels.numel() if rows is None else rows.numel(), weight)
 
 
 @torch.library.custom_op("fused_po::linear_logps_bwd", mutates_args=())
 def _backward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
-    rows: Optional[Tensor], stats: Tensor, logps: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor],
+    rows: Optional[Tensor], stats: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int,
     outputs: int, compute_dtype: torch.dtype, logits_dtype: torch.dtype, tile_bytes: int, budget: int, keep: str,
     backend: str, group: str, sizes: list[int], partial: bool, compact: bool, skip_zero_rows: bool, needs: list[bool],
@@ -60,7 +65,7 @@ def _backward(
     how = outer, inner, ignore_index, outputs, compute_dtype, logits_dtype, tile_bytes, budget, keep, backend
     head = Head(*how, group, sizes, partial)
     rows = scored_rows(labels, ignore_index) if compact else rows
-    tensors = Saved(hidden, weight, bias, labels, rows, stats, logps, entropy, kept, low)
+    tensors = Saved(hidden, weight, bias, labels, rows, stats, entropy, kept, low)
     grads = (dense(g) for g in (g_logps, g_entropy, g_lse))
     return backward(head, tensors, *grads, needs, skip_zero_rows)
 
@@ -71,8 +76,7 @@ def _(hidden, weight, bias, low, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    logps, entropy, _, _, stats, kept = output
-    ctx.save_for_backward(*inputs[:6], stats, logps, entropy, kept)
+    ctx.save_for_backward(*inputs[:6], *output[4:])
     ctx.how = inputs[6:]
     ctx.set_materialize_grads(False)
 
@@ -82,12 +86,13 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
     if all(g is None for g in given):
         return (None,) * (6 + len(ctx.how))
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
-    grads = torch.ops.fused_po.linear_logps_bwd(*ctx.saved_tensors, *given, *ctx.how, needs)
+    *tensors, saved, kept = ctx.saved_tensors
+    stats, entropy = without_entropy(saved, ctx.how[3])
+    grads = torch.ops.fused_po.linear_logps_bwd(*tensors, stats, entropy, kept, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (2 + len(ctx.how))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward)
+_score = differentiable(_forward, _autograd, _setup_context)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -103,6 +108,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+@public
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -169,19 +175,10 @@ def linear_logps(
     excess = None
     if schedule.num_scored is not None:
         rows, excess, compact = *bounded_rows(flat, ignore_index, schedule.num_scored), False
-    elif compact and checks.has_values(flat):  # a graph's shapes must not depend on the labels
+    elif compact and checks.has_values(flat) and not transforms_active():  # no shape may depend on the labels
         rows, compact = scored_rows(flat, ignore_index), False
-    results = _forward(
-        hidden.reshape(flat.numel(), hidden.shape[-1]),
-        weight,
-        bias,
-        low,
-        flat,
-        rows,
-        *head,
-        compact,
-        schedule.skip_zero_rows,
-    )
+    states = hidden.reshape(flat.numel(), hidden.shape[-1])
+    results = _score(states, weight, bias, low, flat, rows, *head, compact, schedule.skip_zero_rows)
     if excess is not None:
         results = [value + excess for value in results]
     stats = token_stats(tuple(results[:4]), bits, labels.shape)

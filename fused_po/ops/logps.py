@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import differentiable, public, transforms_active
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import SAVED_FIELDS, stats_dtype
 
@@ -50,7 +51,7 @@ def token_stats(results: tuple[Tensor, ...], bits: int, shape: torch.Size) -> To
     logps, entropy, lse, aux = results
     asked = [bool(bits >> i & 1) for i in range(6)]
     fields = [value.view(shape) if ask else None for value, ask in zip((logps, entropy, lse), asked)]
-    fields += [aux[i].detach().view(shape) if asked[3 + i] else None for i in range(3)]
+    fields += [aux[i].detach().clone().view(shape) if asked[3 + i] else None for i in range(3)]
     fields[4] = None if fields[4] is None else fields[4] > 0.5
     return TokenStats(*fields)
 
@@ -82,6 +83,21 @@ def fake_stats(values: Tensor, n_rows, bits: int) -> tuple[Tensor, Tensor, Tenso
     return logps, entropy, lse, new(3, n_rows) if bits & 56 else new(0), new(SAVED_FIELDS, n_rows)
 
 
+def with_entropy(saved: Tensor, results: list[Tensor], outputs: int) -> Tensor:
+    """saved [SAVED_FIELDS, N], and a copy of the entropy if it is an output, which a caller may edit."""
+    return torch.cat([saved, results[1][None]]) if outputs & 2 else saved
+
+
+def fake_with_entropy(results: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
+    """The shapes of `fake_stats` with those of `with_entropy`."""
+    return *results[:4], with_entropy(results[4], list(results), outputs)
+
+
+def without_entropy(saved: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """(saved [SAVED_FIELDS, N], entropy); a row of saved stands for an entropy that nothing reads."""
+    return saved[:SAVED_FIELDS], saved[SAVED_FIELDS] if outputs & 2 else saved[0]
+
+
 @torch.library.custom_op("fused_po::logps_fwd", mutates_args=())
 def _forward(
     logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ignore_index: int, outputs: int,
@@ -91,12 +107,13 @@ def _forward(
     checks.overwritable(logits, inplace_backward)
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     run = row_passes(backends.get(backend), shards)
-    return run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
+    *results, saved = run.begin_score(as_rows(logits), labels.contiguous(), outer, inner, ignore_index, outputs, None)()
+    return *results, with_entropy(saved, results, outputs)
 
 
 @_forward.register_fake
 def _(logits, labels, outer, inner, ignore_index, outputs, *others):
-    return fake_stats(logits, labels.numel(), outputs)
+    return fake_with_entropy(fake_stats(logits, labels.numel(), outputs), outputs)
 
 
 def dense(g: Optional[Tensor]) -> Optional[Tensor]:
@@ -152,8 +169,8 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
 
 
 def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
-    """The gradient by a backward op; in place, by that with an underscore, over the logits."""
-    if not inplace:
+    """The gradient by a backward op; in place, by that with an underscore, over the logits (not in torch.func)."""
+    if not inplace or transforms_active():
         return getattr(torch.ops.fused_po, op)(logits, *arguments)
     grad = logits.detach()
     getattr(torch.ops.fused_po, f"{op}_")(grad, *arguments)
@@ -163,8 +180,7 @@ def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
 def _setup_context(ctx, inputs, output):
     logits, labels, ctx.outer, ctx.inner, _, ctx.outputs, ctx.inplace, ctx.backend, group, sizes = inputs
     ctx.first_col = Shards(group, tuple(sizes)).start()
-    _, entropy, _, _, saved = output
-    ctx.save_for_backward(logits, labels, saved, entropy)
+    ctx.save_for_backward(logits, labels, output[4])
     ctx.set_materialize_grads(False)
 
 
@@ -172,27 +188,13 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
     grads = requested((g_logps, g_entropy, g_lse), ctx.outputs)
     if all(g is None for g in grads):
         return (None,) * 10
-    logits, labels, saved, entropy = ctx.saved_tensors
+    logits, labels, saved = ctx.saved_tensors
+    saved, entropy = without_entropy(saved, ctx.outputs)
     arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
     return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 9
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def refuse_second_derivative(op) -> None:
-    """Make differentiating a backward op a clear error."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            "fused_po: second derivatives are not implemented (create_graph=True, or a gradient penalty, through "
-            "fused log-probs); compute these log-probs with torch.log_softmax where you need them"
-        )
-
-    op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
-
-
-refuse_second_derivative(_backward)
+score = differentiable(_forward, _autograd, _setup_context)
 
 
 def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
@@ -205,6 +207,7 @@ def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
     return shards
 
 
+@public
 def logps_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -252,7 +255,7 @@ def logps_from_logits(
     checks.whole("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     flat = labels.reshape(-1)
-    *results, _ = _forward(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
+    *results, _ = score(logits, flat, outer, inner, ignore_index, bits, inplace_backward, name, *shards[:2])
     return token_stats(tuple(results), bits, labels.shape)
 
 

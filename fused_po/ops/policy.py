@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
+from fused_po.ops.autograd import differentiable
 from fused_po.ops.logps import as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
-from fused_po.reference.policy import ENTROPY, LOGP, LOSS, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
+from fused_po.reference.policy import ENTROPY, LOGP, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
 from fused_po.reference.preference import times
 
 
@@ -30,9 +31,12 @@ def _run(logits, labels, given, form, outer, ignore_index, backend, overwrite):
     return times(given.weights, tokens[LOSS]).sum(), tokens
 
 
-def _fake(logits, labels):
+SAVED = SHIFT, NORM, LOGP, ENTROPY, SLOPE  # rows of tokens that the backward reads, copied: the others go to callers
+
+
+def _fake(logits, labels, *rows):
     new = {"dtype": stats_dtype(logits.dtype)}
-    return logits.new_empty((), **new), logits.new_empty((TOKEN_FIELDS, labels.numel()), **new)
+    return logits.new_empty((), **new), *(logits.new_empty((n, labels.numel()), **new) for n in rows)
 
 
 @torch.library.custom_op("fused_po::policy_fwd", mutates_args=())
@@ -40,35 +44,37 @@ def forward(
     logits: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor, old_logps: Optional[Tensor],
     ref_logps: Optional[Tensor], kind: str, low: float, high: float, bound: float, kl: Optional[str], kl_coef: float,
     kl_times_ratio: bool, entropy_coef: float, outer: float, ignore_index: int, inplace_backward: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given = advantages, weights, old_logps, ref_logps
     form = kind, low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef
     checks.overwritable(logits, inplace_backward)
-    return _run(logits, labels, given, form, outer, ignore_index, backend, False)
+    loss, tokens = _run(logits, labels, given, form, outer, ignore_index, backend, False)
+    return loss, tokens, torch.stack([tokens[i] for i in SAVED])
 
 
 @forward.register_fake
 def _(logits, labels, *others):
-    return _fake(logits, labels)
+    return _fake(logits, labels, TOKEN_FIELDS, len(SAVED))
 
 
 def _context(ctx, inputs, output):
     logits, labels, _, weights, *_, ctx.entropy_coef, ctx.outer, _, ctx.inplace, ctx.backend = inputs
-    ctx.save_for_backward(logits, labels, weights, output[1])
+    ctx.save_for_backward(logits, labels, weights, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, g_loss, g_tokens):
+def _autograd(ctx, g_loss, *g_others):
     if g_loss is None:
         return (None,) * 18
-    logits, labels, weights, tokens = ctx.saved_tensors
+    logits, labels, weights, saved = ctx.saved_tensors
+    entropy, slope = saved[3:]
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
-    grads = tokens[SLOPE] * g_loss, g_entropy, None
-    arguments = labels, tokens[SHIFT : LOGP + 1], tokens[ENTROPY], *grads, ctx.outer, None, ctx.backend, 0
+    grads = slope * g_loss, g_entropy, None
+    arguments = labels, saved[:3], entropy, *grads, ctx.outer, None, ctx.backend, 0
     return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 17
 
 
-forward.register_autograd(_autograd, setup_context=_context)
+losses = differentiable(forward, _autograd, _context)
 
 
 @torch.library.custom_op("fused_po::policy_fwd_", mutates_args=("logits",))
@@ -85,16 +91,16 @@ def forward_(
 
 @forward_.register_fake
 def _(logits, labels, *others):
-    return _fake(logits, labels)
+    return _fake(logits, labels, TOKEN_FIELDS)
 
 
 @torch.library.custom_op("fused_po::policy_link", mutates_args=())
-def link(grad: Tensor, loss: Tensor, backend: str) -> Tensor:
+def _link(grad: Tensor, loss: Tensor, backend: str) -> Tensor:
     """The loss of logits in whose place its gradient lies already."""
     return loss.clone()
 
 
-@link.register_fake
+@_link.register_fake
 def _(grad, loss, backend):
     return torch.empty_like(loss)
 
@@ -118,4 +124,4 @@ def _link_autograd(ctx, g_loss):
     return grad, None, None
 
 
-link.register_autograd(_link_autograd, setup_context=_link_context)
+link = differentiable(_link, _link_autograd, _link_context)

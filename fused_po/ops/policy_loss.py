@@ -17,6 +17,7 @@ from fused_po.losses.policy import broadcast_advantages, clip_range, clipped_sur
 from fused_po.losses.policy import tokens as checked_tokens
 from fused_po.ops import backend as backends
 from fused_po.ops import policy as ops
+from fused_po.ops.autograd import public, transforms_active
 from fused_po.ops.logps import logps_from_logits
 from fused_po.reduce import token_weights
 from fused_po.reference import stats_dtype
@@ -126,11 +127,12 @@ def token_level(
     wants the loss scaler's factor, known in the backward, first."""
     flat = [None if value is None else value.flatten() for value in given]
     outer = 1.0 / temperature
-    if inplace and logits.requires_grad and torch.is_grad_enabled() and logits.dtype != torch.float16:
+    at_once = inplace and logits.requires_grad and torch.is_grad_enabled() and not transforms_active()
+    if at_once and logits.dtype != torch.float16:
         grad = logits.detach()
         loss, tokens = ops.forward_(grad, labels.flatten(), *flat, *form, outer, IGNORE, backend)
         return ops.link(logits, loss, backend), tokens
-    return ops.forward(logits, labels.flatten(), *flat, *form, outer, IGNORE, inplace, backend)
+    return ops.losses(logits, labels.flatten(), *flat, *form, outer, IGNORE, inplace, backend)[:2]
 
 
 def answer_level(
@@ -156,9 +158,11 @@ def answer_level(
     above, below = (ratio > form.high) & (t.advantages > 0), (ratio < form.low) & (t.advantages < 0)
     clipped = torch.where(mask, above.to(ratio.dtype) - below.to(ratio.dtype), 0)
     rest = losses, stats.logps, stats.entropy, kl, torch.where(mask, ratio, 0), clipped
-    return PolicyOutput(weighed(given.weights, losses).sum(), *(None if v is None else v.detach() for v in rest))
+    loss = weighed(given.weights, losses).sum()
+    return PolicyOutput(loss, *(None if v is None else v.detach().clone() for v in rest))
 
 
+@public
 def policy_loss_from_logits(
     logits: Tensor,
     labels: Tensor,
@@ -247,7 +251,7 @@ def policy_loss_from_logits(
     loss, tokens = token_level(*arguments)
 
     def field(index: int, wanted: bool = True) -> Optional[Tensor]:
-        return tokens[index].detach().view(labels.shape) if wanted else None
+        return tokens[index].detach().clone().view(labels.shape) if wanted else None
 
     with_ratio = loss_type not in WITHOUT_RATIO
     return PolicyOutput(

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows, refuse_second_derivative
+from fused_po.ops.autograd import differentiable
+from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
 
 
 def _finish(run, tokens, labels, ref_sums, beta, label_smoothing, kl, kl_coef, ignore_index):
-    """From per-token log-probs to (loss, losses, sequences, kl, kl per token, pairs, tokens, weights)."""
+    """From per-token log-probs to Results: those for callers lie apart from those that the backward reads."""
     sums = run.dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index)
     losses, sequences, pairs, kl_tokens = sums
     weights = losses.new_full((2,), 1.0 / max(1, losses.numel()))
@@ -30,7 +31,9 @@ def _finish(run, tokens, labels, ref_sums, beta, label_smoothing, kl, kl_coef, i
         mean_kl = pairs[buffers.KL_SUM].sum() / count
         if kl_coef:  # 0 times an infinite KL would be NaN
             loss = loss + kl_coef * mean_kl
-    return loss, losses, sequences, mean_kl, kl_tokens, pairs, tokens, weights
+    halves = (half.clone() for half in sequences.chunk(2))
+    metrics = (pairs[i].clone() for i in METRICS)
+    return loss, losses, *halves, mean_kl, kl_tokens, *metrics, pairs, tokens, weights
 
 
 def _fake_finish(values, labels, kl):
@@ -39,11 +42,17 @@ def _fake_finish(values, labels, kl):
     def new(*shape):
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
-    kl_tokens = new(n if kl else 0)
-    return new(), new(b), new(2 * b), new(), kl_tokens, new(buffers.PAIR_FIELDS, b), new(4, n), new(2)
+    halves, metrics = (new(b), new(b)), (new(b) for _ in METRICS)
+    private = new(buffers.PAIR_FIELDS, b), new(4, n), new(2)
+    return new(), new(b), *halves, new(), new(n if kl else 0), *metrics, *private
 
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# loss, losses, log-probs of chosen and rejected answers, KL, KL per token, the metrics; then what the backward reads:
+# pairs, tokens, weights.
+Results = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
+METRICS = buffers.CHOSEN_REWARD, buffers.REJECTED_REWARD, buffers.MARGIN, buffers.ACCURACY
 
 
 @torch.library.custom_op("fused_po::dpo_logits_fwd", mutates_args=())
@@ -111,20 +120,29 @@ def _logits_backward_(
 
 def _logits_context(ctx, inputs, output):
     logits, labels, _, _, _, _, ctx.kl, _, ctx.outer, ctx.inner, _, ctx.inplace, ctx.backend = inputs
-    ctx.save_for_backward(logits, labels, output[6], output[5], output[7])
+    pairs, tokens, weights = output[-3:]
+    ctx.save_for_backward(logits, labels, tokens, pairs, weights)
     ctx.set_materialize_grads(False)
 
 
-def _logits_autograd(ctx, g_loss, g_losses, g_sequences, *g_detached):
-    if g_loss is None and g_losses is None and g_sequences is None:
+def _of_sequences(g_chosen: Optional[Tensor], g_rejected: Optional[Tensor]) -> Optional[Tensor]:
+    """[2B] from the incoming gradients of both halves; None if neither has one."""
+    if g_chosen is None and g_rejected is None:
+        return None
+    like = g_rejected if g_chosen is None else g_chosen
+    return torch.cat([torch.zeros_like(like) if g is None else g for g in (g_chosen, g_rejected)])
+
+
+def _logits_autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
+    grads = g_loss, g_losses, _of_sequences(g_chosen, g_rejected)
+    if all(g is None for g in grads):
         return (None,) * 13
     logits, labels, tokens, pairs, weights = ctx.saved_tensors
-    grads = (g_loss, g_losses, g_sequences)
     arguments = (labels, tokens, pairs, weights, *grads, ctx.kl, ctx.outer, ctx.inner, ctx.backend)
     return gradient_by("dpo_logits_bwd", ctx.inplace, logits, *arguments), *(None,) * 12
 
 
-logits_forward.register_autograd(_logits_autograd, setup_context=_logits_context)
+from_logits = differentiable(logits_forward, _logits_autograd, _logits_context)
 
 
 @torch.library.custom_op("fused_po::dpo_fwd", mutates_args=())
@@ -161,18 +179,18 @@ def _(labels, tokens, *others):
 
 def _context(ctx, inputs, output):
     ctx.kl = inputs[5]
-    ctx.save_for_backward(inputs[1], output[6], output[5], output[7])
+    pairs, tokens, weights = output[-3:]
+    ctx.save_for_backward(inputs[1], tokens, pairs, weights)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, g_loss, g_losses, g_sequences, *g_detached):
-    if g_loss is None and g_losses is None and g_sequences is None:
+def _autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
+    grads = g_loss, g_losses, _of_sequences(g_chosen, g_rejected)
+    if all(g is None for g in grads):
         return (None,) * 9
     labels, tokens, pairs, weights = ctx.saved_tensors
-    grad = torch.ops.fused_po.dpo_bwd(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, ctx.kl)
+    grad = torch.ops.fused_po.dpo_bwd(labels, tokens, pairs, weights, *grads, ctx.kl)
     return grad, *(None,) * 8
 
 
-forward.register_autograd(_autograd, setup_context=_context)
-refuse_second_derivative(_logits_backward)
-refuse_second_derivative(_backward)
+from_logps = differentiable(forward, _autograd, _context)
