@@ -28,13 +28,15 @@ static State block_merge(const std::vector<State>& threads) {
 
 // One thread's walk: its group of every THREADS, and its column outside the groups. visited counts columns.
 template <int N>
-static State walk(const float* x, const Layout& l, int rank, int blocks, int thread, float scale, int* visited) {
+static State walk(const float* x, int64_t label, const Layout& l, int rank, int blocks, int thread, float scale,
+                  int* visited) {
   State s = start_state();
   const Slice slice = slice_of(l.groups, rank, blocks);
   const int64_t edge = edge_column(l, rank, thread);
   const auto take_edge = [&] {
     if (edge < 0) return;
-    const float one[1] = {x[edge]};
+    float one[1] = {x[edge]};
+    leave_out(one, edge, label);
     fold(s, one, scale);
     ++visited[edge];
   };
@@ -46,6 +48,7 @@ static State walk(const float* x, const Layout& l, int rank, int blocks, int thr
       group[i] = x[column];
       ++visited[column];
     }
+    leave_out(group, l.lead + g * N, label);
     fold(s, group, scale);
   }
   if (blocks == 1) take_edge();
@@ -54,12 +57,12 @@ static State walk(const float* x, const Layout& l, int rank, int blocks, int thr
 
 // The state of a row that begins `before` columns past a 16-byte boundary, by a cluster of `blocks`.
 template <int N>
-static State score(const float* x, int64_t n_cols, int before, int blocks, float scale, int* visited) {
+static State score(const float* x, int64_t label, int64_t n_cols, int before, int blocks, float scale, int* visited) {
   const Layout l = layout_of(4096 + before * (16 / N), n_cols, 16 / N);
   State merged = start_state();
   for (int rank = 0; rank < blocks; ++rank) {
     std::vector<State> threads;
-    for (int t = 0; t < THREADS; ++t) threads.push_back(walk<N>(x, l, rank, blocks, t, scale, visited));
+    for (int t = 0; t < THREADS; ++t) threads.push_back(walk<N>(x, label, l, rank, blocks, t, scale, visited));
     const State block = block_merge(threads);
     merged = rank ? combine(merged, block) : block;
   }
@@ -72,15 +75,17 @@ extern "C" void host_rows(const float* x, const int64_t* labels, int64_t rows, i
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * n_cols;
     const float scale = outer * LOG2E;
-    const State s = itemsize == 2 ? score<8>(row, n_cols, before, blocks, scale, visited + r * n_cols)
-                                  : score<4>(row, n_cols, before, blocks, scale, visited + r * n_cols);
+    const State s = itemsize == 2 ? score<8>(row, labels[r], n_cols, before, blocks, scale, visited + r * n_cols)
+                                  : score<4>(row, labels[r], n_cols, before, blocks, scale, visited + r * n_cols);
     float* out = results + 3 * r;
-    out[0] = label_logp(row[labels[r]], s, scale);
-    out[1] = entropy_of(s);
-    out[2] = s.shift + log2f(s.d);
-    const Slopes slopes = {s.shift, log2f(s.d), out[1], g[3 * r], g[3 * r + 1], g[3 * r + 2]};
+    const Result joined = join(s, row[labels[r]], scale);
+    out[0] = joined.logp;
+    out[1] = joined.entropy;
+    out[2] = joined.shift + joined.norm;
+    const Slopes slopes = {joined.shift,    joined.norm,    joined.logp, joined.entropy, g[3 * r],
+                           g[3 * r + 1], g[3 * r + 2]};
     for (int64_t v = 0; v < n_cols; ++v)
-      grad[r * n_cols + v] = v == labels[r] ? gradient_label(row[v], slopes, outer) : gradient_element(row[v], slopes, outer);
+      grad[r * n_cols + v] = v == labels[r] ? gradient_label(slopes, outer) : gradient_element(row[v], slopes, outer);
   }
 }
 
@@ -95,7 +100,7 @@ extern "C" void host_terms(const Problem* p, const float* logps, const float* en
   }
 }
 
-extern "C" int host_live(float norm, float g) { return is_live({0.0f, norm, 0.0f, g, 0.0f, 0.0f}); }
+extern "C" int host_live(float norm, float g) { return is_live({0.0f, norm, 0.0f, 0.0f, g, 0.0f, 0.0f}); }
 
 // Offsets of Problem's fields, first to last, and its size.
 extern "C" void host_offsets(int64_t* out) {
@@ -150,13 +155,13 @@ struct HostRow {
     std::vector<int> visited(x.size());
     const int itemsize = p.x_type == FP32 ? 4 : 2, before = ((uint64_t)p.x / itemsize + x_at) % (16 / itemsize);
     const float scale = p.outer * LOG2E;
-    return itemsize == 2 ? score<8>(x.data(), p.n_cols, before, blocks, scale, visited.data())
-                         : score<4>(x.data(), p.n_cols, before, blocks, scale, visited.data());
+    return itemsize == 2 ? score<8>(x.data(), label, p.n_cols, before, blocks, scale, visited.data())
+                         : score<4>(x.data(), label, p.n_cols, before, blocks, scale, visited.data());
   }
 
   void write(const Problem& p, const Slopes& s, int64_t target) const {
     for (int64_t v = 0; v < p.n_cols; ++v) {
-      const float dx = v == target ? gradient_label(x[v], s, p.outer) : gradient_element(x[v], s, p.outer);
+      const float dx = v == target ? gradient_label(s, p.outer) : gradient_element(x[v], s, p.outer);
       store(p.out, p.out_type, out_at + v, is_live(s) ? dx : 0.0f);
     }
   }

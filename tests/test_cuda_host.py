@@ -216,3 +216,45 @@ def test_linear_logps(gpu, host, dtype, frozen, major, seed, poison):
         found.append((logps.detach(), h.grad, *([] if frozen else [w.grad])))
     assert DEVICE == "cuda" or (host.host_one_reads() > before) == (major == 9)
     close(found[1], found[0])
+
+
+@pytest.mark.parametrize("v", (2, 9, 4099))
+def test_sure_labels_to_relative_precision(host, v, seed):
+    """The label is left out of the sum: log-prob and gradient far below the rounding of 1."""
+    gaps = torch.tensor([0.0, 0.5, 3.0, 10.0, 20.0, 40.0, 70.0])
+    n = len(gaps)
+    labels = torch.randint(0, v, (n,))
+    labels[0], labels[2] = 0, v - 1
+    x = torch.randn(n, v)
+    top = x.scatter(1, labels[:, None], -torch.inf).amax(1)
+    x.scatter_(1, labels[:, None], (top + gaps)[:, None])
+    g = torch.tensor([[1.0, 0.0, 0.0]]).repeat(n, 1)
+    for itemsize, before, blocks in ((2, 3, 1), (4, 1, 4)):
+        logps, entropy, _, grad, visited = score(host, x.clone(), labels, g, itemsize, before, blocks)
+        leaf = x.double().requires_grad_()
+        apart = (leaf - leaf.gather(1, labels[:, None])).scatter(1, labels[:, None], -torch.inf)
+        others = apart.exp()
+        exact = -others.sum(1).log1p()
+        (exact_grad,) = torch.autograd.grad(exact.sum(), leaf, retain_graph=True)
+        exact_entropy = -exact - (others * apart.clamp(min=-1e4)).sum(1) / (1 + others.sum(1))
+        assert (visited == 1).all()
+        for ours, truth in ((logps, exact), (grad, exact_grad), (entropy, exact_entropy)):
+            torch.testing.assert_close(ours.double(), truth.detach(), rtol=5e-5, atol=1e-37)
+
+
+def test_estimates_and_terms_of_infinities(host):
+    """Forbidden tokens: k3 is inf at both ends, and what has a coefficient or an advantage of 0 adds nothing."""
+    logps = torch.tensor([-math.inf, -1.0, -math.inf, -1.0])
+    a, one = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.ones(4)
+    ref, entropy = torch.tensor([-1.0, -math.inf, -1.0, -1.0]), torch.zeros(4)
+    for kind in ("clip", "weight", "gate"):
+        p = cuda.Problem()
+        given = {"advantages": a, "weights": one, "old_logps": one * -2, "ref_logps": ref}
+        for name, value in given.items():
+            setattr(p, name, value.data_ptr())
+        p.low, p.high, p.bound, p.kl_coef, p.kl_times_ratio = 0.5, 2.0, math.inf, 0.0, 0
+        p.kind, p.estimator = cuda.KINDS[kind], cuda.ESTIMATORS["k3"]
+        ours = torch.full((5, 4), torch.nan)
+        host.host_terms(ctypes.byref(p), *map(pointer, (logps, entropy)), ctypes.c_int64(4), pointer(ours))
+        assert ours[1].tolist()[:3] == [math.inf, math.inf, math.inf] and ours[1, 3] == 0
+        assert ours[0, :2].isfinite().all() and ours[4].isfinite().all()

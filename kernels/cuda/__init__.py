@@ -24,6 +24,7 @@ KINDS = {"clip": 0, "weight": 1, "gate": 2}
 ESTIMATORS = {None: 0, "k2": 1, "k3": 2}
 TOKEN_FIELDS = 9
 LOGP, ENTROPY, SLOPE = 2, 3, 8
+SAVED_FIELDS = 3  # the first of them, which a backward reads
 LN2 = 0.6931471805599453
 CLUSTERS = (1, 2, 4, 8, 16)
 NOT_SUPPORTED = 801  # cudaErrorNotSupported
@@ -134,7 +135,7 @@ def results_of(tokens: torch.Tensor, outputs: int):
     if outputs & 4:
         lse = torch.where(tokens[1].isinf(), 0, lse)
     logps, entropy = (tokens[i].clone() if outputs & bit else nothing.clone() for i, bit in ((LOGP, 1), (ENTROPY, 2)))
-    return logps, entropy, lse, nothing.clone(), tokens[:2].clone()
+    return logps, entropy, lse, nothing.clone(), tokens[:SAVED_FIELDS].clone()
 
 
 def score(logits, labels, outer, inner, ignore_index, outputs, basis):

@@ -9,14 +9,16 @@ namespace fused_po {
 
 constexpr int BATCHES = 4;  // of asynchronous copies: the first are scored while the last are on their way
 
-// Scores batch `b` of the groups that this thread has copied, once it has arrived.
+// Scores batch `b` of the groups that this thread has copied, once it has arrived. label: counted from the first group.
 template <class T, int LATER>
-__device__ __forceinline__ void fold_batch(State& s, const Pack<T, GROUP<T>>* held, int64_t n, int64_t each, float scale) {
+__device__ __forceinline__ void fold_batch(State& s, const Pack<T, GROUP<T>>* held, int64_t n, int64_t each, float scale,
+                                           int64_t label) {
   __pipeline_wait_prior(LATER);
   const int64_t begin = each * (BATCHES - 1 - LATER), end = begin + each < n ? begin + each : n;
   for (int64_t g = begin + threadIdx.x; g < end; g += THREADS) {
     float x[GROUP<T>];
     widen(held[g], x);
+    leave_out(x, g * GROUP<T>, label);
     fold(s, x, scale);
   }
 }
@@ -52,13 +54,15 @@ __global__ void __launch_bounds__(THREADS, 2) one_read_kernel(const Problem p, c
     if (threadIdx.x == 0) label_x = row.at(row.label);  // before anybody writes
     if (edge >= 0) {
       edge_x = row.at(edge);
-      const float x[1] = {edge_x};
+      float x[1] = {edge_x};
+      leave_out(x, edge, row.label);
       fold(s, x, scale);
     }
-    fold_batch<In, 3>(s, held, n, each, scale);
-    fold_batch<In, 2>(s, held, n, each, scale);
-    fold_batch<In, 1>(s, held, n, each, scale);
-    fold_batch<In, 0>(s, held, n, each, scale);
+    const int64_t label = row.label - row.layout.lead - slice.begin * N;
+    fold_batch<In, 3>(s, held, n, each, scale, label);
+    fold_batch<In, 2>(s, held, n, each, scale, label);
+    fold_batch<In, 1>(s, held, n, each, scale, label);
+    fold_batch<In, 0>(s, held, n, each, scale, label);
   }
   s = block_merge(s);
   if (threadIdx.x == 0) block_state = s;
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(THREADS, 2) one_read_kernel(const Problem p, c
   const bool live = is_live(g);
   Out* out = (Out*)p.out + row_offset(row.index, p.inner_rows, p.out_stride_outer, p.out_stride_inner);
   const auto element = [&](float x, int64_t column) {
-    const float dx = column == row.label ? gradient_label(x, g, p.outer) : gradient_element(x, g, p.outer);
+    const float dx = column == row.label ? gradient_label(g, p.outer) : gradient_element(x, g, p.outer);
     return from_float<Out>(live ? dx : 0.0f);
   };
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {

@@ -17,11 +17,13 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(const Problem p, co
     for (int64_t g = threadIdx.x; g < row.layout.groups; g += THREADS) {
       float x[GROUP<T>];
       widen(groups[g], x);
+      leave_out(x, row.layout.lead + g * GROUP<T>, row.label);
       fold(s, x, scale);
     }
     const int64_t column = edge_column(row.layout, 0, threadIdx.x);
     if (column >= 0) {
-      const float x[1] = {row.at(column)};
+      float x[1] = {row.at(column)};
+      leave_out(x, column, row.label);
       fold(s, x, scale);
     }
   }
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(const Problem p, cons
   const bool live = is_live(s);
 
   const auto element = [&](float x, int64_t column) {
-    return from_float<Out>(column == label ? gradient_label(x, s, p.outer) : gradient_element(x, s, p.outer));
+    return from_float<Out>(column == label ? gradient_label(s, p.outer) : gradient_element(x, s, p.outer));
   };
   const auto scalar = [&](int64_t column) { out[column] = live ? element(row.at(column), column) : from_float<Out>(0.0f); };
   const int64_t first = (int64_t)blockIdx.y * THREADS * GROUPS_A_THREAD + threadIdx.x;

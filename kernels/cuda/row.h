@@ -3,6 +3,9 @@
 // x is a logit as stored; the softmax is over x * outer. Exponentials are base 2: 2 ** (x * scale - shift), with
 // scale = outer * log2(e). A row is walked in groups of 16 bytes: slices of groups to the blocks of a cluster, groups
 // to a block's threads in turns. States merge across lanes, then warps, then blocks, always in the same order.
+//
+// The states leave the label out, which joins the merged one: where it is the largest, its log-prob is -log1p(the others'
+// sum over it), exact however close to 0.
 #pragma once
 
 #include <math.h>
@@ -86,23 +89,44 @@ FP_HD void fold(State& s, const float (&x)[N], float scale) {
   s.shift = shift;
 }
 
+// Sets the label to -inf, if it is among these columns.
+template <int N>
+FP_HD void leave_out(float (&x)[N], int64_t first_column, int64_t label) {
+  const int64_t at = label - first_column;
+  if (at < 0 || at >= N) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = i == at ? -INFINITY : x[i];
+}
+
 FP_HD State combine(const State& a, const State& b) {
   const float shift = fmaxf(a.shift, b.shift), step_a = a.shift - shift, step_b = b.shift - shift;
   const float r_a = exp2_fast(step_a), r_b = exp2_fast(step_b);
   return {shift, a.d * r_a + b.d * r_b, (a.t + step_a * a.d) * r_a + (b.t + step_b * b.d) * r_b};
 }
 
-// Log-prob of a label's logit x; never above 0. x * scale - shift is taken in two parts, t + rest: rounded in base 2,
-// where it is 1.44 times as large, it would lose a bit.
-FP_HD float label_logp(float x, const State& s, float scale) {
-  const float t = fmaf(x, scale, -s.shift), back = t + s.shift, part = back - t;
-  float rest = fmaf(x, scale, -back) - ((t - (back - part)) + (s.shift - part));
-  if (!(fabsf(t) < 1e30f)) rest = 0.0f;  // an infinite t has none
-  const float logp = fmaf(t, LN2, (rest - log2f(s.d)) * LN2);
-  return logp > 0.0f ? 0.0f : logp;
-}
+// What a row has come to; norm is log2 of the sum over the shift.
+struct Result {
+  float shift, norm, logp, entropy;
+};
 
-FP_HD float entropy_of(const State& s) { return (log2f(s.d) - s.t / s.d) * LN2; }
+// The others' state and the label's logit x. Where the label is the largest, exponents are over its own, not over its
+// rounding to a shift.
+FP_HD Result join(const State& s, float x, float scale) {
+  const float scaled = x * scale;
+  const bool largest = scaled >= s.shift;
+  const float shift = largest ? scaled : s.shift, t = fmaf(x, scale, -shift);
+  const float step = largest ? -fmaf(x, scale, -s.shift) : 0.0f, rescale = exp2_fast(step);
+  const float own = largest ? 0.0f : t, weight = exp2_fast(own), rest = s.d * rescale, sum = weight + rest;
+  const float nats = largest ? log1pf(rest) : log2f(sum) * LN2, log2_sum = largest ? nats * LOG2E : log2f(sum);
+  const float weighed = fmaf(step, s.d, s.t) * rescale + weight * fmaxf(own, FLOOR);
+  // x * scale - shift in two parts, t + low: rounded in base 2, where it is 1.44 times as large, it would lose a bit.
+  const float back = t + shift, part = back - t;
+  float low = fmaf(x, scale, -back) - ((t - (back - part)) + (shift - part));
+  if (!(fabsf(t) < 1e30f)) low = 0.0f;  // an infinite t has none
+  const float below = fmaf(t, LN2, (low - log2_sum) * LN2);
+  return {shift, (largest ? t : 0.0f) + log2_sum, largest ? 0.0f - nats : below > 0.0f ? 0.0f : below,
+          nats - weighed / sum * LN2};
+}
 
 // Where the groups of a row lie: columns [0, lead) before the first 16-byte boundary, `groups` groups of `size`
 // columns, and fewer than `size` columns after them.
@@ -157,15 +181,18 @@ struct Terms {
   float loss, kl, ratio, clipped, slope;  // slope: weight * d loss / d log-prob
 };
 
+// weight * value, 0 where the weight is 0, also for infinities.
+FP_HD float times(float weight, float value) { return weight == 0.0f ? 0.0f : weight * value; }
+
 FP_HD void kl_estimate(float k1, int estimator, float& kl, float& slope) {
   if (estimator == K2) {
     kl = 0.5f * k1 * k1;
     slope = k1;
     return;
   }
-  const float inside = fminf(-k1, SATURATION);
+  const float inside = -k1 > SATURATION ? SATURATION : -k1;  // fminf and fmaxf lose NaN
   slope = -expm1f(inside);
-  kl = k1 - slope + (1.0f - slope) * (-k1 - inside);
+  kl = -inside - slope * (1.0f + (-k1 > SATURATION ? -k1 - SATURATION : 0.0f));  // no difference of infinities
   if (fabsf(k1) < 0.05f) kl = k1 * k1 * (0.5f - k1 * (0.1666666667f - k1 * 0.04166666667f));
 }
 
@@ -179,7 +206,7 @@ FP_HD void policy_term(const Problem& p, float logp, float ratio, float ratio_sl
     out.slope = above || below || bounded ? 0.0f : -a * ratio_slope;
   } else if (p.kind == WEIGHT) {
     const float weight = fminf(fmaxf(ratio, p.low), p.high);
-    out.loss = -weight * a * logp;
+    out.loss = -times(weight * a, logp);
     out.slope = -weight * a;
   } else {
     const float tau = a > 0.0f ? p.low : p.high, e = expf(-fabsf(tau * (ratio - 1.0f)));
@@ -201,21 +228,21 @@ FP_HD Terms token_terms(const Problem& p, const Token& token, float logp, float 
     float slope;
     kl_estimate(logp - token.ref_logp, p.estimator, out.kl, slope);
     if (p.kl_times_ratio) {
-      slope = slope * out.ratio + out.kl * ratio_slope;
+      slope = slope * out.ratio + times(ratio_slope, out.kl);
       out.kl *= out.ratio;
     }
-    out.loss += p.kl_coef * out.kl;
-    out.slope += p.kl_coef * slope;
+    out.loss += times(p.kl_coef, out.kl);
+    out.slope += times(p.kl_coef, slope);
   }
   out.loss -= p.entropy_coef * entropy;
-  out.slope *= token.weight;
+  out.slope = times(token.weight, out.slope);
   return out;
 }
 
 // The gradient of g_logp log p_y + g_entropy H + g_lse lse in the raw logits.
 
 struct Slopes {
-  float shift, norm, entropy, g_logp, g_entropy, g_lse;
+  float shift, norm, logp, entropy, g_logp, g_entropy, g_lse;
 };
 
 FP_HD bool is_live(const Slopes& s) {
@@ -229,29 +256,30 @@ FP_HD float gradient_element(float x, const Slopes& s, float outer) {
   return exp2_fast(log2p) * weight * outer;
 }
 
-// The label's own entry, by expm1: exact where p is close to 1.
-FP_HD float gradient_label(float x, const Slopes& s, float outer) {
-  const float log2p = fmaf(x, outer * LOG2E, -s.shift) - s.norm, logp = (log2p < FLOOR ? FLOOR : log2p) * LN2;
-  return (exp2_fast(log2p) * (s.g_lse - s.g_entropy * (logp + s.entropy)) - s.g_logp * expm1f(logp)) * outer;
+// The label's own entry, by expm1 of its log-prob: exact where p is close to 1.
+FP_HD float gradient_label(const Slopes& s, float outer) {
+  const float floored = s.logp < FLOOR * LN2 ? FLOOR * LN2 : s.logp;
+  const float p = exp2_fast(s.logp * LOG2E);
+  return (p * (s.g_lse - s.g_entropy * (floored + s.entropy)) - s.g_logp * expm1f(s.logp)) * outer;
 }
 
 // The gradient's ingredients of a row that has been scored: the basis, or a policy loss's gradient. x: the label's
 // logit. With `write`, the row's numbers go to p.tokens.
 FP_HD Slopes finish_row(const Problem& p, int64_t row, bool valid, const State& s, float x, bool policy, bool write) {
-  Slopes out = {s.shift, valid ? log2f(s.d) : INFINITY, valid ? entropy_of(s) : 0.0f, valid ? 1.0f : 0.0f, 0.0f, 0.0f};
-  const float logp = valid ? label_logp(x, s, p.outer * LOG2E) : 0.0f;
+  const Result r = valid ? join(s, x, p.outer * LOG2E) : Result{s.shift, INFINITY, 0.0f, 0.0f};
+  Slopes out = {r.shift, r.norm, r.logp, r.entropy, valid ? 1.0f : 0.0f, 0.0f, 0.0f};
   Terms terms = {};
   if (policy && valid) {
     const bool has_old = p.old_logps, has_ref = p.ref_logps;
     const Token token = {p.advantages[row], p.weights[row], has_old ? p.old_logps[row] : 0.0f,
                          has_ref ? p.ref_logps[row] : 0.0f, has_old};
-    terms = token_terms(p, token, logp, out.entropy);
+    terms = token_terms(p, token, r.logp, r.entropy);
     out.g_logp = terms.slope;
     out.g_entropy = -p.entropy_coef * token.weight;
   }
   if (!write) return out;
-  const float fields[TOKEN_FIELDS] = {out.shift, out.norm,    logp,          out.entropy, terms.loss,
-                                      terms.kl,  terms.ratio, terms.clipped, terms.slope};
+  const float fields[TOKEN_FIELDS] = {r.shift,  r.norm,      r.logp,        r.entropy,  terms.loss,
+                                      terms.kl, terms.ratio, terms.clipped, terms.slope};
   const int n_fields = policy ? TOKEN_FIELDS : ENTROPY + 1;
 #pragma unroll
   for (int i = 0; i < TOKEN_FIELDS; ++i)
@@ -259,9 +287,9 @@ FP_HD Slopes finish_row(const Problem& p, int64_t row, bool valid, const State& 
   return out;
 }
 
-// Those of the gradient pass: p.tokens begins with shift and norm; without incoming gradients it is the basis.
+// Those of the gradient pass: p.tokens begins with shift, norm and logp; without incoming gradients it is the basis.
 FP_HD Slopes slopes_of(const Problem& p, int64_t row) {
-  Slopes s = {p.tokens[row], p.tokens[p.n_rows + row], 0.0f, 0.0f, 0.0f, 0.0f};
+  Slopes s = {p.tokens[row], p.tokens[p.n_rows + row], p.tokens[2 * p.n_rows + row], 0.0f, 0.0f, 0.0f, 0.0f};
   if (p.g_logps) s.g_logp = p.g_logps[row];
   if (p.g_entropy) s.g_entropy = p.g_entropy[row], s.entropy = p.entropy[row];
   if (p.g_lse) s.g_lse = p.g_lse[row];
