@@ -116,15 +116,7 @@ def test_a_reference_in_the_same_memory(name, backend, seed):
     call, how = WITH_REF[name], {"inplace_backward": True, "backend": backend}
     x = torch.randn(6, 3, 5, device=DEVICE, requires_grad=True)
     y = x * 1.0
-    for logits, ref in (
-        (y[:2], y[1:3]),
-        (y[:4:2], y[:2]),
-        (y[:2], y[:1].expand(2, 3, 5)),
-        (y[:2], y[:2].flip(0)[:] * 0 + y[:2]),
-    ):
-        if logits.untyped_storage().data_ptr() != ref.untyped_storage().data_ptr():
-            call(logits, ref, **how)
-            continue
+    for logits, ref in ((y[:2], y[1:3]), (y[:4:2], y[:2]), (y[:2], y[:1].expand(2, 3, 5))):
         with pytest.raises(ValueError, match=r"^inplace_backward: .*ref_logits that share memory.*clone"):
             call(logits, ref, **how)
     for pick in (lambda v: (v[:2], v[:2]), lambda v: (v[::3], v[1::3]), lambda v: (v[:2], v[2:4])):
@@ -143,7 +135,7 @@ def test_a_leaf_is_refused_and_stays_as_it_was(name, backend, seed):
     leaf = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
     before = leaf.detach().clone()
     for logits in (leaf, leaf[:], leaf.view(2, 3, 5)):
-        with pytest.raises(ValueError, match="^inplace_backward: got logits that are a leaf that requires grad"):
+        with pytest.raises(ValueError, match=r"^inplace_backward: got logits that are a leaf that requires grad"):
             OPS[name](logits, inplace_backward=True, backend=backend)
     with torch.no_grad():
         OPS[name](leaf, inplace_backward=True, backend=backend)
