@@ -122,7 +122,7 @@ def policy(logits, labels, advantages, old_logps, ref_logps, mask, weights, *, l
 
 
 def chunked(hidden, weight, labels, groups, bias, g, **on):
-    share = lambda stats, rows: (stats.logps * g.reshape(-1)[rows]).sum()  # noqa: E731
+    share = lambda stats, rows: (stats.logps * g.detach().reshape(-1)[rows]).sum()  # noqa: E731
     return (fused_po.chunked_loss(share, hidden, weight, labels, groups, bias, **on),)
 
 
