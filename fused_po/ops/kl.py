@@ -235,7 +235,8 @@ def kl_from_logits(
         mask: [...], True where a token counts. None: everywhere but at ignore_index. The rest is not read, gives 0.
         direction: "reverse", "forward" or "js". js_weight: in (0, 1).
         temperature, logit_scale, softcap: as in `logps_from_logits`; one for both, or a pair (policy's, reference's).
-        inplace_backward: the backward overwrites the policy's logits with their gradient.
+        inplace_backward: the backward overwrites the policy's logits with their gradient. An error where their
+            elements share memory, with each other or with ref_logits (the same view is allowed), and for leaves.
         process_group: the vocabulary of both is cut over its ranks, see `logps_from_logits`; js gathers twice.
         backend: "triton" or "reference"; None chooses by device. See `backends`.
 

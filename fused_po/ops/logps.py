@@ -229,12 +229,14 @@ def logps_from_logits(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64, any strides (columns that do not lie side by side, or
             rows that two strides cannot describe, cost a copy). -inf marks a masked token: probability 0, gradient 0.
+            With a softcap it does not: the formula makes -softcap of it. Cap first, then mask, and pass no softcap.
         labels: [...], integers in [0, V) or ignore_index, aligned with the logits: see `shift_labels`. On a GPU they
             are checked under FUSED_PO_DEBUG=1 only.
         temperature, logit_scale, softcap: finite and > 0.
         ignore_index: label of positions that are not read and give exactly 0.
         outputs: names of TokenStats' fields.
         inplace_backward: the backward overwrites the logits with their gradient. They must not be used afterwards.
+            Logits whose elements share memory, and leaves, are an error.
         process_group: the vocabulary is cut over its ranks: logits are this rank's columns, labels all the same. See
             `linear_logps`; costs one all_gather of a few numbers a token, and none backward.
         backend: "triton" or "reference"; None chooses by device. See `backends`.

@@ -235,7 +235,8 @@ def policy_loss_from_logits(
     counted = labels != IGNORE
     if mask is not None:
         counted = counted & checks.mask_like("mask", mask, labels, "labels")
-    labels, dtype = torch.where(counted, labels, IGNORE), stats_dtype(logits.dtype)
+    counted = counted.contiguous()  # sums over tokens go in the same order, whatever the arguments' layouts
+    labels, dtype = torch.where(counted, labels, IGNORE).contiguous(), stats_dtype(logits.dtype)
     if (advantages is None) != (loss_type == "sft"):
         got = "None" if advantages is None else "a tensor"
         raise ValueError(f"advantages: got {got} with {loss_type!r}; sft has none, the others need [B] or [B, T]")
