@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from autograd_ops import ROWS, STATS, B, leaves_of, named, tensors, total
+from autograd_ops import ROWS, STATS, B, cut_over_ranks, leaves_of, named, tensors, total
 from helpers import BACKENDS, DEVICE
+from ranks import Ranks
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -471,3 +472,18 @@ def test_results_of_modules_are_apart(name):
             value.mul_(7)
         grads.append(torch.autograd.grad(loss, (hidden, weight)))
     assert equal(*grads)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+CUT = [name for name in DIFFERENTIABLE if not name.startswith(("dpo_from", "policy"))]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_the_same_with_the_vocabulary_cut_over_ranks(name, ranks):
+    ranks.run(cut_over_ranks, name)
