@@ -188,3 +188,46 @@ def named(results: tuple) -> dict[str, torch.Tensor]:
     """Results by name, those that are None left out."""
     fields = getattr(results, "_fields", range(len(results)))
     return {str(name): value for name, value in zip(fields, results) if value is not None}
+
+
+def cut_over_ranks(name: str) -> None:
+    """A row whose vocabulary is cut over two ranks: edits through all_reduce, a second derivative, forward mode."""
+    import torch.distributed as dist
+    from torch.autograd import forward_ad
+
+    rank, row = dist.get_rank(), ROWS[name]
+    t = tensors()
+    for argument in ("weight", "ref_weight", "low", "bias", "ref_bias"):
+        t[argument] = t[argument].tensor_split(2)[rank].clone()
+    for argument in ("logits", "ref_logits"):
+        t[argument] = t[argument].tensor_split(2, -1)[rank].clone()
+    cut = fused_po.VocabParallel(dist.group.WORLD, ((V + 1) // 2, V // 2))
+    own = {leaf: t[leaf].clone().requires_grad_() for leaf in row.leaves}
+    given, leaves = t | own, list(own.values())
+
+    def results():
+        return row.call(given, process_group=cut, backend="reference")
+
+    expected = torch.autograd.grad(total(results()), leaves)
+    edited = results()
+    loss = total(edited)
+    for value in named(edited).values():
+        dist.all_reduce(value.detach())
+    found = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)), "an all_reduce of results changed a gradient"
+    first = row.leaves[0]
+
+    def second_derivative() -> None:
+        torch.autograd.grad(sum(g.sum() for g in found), leaves, allow_unused=True)
+
+    def forward_mode() -> None:
+        with forward_ad.dual_level():
+            row.call(t | {first: forward_ad.make_dual(t[first], t[first])}, process_group=cut)
+
+    for refused, error in ((second_derivative, "second derivatives"), (forward_mode, "forward-mode tangent")):
+        try:
+            refused()
+        except RuntimeError as raised:
+            assert error in str(raised), raised
+        else:
+            raise AssertionError(f"no error about {error}")
