@@ -89,6 +89,7 @@ def kl_kernel(
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     columns = tl.where(valid, n_cols, 0)
     scale, ref_scale = outer * LOG2E, ref_outer * LOG2E
+    out = tokens_ptr + row
     pair = scan_pair(
         x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP
     )
@@ -98,6 +99,9 @@ def kl_kernel(
         policy, reference, total, entropy = join_pair(pair, x, y, scale, ref_scale, DIRECTION)
         shift, norm, d, log2_d, logp = policy
         ref_shift, ref_norm, ref_d, ref_log2_d, ref_logp = reference
+        tl.store(out + LOGP * n_rows, tl.where(valid, logp, 0.0))
+        tl.store(out + REF_LOGP * n_rows, tl.where(valid, ref_logp, 0.0))
+        tl.store(out + ENTROPY * n_rows, tl.where(valid, entropy, 0.0))
     else:
         shift, d, ref_shift, ref_d, total, _ = pair
         norm, ref_norm = log2(d), log2(ref_d)
@@ -116,17 +120,12 @@ def kl_kernel(
         kl = (DIRECTION * of_q + (1.0 - DIRECTION) * of_p) * LN2
         center = of_p * LN2
     kl = tl.where(kl < 0.0, 0.0, kl)  # rounding; NaN stays
-    out = tokens_ptr + row
     tl.store(out + KL * n_rows, tl.where(valid, kl, 0.0))
     tl.store(out + SHIFT * n_rows, shift)
     tl.store(out + NORM * n_rows, tl.where(valid, norm, float("inf")))  # inf marks a row that does not count
     tl.store(out + REF_SHIFT * n_rows, ref_shift)
     tl.store(out + REF_NORM * n_rows, ref_norm)
     tl.store(out + CENTER * n_rows, tl.where(valid, center, 0.0))
-    if LABELS:
-        tl.store(out + LOGP * n_rows, tl.where(valid, logp, 0.0))
-        tl.store(out + REF_LOGP * n_rows, tl.where(valid, ref_logp, 0.0))
-        tl.store(out + ENTROPY * n_rows, tl.where(valid, entropy, 0.0))
 
 
 @triton.jit(
