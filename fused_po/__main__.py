@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import os
@@ -94,24 +95,23 @@ def info() -> dict:
 
 
 def print_info(found: dict) -> None:
-    print(", ".join(f"{name} {value or '(absent)'}" for name, value in found["versions"].items()))
+    lines = [", ".join(f"{name} {value or '(absent)'}" for name, value in found["versions"].items())]
     if found["settings"]:
-        print(", ".join(f"{name}={value}" for name, value in found["settings"].items()))
+        lines.append(", ".join(f"{name}={value}" for name, value in found["settings"].items()))
     for device, about in found["devices"].items():
-        print(f"\n{device}: {about}\n")
-        print("  " + f"{'inputs of':20}" + "".join(f"{dtype:11}" for dtype in DTYPES).rstrip())
+        lines.append(f"\n{device}: {about}\n")
+        lines.append("  " + f"{'inputs of':20}" + "".join(f"{dtype:11}" for dtype in DTYPES).rstrip())
         for op, choices in found["ops"][device].items():
-            print("  " + f"{op:20}" + "".join(f"{choices[dtype]:11}" for dtype in DTYPES).rstrip())
+            lines.append("  " + f"{op:20}" + "".join(f"{choices[dtype]:11}" for dtype in DTYPES).rstrip())
         by_answer: dict[str, list[str]] = {}
         for dtype, answers in found["backends"][device].items():
             for backend, answer in answers.items():
                 by_answer.setdefault(f"{backend}: {answer}", []).append(dtype)
-        print()
-        for answer, dtypes in by_answer.items():
-            print(f"  {', '.join(dtypes)}: {answer}")
-    print("\nmissing" * bool(found["missing"]))
-    for name, what in found["missing"].items():
-        print(f"  {name}, for {what}")
+        lines.append("")
+        lines += [f"  {', '.join(dtypes)}: {answer}" for answer, dtypes in by_answer.items()]
+    lines.append("\nmissing" * bool(found["missing"]))
+    lines += [f"  {name}, for {what}" for name, what in found["missing"].items()]
+    print(planner.fitted("\n".join(lines)))
 
 
 def check(args: argparse.Namespace) -> int:
@@ -120,12 +120,18 @@ def check(args: argparse.Namespace) -> int:
     size = selfcheck.Size(base.tokens, args.vocab or base.vocab, args.hidden or base.hidden)
     dtypes = tuple(args.dtype or (("fp32", "bf16") if args.quick else selfcheck.DTYPES))
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
+    if not any(args.only in check.name for check in selfcheck.checks(args.backend)):
+        return planner.refused(f"--only: no check has {args.only!r} in its name", args.json)
+    if args.backend is not None:
+        of = torch.device(args.device)
+        reasons = [backends.cannot_run(args.backend, of, selfcheck.DTYPES[dtype]) for dtype in dtypes]
+        if all(reasons):
+            reason = f"{args.backend!r} does not run on {args.device}: {reasons[0]}; leave it out to take one that does"
+            return planner.refused(f"--backend: {reason}", args.json)
     results = []
     for done, total, result in selfcheck.run(size, dtypes, args.device, seed, args.backend, args.only):
         selfcheck.progress(done, total, result.check)
         results.append(result)
-    if not results:
-        sys.exit(f"error: --only: no check has {args.only!r} in its name")
     failed = [result for result in results if not result.passed]
     where = f"--device {args.device}" + (f" --backend {args.backend}" if args.backend else "")
     again = [
@@ -134,16 +140,15 @@ def check(args: argparse.Namespace) -> int:
         for r in failed
     ]
     if args.json:
-        rows = [result._asdict() for result in results]
+        rows = [
+            {k: v if v == v else None for k, v in result._asdict().items()} for result in results
+        ]  # JSON has no NaN
         print(json.dumps({"seed": seed, "size": size._asdict(), "results": rows, "failed": again}, indent=1))
         return 1 if failed else 0
-    print(
-        f"RMS errors against float64 on {args.device}; N={size.tokens}, V={size.vocab}, H={size.hidden}, seed {seed}\n"
-    )
-    print(selfcheck.table(results))
-    print(
-        f"\n{len(results) - len(failed)} of {len(results)} passed" + "".join(f"\nto repeat: {line}" for line in again)
-    )
+    where = f"on {args.device}; N={size.tokens}, V={size.vocab}, H={size.hidden}, seed {seed}"
+    passed = f"{len(results) - len(failed)} of {len(results)} passed"
+    repeats = "".join(f"\n{planner.TO_COPY}{line}" for line in again)
+    print(planner.fitted(f"RMS errors against float64 {where}\n\n{selfcheck.table(results)}\n\n{passed}{repeats}"))
     return 1 if failed else 0
 
 
@@ -157,8 +162,16 @@ def device(text: str) -> str:
     raise argparse.ArgumentTypeError(f"got {text!r}, here are {', '.join(devices())} ({reason})")
 
 
+def seed(text: str) -> int:
+    """A seed as torch's generators take it."""
+    if not text.isdecimal() or int(text[:30]) > planner.LARGEST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are integers from 0 to {planner.LARGEST}")
+    return int(text)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fused_po", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_po {fused_po.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, which backend would serve, what is missing")
     ran = commands.add_parser("selfcheck", help="every op against float64 on this machine, beside plain PyTorch")
@@ -173,14 +186,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ran.add_argument("--hidden", type=planner.count, help="hidden width; 256, or 96 with --quick")
     named = f"{' or '.join(backends.NAMES)}; the one that would be chosen if left out"
     ran.add_argument("--backend", choices=backends.NAMES, help=named)
-    ran.add_argument("--seed", type=int, help="of the random inputs; a fresh one if left out")
+    ran.add_argument("--seed", type=seed, help="of the random inputs; a fresh one if left out")
     ran.add_argument("--only", default="", help="checks with this in their name")
     planner.add_flags(planned)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
     if args.command == "selfcheck":
         return check(args)
     if args.command == "plan":
@@ -188,6 +201,34 @@ def main(argv: list[str] | None = None) -> int:
     found = info()
     print(json.dumps(found, indent=1)) if args.json else print_info(found)
     return 0
+
+
+def drop_output() -> None:
+    """Send what is left of the output nowhere: Python would complain of it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+    try:
+        try:
+            return run(parse(argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        drop_output()
+        return 128 + 13  # as of a program that SIGPIPE ended
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+            raise
+        drop_output()
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + 2
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def table(results: list[Result]) -> str:
 
 def progress(done: int, total: int, name: str) -> None:
     """One line that overwrites itself; nothing where nobody looks."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         filled = 30 * done // total
         end = "\n" if done == total else ""
         print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {name:40}", end=end, file=sys.stderr, flush=True)

@@ -1,12 +1,15 @@
 """Which LM head a configuration describes: by hand, through transformers, and of all models transformers has."""
 
 import json
+import socket
 import sys
+import threading
 import warnings
 
 import pytest
 import torch
 
+from fused_po.planner import model
 from fused_po.planner.model import head_of, read_head
 
 LLAMA = {
@@ -87,6 +90,7 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
         return config
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(model, "unreachable", lambda: None)
     for name, expected in (("org/cached", [True]), ("org/remote", [True, False])):
         asked.clear()
         assert read_head(name)[:3] == (name, 1000, 64) and asked == expected
@@ -94,6 +98,30 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
         ValueError, match=r"^--model: got 'org/nothing', .*\(org/nothing is not there\)\. Give the path"
     ):
         read_head("org/nothing")
+    monkeypatch.setattr(model, "unreachable", lambda: "there is no network")
+    assert read_head("org/cached")[1] == 1000
+    asked.clear()
+    with pytest.raises(ValueError, match=r"\(it is not in the cache, and there is no network\)\. Give the path"):
+        read_head("org/remote")
+    assert asked == [True]
+
+
+def test_a_hub_out_of_reach_is_found_within_seconds(monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(model, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        assert model.unreachable() is None
+    assert model.unreachable().startswith("127.0.0.1 cannot be reached: ")
+    monkeypatch.setattr(model, "PATIENCE", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: threading.Event().wait(3))
+    assert model.unreachable() == "127.0.0.1 does not answer in 0.2 s"
+    monkeypatch.setattr(model, "getproxies", lambda: {"https": "http://proxy"})
+    assert model.unreachable() is None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert model.unreachable() == "HF_HUB_OFFLINE is set"
 
 
 def shallow(config):
@@ -119,8 +147,8 @@ def test_every_model_of_transformers():
                 config = shallow(config_class())
                 model_class = mapping[config_class]
                 with torch.device("meta"):
-                    model = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
-                head = model.get_output_embeddings()
+                    made = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
+                head = made.get_output_embeddings()
                 sizes = *head.weight.shape, getattr(head, "bias", None) is not None
             except Exception:  # a default configuration that makes no model, or a package it needs is not here
                 continue

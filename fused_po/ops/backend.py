@@ -158,6 +158,21 @@ def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> st
 resolve._dynamo_marked_constant = True
 
 
+def cannot_run(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend asked for by name would run nothing on such tensors, or None; what it says is said once."""
+    reason = unsupported(name, device, dtype)
+    if (
+        reason is not None
+        or name == "reference"
+        or device.type == "cpu"
+        or "statistics" not in kernels.load(name).__all__
+    ):
+        return reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _try(name, device)
+
+
 def _device(device: object) -> torch.device:
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device: got {type(device).__name__}, expected a str, a torch.device or None")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
+import textwrap
+from fractions import Fraction
 
 import torch
 
@@ -16,34 +20,64 @@ from fused_po.planner.report import report
 from fused_po.planner.work import LOSSES, Work
 from fused_po.schedule import CPU_TILE_BYTES, GPU_TILE_BYTES, default_budget
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+PREFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNITS = {"": 1, "B": 1, **{f"{prefix}B": factor for prefix, factor in PREFIXES.items()}}
+LARGEST = 2**63 - 1  # of counts and sizes: what tensors can have
+NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:E[+]?\d{1,2})?)\s*([A-Z]*)")
+NARROWEST, TO_COPY = 40, "to repeat: "  # columns; what begins a line that holds a command
 GEMM_ROWS, GEMM_COLUMNS = 2048, 2**15  # at most, of the product that --measure times
 
 
+def scaled(text: str, units: dict[str, int]) -> Fraction | None:
+    """The number with its unit, exactly, up to LARGEST; None if it is none."""
+    found = NUMBER.fullmatch(text.strip().upper())
+    unit = found and units.get(found[2])
+    value = Fraction(found[1]) * unit if unit else None
+    return None if value is None or value > LARGEST else value
+
+
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are integers above 0")
-    return int(text)
+    """An integer above 0: 2048, 2k (2000), 2Ki (2048), 1e6."""
+    value = scaled(text, {"": 1, **PREFIXES})
+    if value is None or value < 1 or value.denominator != 1:
+        allowed = "integers above 0, such as 2048, 2k (2000), 2Ki (2048) or 1e6"
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {allowed}")
+    return int(value)
 
 
 def size(text: str) -> int:
-    """Bytes: 0, 512MiB, 2GiB, 1.5GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
-    unit = found and UNITS.get(found[2])
-    if not unit:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes such as 0, 512MiB, 2GiB or 80GB")
-    return int(float(found[1]) * unit)
+    """Bytes: 0, 512MiB, 2GiB, 1.5GB, 4e9."""
+    value = scaled(text, UNITS)
+    if value is None:
+        allowed = "bytes such as 0, 512MiB, 2GiB, 80GB or 4e9"
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {allowed}")
+    return int(value)
+
+
+def fitted(text: str) -> str:
+    """The text with its lines wrapped at the terminal's width, or COLUMNS; whole lines where nobody looks."""
+    asked = os.environ.get("COLUMNS", "")
+    if not asked.isdecimal() and not (sys.stdout and sys.stdout.isatty()):
+        return text
+    width = max(NARROWEST, shutil.get_terminal_size().columns)
+    lines = []
+    for line in text.split("\n"):
+        if len(line) > width and not line.startswith(TO_COPY):
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            lines += textwrap.wrap(
+                line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def refused(message: str, as_json: bool) -> int:
+    """Say why the command does not run; the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message}))
+    return 2
 
 
 def share(text: str) -> float:
@@ -112,7 +146,7 @@ def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
     if not args.measure:
         return stated
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print(f"measuring a GEMM and a copy on {kind} ...", file=sys.stderr)
     dtype = gemm_dtype(kind, head.dtype, torch.float32)
     rows, columns = min(GEMM_ROWS, args.tokens), min(-(-head.vocab // args.tp), GEMM_COLUMNS)
@@ -210,8 +244,7 @@ def plan(args: argparse.Namespace) -> int:
         device = chosen_device(args, head)
         work = chosen_work(args, head, device)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(str(error), args.json)
     free = device.memory if args.free is None else args.free
     found = {
         "head": head._asdict() | {"dtype": str(head.dtype)},
@@ -220,5 +253,5 @@ def plan(args: argparse.Namespace) -> int:
         "free bytes": free,
         **report(work, device, free, human),
     }
-    print(json.dumps(found, indent=1) if args.json else text(found))
+    print(json.dumps(found, indent=1) if args.json else fitted(text(found)))
     return 0 if found["fits"] else 1

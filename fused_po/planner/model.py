@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import threading
 from pathlib import Path
 from typing import NamedTuple, Optional
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -32,6 +37,7 @@ BIASED = {
     "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
 }  # fmt: skip
 WITHOUT_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|\w*Embedding|RewardModel)$")
+PATIENCE = 5  # seconds to wait for a connection to the Hub
 INSTEAD = "--vocab and --hidden plan any head"
 
 
@@ -85,6 +91,9 @@ def _from_hub(model: str) -> dict:
         try:
             return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).to_dict()
         except OSError:
+            reason = unreachable()
+            if reason is not None:
+                raise ConnectionError(f"it is not in the cache, and {reason}") from None
             return AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict()
     except Exception as error:  # the Hub's, the network's and transformers' errors are of many types
         first = str(error).strip().splitlines()[0]
@@ -92,6 +101,30 @@ def _from_hub(model: str) -> dict:
             f"--model: got {model!r}, no file or folder here, and transformers cannot load its configuration "
             f"({first}). Give the path of its config.json; {INSTEAD}"
         ) from None
+
+
+def unreachable() -> Optional[str]:
+    """Why the Hub cannot be asked, within seconds: transformers would go on trying for half a minute."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{name} is set"
+    if getproxies():  # who speaks to the Hub for us
+        return None
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    place = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
+    answers: list[Optional[str]] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(place, timeout=PATIENCE).close()
+            answers.append(None)
+        except OSError as error:
+            answers.append(f"{place[0]} cannot be reached: {error}")
+
+    waiting = threading.Thread(target=connect, daemon=True)  # a name server that is silent has no other timeout
+    waiting.start()
+    waiting.join(PATIENCE)
+    return answers[0] if answers else f"{place[0]} does not answer in {PATIENCE} s"
 
 
 def head_of(config: dict, name: str) -> HeadShape:
