@@ -175,11 +175,18 @@ def test_the_loss_is_the_one_trainer_asks_for(name):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_scored_is_a_differentiable_zero():
+@pytest.mark.parametrize(
+    "count", (None, 0, 0.0, torch.tensor(0), torch.tensor(0.0), torch.tensor([0])), ids=lambda c: str(c)
+)
+def test_nothing_scored_is_a_differentiable_zero(count):
+    """Trainer counts 0 tokens in a step of which everything is masked."""
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
-    out = model(ids, labels=torch.full_like(labels, IGNORE), fused=True)
-    out.loss.backward()
-    assert out.loss == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    for how in ({"fused": True}, {"fused": True, "outputs": ("entropy",), "temperature": 0.7}):
+        model.zero_grad()
+        out = model(ids, labels=torch.full_like(labels, IGNORE), num_items_in_batch=count, **how)
+        out.loss.sum().backward()
+        assert (out.loss == 0).all() and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+        assert model.lm_head.weight.grad is not None
 
 
 def test_always_and_copies():

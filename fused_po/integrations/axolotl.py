@@ -4,7 +4,8 @@
       - fused_po.integrations.axolotl.FusedPOPlugin
 
 axolotl imports the class by that name. Supervised training goes through `integrations.transformers`, `rl:` through
-`integrations.trl`. Written for axolotl 0.19.
+`integrations.trl`, which needs TRL 1.15 or later: axolotl 0.19 pins TRL 1.9, and 0.21 pins 1.14.1. Written for
+axolotl 0.19.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ def _plugin() -> type:
                         f"{option}: is set beside FusedPOPlugin, and both replace the loss head; leave one of them out"
                     )
             if cfg.get("rl"):
-                from fused_po.integrations import trl
-
-                trl.patch()
+                _patch_trl(cfg.get("rl"))
 
         def post_model_load(self, cfg: Any, model: Any) -> None:
             if not cfg.get("rl") and not cfg.get("reward_model"):
@@ -38,6 +37,20 @@ def _plugin() -> type:
 
     FusedPOPlugin.__module__ = __name__
     return FusedPOPlugin
+
+
+def _patch_trl(rl: Any) -> None:
+    from fused_po.integrations import trl
+
+    try:
+        trl.patch()
+    except RuntimeError as error:
+        got = str(getattr(rl, "value", rl))
+        raise RuntimeError(
+            f"rl: got {got!r} with FusedPOPlugin, which needs TRL >= 1.15 there, and axolotl pins an older one (0.19: "
+            "1.9, 0.21: 1.14.1). Leave the plugin out of this run, or install such a TRL over the pin, which axolotl "
+            f"has not tested; without rl: the plugin needs no TRL. ({error})"
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

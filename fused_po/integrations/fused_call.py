@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
@@ -44,6 +45,14 @@ running = Running()
 lock = threading.Lock()  # for changes of a model's hooks
 
 
+def warned(why: str, *values: Any) -> bool:
+    """True, said in a warning."""
+    if not torch.compiler.is_compiling():
+        why = why.format(*(called(value) if callable(value) else value for value in values))
+        warnings.warn(f"fused: this call makes all its logits, since {why}; see fuse_lm_head", stacklevel=4)
+    return True
+
+
 class State:
     """What the parts that fuse_lm_head puts into one model share. It holds no reference to the model."""
 
@@ -72,10 +81,11 @@ class State:
         hooks = head._forward_pre_hooks
         if self.head is head and list(hooks)[-1:] == [self.place]:
             return
+        if self.head is head and self.place in hooks:
+            hooks.move_to_end(self.place)
+            return
         with lock:
-            if self.head is head and self.place in hooks:
-                hooks.move_to_end(self.place)
-            else:
+            if self.head is not head or self.place not in hooks:
                 self.detach()
                 self.head, self.hook = head, head.register_forward_pre_hook(self.divert, with_kwargs=True)
                 self.place = self.hook.id
@@ -134,16 +144,16 @@ class State:
             return -call.stats.logps.sum() / torch.where(count == 0, 1, count)
         return -call.stats.logps.sum() / (1 if count == 0 else count)
 
-    def why_whole(self, model: nn.Module, head: nn.Module) -> Optional[str]:
-        """What has changed what the model does to its logits since it was measured, or None."""
+    def is_whole(self, model: nn.Module, head: nn.Module) -> bool:
+        """Whether something else works on the logits than what was measured. Then it warns; not while compiling."""
         for hook in changes_of(head):
             if hook not in self.known:
-                return f"{called(hook)} is put on lm_head, or on all modules, or replaces its forward"
+                return warned("{} is put on lm_head, or on all modules, or replaces its forward", hook)
         for (place, name), value in self.settings.items():
             now = getattr(probe.places(model)[place], name, None)
             if now != value:
-                return f"{name} is {now}, and was {value} when fuse_lm_head measured the model"
-        return None
+                return warned("{} is {}, and was {} when fuse_lm_head measured the model", name, now, value)
+        return False
 
     def logits_of(self, call: Call) -> LazyLogits:
         """The logits that the plain forward has, for an evaluation: computed if something reads them."""

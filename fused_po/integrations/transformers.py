@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
@@ -65,11 +64,8 @@ class _FusedForward:
         names = ("logps",) if outputs is None else tuple(dict.fromkeys(("logps", *outputs)))
         head = self.model.get_output_embeddings()
         state.attach(head)
-        why = state.why_whole(self.model, head)
-        if why is not None:
-            warnings.warn(f"fused: this call makes all its logits, since {why}; see fuse_lm_head", stacklevel=2)
-        temperature = 1.0 if temperature is None else temperature
-        call = Call(names, temperature, shift_labels, num_items_in_batch, why is not None)
+        whole = state.is_whole(self.model, head)
+        call = Call(names, 1.0 if temperature is None else temperature, shift_labels, num_items_in_batch, whole)
         result = _run(self.model, state, call, *args, **kwargs, labels=some_labels)
         evaluates = implied and not torch.is_grad_enabled()
         return _with_stats(result, state, call, self.logits_of if evaluates else None)
