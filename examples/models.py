@@ -317,7 +317,7 @@ def decoder_head(model) -> dict:
         try:
             states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         except (AttributeError, TypeError):
-            states = given[..., :0]
+            states = torch.full_like(given, math.nan)
     factor = float((given * states).sum() / states.square().sum()) if given.shape == states.shape else math.nan
     if not torch.allclose(given, factor * states, rtol=1e-3, atol=1e-5) or (
         abs(factor - 1) > 1e-5 and found["bias"] is not None

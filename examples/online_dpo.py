@@ -1,7 +1,7 @@
 """Online DPO: two answers of the policy to each prompt, judged, become a pair; DPO on such pairs.
 
     python examples/online_dpo.py             # a tiny Llama on the shipped data, minutes on a CPU
-    python examples/online_dpo.py --model runs/reward/sft --reward-model runs/reward/model
+    python examples/online_dpo.py --model runs/reward/sft --reward-model runs/reward/model --lr 1e-3
 
 Rows have a prompt. The judge is the checking program, a function or a reward model: of the two answers that with the
 higher reward is chosen, and where both are rewarded alike there is no pair. The loss is that of dpo.py,

@@ -2,7 +2,7 @@
 
     python examples/ppo.py                    # a tiny Llama on the shipped data, minutes on a CPU
     python examples/ppo.py --kl-in loss --kl-estimator full
-    python examples/ppo.py --model runs/reward/sft --reward-model runs/reward/model --dataset prompts.jsonl ...
+    python examples/ppo.py --model runs/reward/sft --reward-model runs/reward/model --lr 1e-3 --dataset ...
     torchrun --nproc-per-node=2 examples/ppo.py --parallel fsdp               # or ddp, tp: see parallel.py
 
 Rows have a prompt. A step is a rollout, one answer to a prompt, with its updates: --num-ppo-epochs times

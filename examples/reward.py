@@ -1,7 +1,7 @@
 """A reward model: a scalar head on the supervised model, trained on pairs by Bradley and Terry's likelihood.
 
     python examples/reward.py                 # a tiny Llama on the shipped data, minutes on a CPU
-    python examples/reward.py --model runs/sft/model        # from a run of sft.py
+    python examples/reward.py --model runs/sft/model --lr 1e-3        # from a run of sft.py
     python examples/reward.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --test-dataset test.jsonl
 
 Rows have prompt, chosen, rejected. With --pairs sampled, the default on the shipped data, only their prompts are taken:

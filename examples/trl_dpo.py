@@ -4,7 +4,8 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/trl_dpo.py --model ...
 
 The configurations in examples/accelerate/ are DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3. Every flag of TRL's
-DPOConfig is taken (--per_device_train_batch_size, --beta, ...). Without --model a tiny Llama is built on the pairs.
+DPOConfig is taken (--per_device_train_batch_size, --beta, --save_strategy, --resume_from_checkpoint, ...). Without
+--model a tiny Llama is built on the pairs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> trl.DPOTrainer:
     taken = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
     pairs = datasets.Dataset.from_list([{key: row[key] for key in taken if key in row} for row in rows])
     trainer = trl.DPOTrainer(path, args=config, train_dataset=pairs, processing_class=models.load_tokenizer(path))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     return trainer
 
 

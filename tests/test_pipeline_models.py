@@ -101,7 +101,7 @@ DROPOUT = {
     "Falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.2,
                    attention_dropout=0.2),  # read from the configuration in the forward
     "Llama": LLAMA | dict(attention_dropout=0.3),  # given to the attention function
-    "Mpt": dict(d_model=32, n_heads=4, n_layers=2, emb_pdrop=0.2, resid_pdrop=0.2),
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
     "Mixtral": LLAMA | dict(num_local_experts=4, router_jitter_noise=0.3),
 }  # fmt: skip
 

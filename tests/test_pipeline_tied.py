@@ -1,6 +1,7 @@
 """Tied embeddings in every script of examples/: train, checkpoint, resume bit for bit, save, reload."""
 
 import copy
+import importlib.util
 import json
 
 import pipeline
@@ -82,6 +83,31 @@ def test_a_tied_model_from_start_to_end(kind, name, lora, words, tmp_path):
             assert torch.equal(state[key.removeprefix("policy.")], value), key
     if name != "reward":
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_a_tied_model(words, tmp_path, monkeypatch):
+    """All four stages from a tied model; one that was stopped goes on from its checkpoint."""
+    found = importlib.util.spec_from_file_location("whole_pipeline", pipeline.EXAMPLES / "pipeline.py")
+    whole = importlib.util.module_from_spec(found)
+    found.loader.exec_module(whole)
+    given = lambda model, tokenizer, rows, *args, **how: [  # noqa: E731
+        {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows
+    ]
+    monkeypatch.setattr(models, "sampled_pairs", given)  # a model of two steps answers nothing right
+    flags, lengths = words("Qwen3"), "--max-prompt-length 48 --max-length 96 --steps 2 --batch-size 4 --lr 1e-3"
+    all_of = [*flags[: flags.index("--steps")], "--output", str(tmp_path / "run")]
+    all_of += [f"--{stage}-flags={lengths} --eval-every 1 --checkpoint-every 1" for stage in whole.FLAGS]
+    whole.train(whole.parse(all_of))
+    dpo = tmp_path / "run" / "dpo"
+    trained, rows = weights(dpo), metrics(dpo)
+    common.remove(dpo / "model")
+    common.remove(common.checkpoint(dpo, 2))
+    whole.train(whole.parse([*all_of, "--resume"]))
+    assert metrics(dpo) == rows and all(torch.equal(value, trained[key]) for key, value in weights(dpo).items())
+    for stage in ("sft", "ppo", "dpo"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / stage / "model")
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_the_frozen_reference_stays_tied(words):

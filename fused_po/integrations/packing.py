@@ -26,7 +26,6 @@ Run = Callable[[Tensor, Optional[Tensor]], Tensor]  # ids [R, L], positions [R, 
 _passed: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # how long a model's rows may be
 
 
-@torch.compiler.disable
 def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1) -> None:
     """Measure a model before its first packed row, and again before the first one longer than another of its windows.
 

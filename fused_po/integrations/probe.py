@@ -39,6 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        torch.clear_autocast_cache()  # older torch would go on with casts made in here, which have no gradients
 
 
 def measure(

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
 from fused_po.integrations import packing
@@ -138,6 +139,7 @@ def end_to_end(base: nn.Module, forward: Callable) -> Callable:
     return packed
 
 
+@torch.compiler.disable
 def check_kept_apart(base: nn.Module, row_length: int) -> None:
     """ValueError if a sequence's hidden states depend on the others in the row, or its positions on its place in it."""
 
