@@ -70,7 +70,7 @@ def words(tmp_path_factory):
 def canned(model, tokenizer, rows, args, longest, **how):
     """In place of sampling: an answer of the data, a bad one every third time, so that rewards differ."""
     answers = [row["rejected_ids" if sum(row["prompt_ids"]) % 3 == 0 else "chosen_ids"][:longest] for row in rows]
-    return [{**row, "answer_ids": ids, "answer": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
+    return [{**row, "answer_ids": ids, "answer_text": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
 
 
 def trained_parameters(model) -> list:
