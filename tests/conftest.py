@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
 
 
-if os.environ.get("PYTEST_XDIST_WORKER"):
+if os.environ.get("PYTEST_XDIST_WORKER") and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # a process a core
 
 
