@@ -3,6 +3,7 @@
 #   make test ARGS="-k dpo"              arguments for the program behind a target
 #   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
 #   make fuzz CASES=100000 SEED=7        more cases than the 20,000, and these again
+#   make test-arithmetic TIMES=3         each setting three times
 #   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
 #   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
 #   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
@@ -11,6 +12,7 @@ PYTHON ?= python3
 PIP_INSTALL ?=
 ARGS ?=
 CASES ?= 20500
+TIMES ?= 1
 SEED ?=
 
 ifdef NO_VENV
@@ -24,10 +26,10 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fuzz integrations bench peers lint gpu-check clean own-packages
+.PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers lint gpu-check clean own-packages
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(READY) ## install fused_po, editable, with all that the other targets need
 
@@ -39,6 +41,9 @@ test: $(READY) ## the ordinary tests, on all cores
 
 test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
+
+test-arithmetic: $(READY) ## the ordinary tests under each instruction set, with 1 and 2 threads: a table of counts
+	$(RUN) tests/arithmetic.py --times $(TIMES) -- -m "not slow" $(WORKERS) $(ARGS)
 
 fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: counts and a histogram in runs/fuzz
 	rm -rf runs/fuzz

@@ -176,6 +176,32 @@ def assert_within(
     return max(0.0, beyond), most
 
 
+RUNS = 16  # of a training, or of anything else whose error is one number: what `assert_error` takes
+
+
+def nudge(seed: int, *models: torch.nn.Module | None) -> None:
+    """Move every weight to a neighbouring number, up or down at random, so that a run rounds anew. Seed 0: do nothing.
+
+    The error of one run is luck of the processor: other sums of the same terms may err ten times as much.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    for model in {id(m): m for m in models if m is not None and seed}.values():
+        for p in model.parameters():
+            up = torch.randint(2, p.shape, generator=draw, dtype=p.dtype)
+            p.data = torch.nextafter(p.data, (2 * up - 1).to(p.device) * torch.inf)
+
+
+def assert_error(name: str, ours: float, theirs: list[float], rounding: float = 0.0) -> None:
+    """One error at most twice theirs, of RUNS runs together, plus a rounding.
+
+    Theirs is the root of the sum of squares: at least their largest, and a lucky run lowers it little. If all errors
+    are normal and equally wide, one of ours in two million is beyond twice that (Student's t of 16 beyond 8).
+    """
+    assert len(theirs) == RUNS
+    allowed = 2 * math.hypot(*theirs) + rounding
+    assert ours <= allowed, f"{name}: off by {ours:.2e}, allowed {allowed:.2e}"
+
+
 @contextlib.contextmanager
 def count_launches():
     """A list that collects the names of the Triton kernels launched meanwhile, on a GPU or interpreted."""

@@ -221,8 +221,8 @@ def test_an_unknown_output_is_an_error():
 
 def test_a_low_precision_pass_over_wide_weights(seed):
     """Hidden states below the head's precision are multiplied in their own, as TRL does."""
-    hidden, weight = torch.randn(9, 16).bfloat16(), torch.randn(V, 16)
-    targets = torch.randint(0, V, (9,))
+    hidden, weight = torch.randn(512, 16).bfloat16(), torch.randn(V, 16)
+    targets = torch.randint(0, V, (512,))
     with patched():
         ours = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0, ())[0]
     exact = (hidden.double() @ weight.bfloat16().double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]

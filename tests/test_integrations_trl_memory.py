@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from helpers import RUNS, assert_error, nudge
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_integrations_trl_runs import a2po, cpo, dpo, grpo, kto, lora, online_dpo, orpo, rloo, sft, tpo
 from torch._library.custom_ops import OPDEFS
@@ -70,15 +71,26 @@ def test_no_logits_with_lora(trainer, tmp_path):
 def test_evaluation(trainer, tmp_path):
     """The same losses and metrics from `evaluate`, and no logits for it."""
     make = trainer(tmp_path, **LIKE)
+
+    def evaluated(made) -> dict[str, float]:
+        found = made.evaluate(made.train_dataset)
+        return {name: value for name, value in found.items() if not name.endswith(("runtime", "per_second"))}
+
+    stock = []
+    for seed in range(RUNS):
+        made = make(torch.float32)
+        nudge(seed, made.model, getattr(made, "ref_model", None))
+        stock.append(evaluated(made))
+    with plain_head():
+        truth = evaluated(make(torch.float64))
     made = make(torch.float32)
-    stock = made.evaluate(made.train_dataset)
     with patched(Schedule(tile_bytes=ROWS * 4 * WIDE)), Tallest() as seen:
-        ours = made.evaluate(made.train_dataset)
+        ours = evaluated(made)
     assert 0 < seen.rows <= ROWS
-    assert ours.keys() == stock.keys()
-    eps, largest = torch.finfo(torch.float32).eps, max(abs(v) for n, v in stock.items() if "logps" in n)
-    for name in (n for n in stock if not n.endswith(("runtime", "per_second"))):
-        assert ours[name] == pytest.approx(stock[name], rel=0, abs=4 * eps * largest), name
+    assert ours.keys() == stock[0].keys() == truth.keys()
+    rounding = torch.finfo(torch.float32).eps * max(abs(v) for n, v in truth.items() if "logps" in n)
+    for name, value in truth.items():
+        assert_error(name, abs(ours[name] - value), [abs(run[name] - value) for run in stock], rounding)
 
 
 def test_who_wants_outputs_gets_logits(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import trl
+from helpers import RUNS
 from peft import PromptTuningConfig, get_peft_model
 from test_integrations_trl_runs import lora
 from test_packaging import ROOT, python
@@ -18,7 +19,6 @@ from trl.trainer import utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import (
     ARGS,
-    RUNS,
     SPECIAL,
     STEPS,
     WORDS,

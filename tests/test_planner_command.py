@@ -224,7 +224,7 @@ def test_every_device_is_stated_in_full():
 
 
 def test_a_plan_is_quick_and_makes_no_tensor_of_its_size(capsys):
-    begin = time.perf_counter()
+    begin = time.process_time()
     found(capsys, "--vocab", "10000000", "--hidden", "100000", "--tokens", "1000000", "--pairs", "1000", "--tp", "4096")
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert not torch.cuda.is_initialized()

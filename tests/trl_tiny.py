@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import random
 from collections.abc import Callable
 from typing import NamedTuple, Optional
@@ -19,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 
 import datasets
+from helpers import RUNS, assert_error, nudge
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl.trainer import utils
@@ -29,7 +29,6 @@ datasets.disable_progress_bars()
 gc.freeze()  # every training collects garbage: what the imports left need not be looked at
 
 STEPS = 5
-RUNS = 16  # of the stock trainer: what its error is taken from
 WORDS = [f"w{i}" for i in range(20)]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 V = len(SPECIAL) + len(WORDS)
@@ -148,26 +147,12 @@ def plain_head():
     utils._ChunkedLogProbFunction = stock
 
 
-def nudge(trainer, seed: int) -> None:
-    """Move every weight of the policy and the reference to a neighbouring number, up or down at random."""
-    draw = torch.Generator().manual_seed(seed)
-    models = {id(m): m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None}
-    for parameter in (p for m in models.values() for p in m.parameters()):
-        up = torch.randint(2, parameter.shape, generator=draw, dtype=parameter.dtype)
-        parameter.data = torch.nextafter(parameter.data, (2 * up - 1) * torch.inf)
-
-
 def stock_runs(make: Callable[[torch.dtype], object]) -> tuple[list[Run], Run]:
-    """(fp32 runs of the stock trainer, the truth): `make(dtype)` gives a fresh trainer of weights drawn in fp32.
-
-    One run's error is luck of the processor: of the same weights, other sums of the same terms may err ten times as
-    much. So all runs but the first are nudged, which draws every rounding again.
-    """
+    """(fp32 runs of the stock trainer, the truth): `make(dtype)` gives a fresh trainer of weights drawn in fp32."""
     runs = []
     for seed in range(RUNS):
         trainer = make(torch.float32)
-        if seed:
-            nudge(trainer, seed)
+        nudge(seed, trainer.model, getattr(trainer, "ref_model", None))
         runs.append(train(trainer))
     with plain_head():
         return runs, train(make(torch.float64))
@@ -183,10 +168,8 @@ def assert_equal_training(make: Callable, ours: Optional[Callable] = None) -> Ru
 
 
 def assert_equal_runs(stock: list[tuple[Run, Run]], ours: Run, truth: Run) -> None:
-    """Our error may be twice stock's, in the largest of all steps, plus a rounding. stock: (a run, its truth).
+    """Our largest error of all steps may be what `assert_error` allows. stock: (a run, its truth).
 
-    Stock's error is the root of the sum of squares of its runs' errors. It is at least their largest, and a lucky run
-    lowers it little: if errors are normal and as large as ours, one of ours in two million is beyond twice that of 16.
     An error counts relative to its tensor. The rounding of a metric is that of the largest one logged, since many are
     differences of summed log-probs.
     """
@@ -197,8 +180,7 @@ def assert_equal_runs(stock: list[tuple[Run, Run]], ours: Run, truth: Run) -> No
         units = {name: size(value) for name, value in truth[at].items() if name not in COUNTS}
         for name, error in errors(ours[at], truth[at]).items():
             rounding = eps * (max(units.values()) / units[name] if kind == "metrics" else 1) if name in units else 0
-            allowed = 2 * math.hypot(*(error[name] for error in theirs)) + rounding
-            assert error <= allowed, f"{kind} {name}: off by {error:.2e} of its size, allowed {allowed:.2e}"
+            assert_error(f"{kind} {name}", error, [other[name] for other in theirs], rounding)
 
 
 def size(value: Tensor) -> float:
