@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Optional
 
@@ -23,7 +22,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 WINDOWS = ("window", "chunk", "local")  # parts of the names of a configuration's windows, which set lengths alone
 Run = Callable[[Tensor, Optional[Tensor]], Tensor]  # ids [R, L], positions [R, L] or None -> hidden states [R, L, H]
 
-_passed: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # how long a model's rows may be
+PASSED = "_fused_po_packed_rows"  # the attribute of a model that says how long its rows may be; a copy has it, too
 
 
 def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1) -> None:
@@ -36,7 +35,7 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
     Raises:
         ValueError: it does not keep the sequences apart. The message has no way out; the caller adds it.
     """
-    if row_length <= _passed.get(model, -1):
+    if row_length <= vars(model).get(PASSED, -1):
         return
     config = model.config.get_text_config()
     windows = [
@@ -57,7 +56,7 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
             f"model: {type(model).__name__} with attn_implementation={attention!r} does not keep the sequences of one "
             f"row apart by position_ids; {why}"
         )
-    _passed[model] = min((value for value in (*windows, limit) if value >= row_length), default=sys.maxsize)
+    setattr(model, PASSED, min((value for value in (*windows, limit) if value >= row_length), default=sys.maxsize))
 
 
 @contextlib.contextmanager
@@ -138,11 +137,12 @@ def _rounded(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, draw: t
 
 
 def _can_differentiate(model: nn.Module) -> bool:
-    """Whether all weights are here: engines that cut them want a backward of their own."""
-    whole = all(
-        type(p.data) is Tensor and not hasattr(p, "ds_id") and p.device.type != "meta" for p in model.parameters()
-    )
-    return whole and not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    """Whether all weights are here to stay: engines that cut them free them in a backward of their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    cut = (isinstance(m, FSDPModule) or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    whole = (type(p.data) is Tensor and not hasattr(p, "ds_id") and p.device.type != "meta" for p in model.parameters())
+    return all(whole) and not any(cut)
 
 
 def _sees_others(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, places: list) -> bool:
