@@ -166,6 +166,10 @@ def looked_at(value: Tensor) -> bool:
     return has_values(value) and (value.device.type == "cpu" or debug())
 
 
+class InPlaceError(ValueError, RuntimeError):
+    """Logits that no gradient can be written over: a bad argument, and what PyTorch's own in-place ops raise for it."""
+
+
 def inplace(inplace_backward: object, logits: Tensor) -> None:
     """Refuse what is no flag, and a leaf: its gradient would lie where its values are, as `.grad` and as data."""
     flags(inplace_backward=inplace_backward)
@@ -173,7 +177,7 @@ def inplace(inplace_backward: object, logits: Tensor) -> None:
         return
     base = logits if logits._base is None else logits._base
     if base.requires_grad and base.is_leaf:
-        raise ValueError(
+        raise InPlaceError(
             "inplace_backward: got logits that are a leaf that requires grad, or a view of one, whose values the "
             "gradient would overwrite; leave it False, or pass what was computed from the leaf"
         )
@@ -214,13 +218,13 @@ def overwritable(logits: Tensor, inplace_backward: bool, ref_logits: Optional[Te
     The same view as both logits and ref_logits is allowed: each element is read before it is overwritten.
     """
     if inplace_backward and _overlap(logits.shape, logits.stride()):
-        raise ValueError(
+        raise InPlaceError(
             f"inplace_backward: got logits of shape {tuple(logits.shape)} and strides {tuple(logits.stride())}, whose "
             "elements share memory (expand, unfold, as_strided), so that no gradient can be written over them; leave "
             "it False, or pass logits.contiguous()"
         )
     if inplace_backward and ref_logits is not None and _share_memory(logits, ref_logits):
-        raise ValueError(
+        raise InPlaceError(
             "inplace_backward: got ref_logits that share memory with logits, which the gradient would overwrite; leave "
             "it False, or pass ref_logits.clone()"
         )

@@ -221,7 +221,7 @@ def assert_same(what: str, got: dict, expected: dict, order_may_change: bool) ->
             assert torch.equal(value, expected[key]), f"{what}: {key} differs by {(value - expected[key]).abs().max()}"
 
 
-@pytest.mark.parametrize("form, backend", by_backend(FORMS))
+@pytest.mark.parametrize("form, backend", list(by_backend(FORMS)))
 def test_every_argument_in_every_layout(form, backend, seed):
     t = problem()
     layouts = LAYOUTS if backend == "reference" or DEVICE == "cuda" else {"step": step, "expanded": expanded}
@@ -242,7 +242,7 @@ LABELLED = [
 ]
 
 
-@pytest.mark.parametrize("form, backend", by_backend(LABELLED))
+@pytest.mark.parametrize("form, backend", list(by_backend(LABELLED)))
 def test_labels_with_ignored_ones_and_of_every_dtype(form, backend, seed):
     t = problem()
     for which in ("labels", "some_labels"):
