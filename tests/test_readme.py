@@ -62,8 +62,10 @@ def test_hidden_states_and_a_head(problem):
     expected = wanted(problem, KL_COEF)
     exec("import torch, fused_po", problem)
     (scale, softcap), code = MODELS[problem["name"]][1], LINEAR
-    assert "logit_scale=1.0, softcap=None," in code
-    exec(code.replace("logit_scale=1.0, softcap=None,", f"logit_scale={scale}, softcap={softcap},"), problem)
+    for said, own in (("logit_scale=1.0,", f"logit_scale={scale},"), ("softcap=None,", f"softcap={softcap},")):
+        assert said in code
+        code = code.replace(said, own)
+    exec(code, problem)
     check(problem, problem["out"].loss, expected)
 
 
