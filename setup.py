@@ -20,7 +20,7 @@ backends = sorted(path.parent.name for path in (root / "kernels").glob("*/__init
 demo = ["transformers>=5.17", "tokenizers", "safetensors", "peft", "pyyaml", "tqdm", "matplotlib"]
 data = ["datasets"]
 bench = ["pytest-benchmark", "matplotlib", "trl", "liger-kernel"]
-test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ninja", "trl", "peft", "accelerate"]
+test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "ninja", "trl", "peft", "accelerate"]
 
 
 def compiled() -> dict:

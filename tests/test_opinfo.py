@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from helpers import DEVICE
 
 import fused_po
 
 database = pytest.importorskip(
     "torch.testing._internal.common_methods_invocations", reason="torch has no OpInfo samples here"
 )
-pytestmark = pytest.mark.slow
-SAMPLES = {"reference": 200, "triton": 6}  # of each operator: interpreted rows take time
+BACKENDS = ("reference", pytest.param("triton", marks=pytest.mark.slow))  # interpreted rows take time
+SAMPLES = {"reference": 200, "triton": 6}  # of each operator
 
 
 def samples(name: str, count: int):
@@ -54,9 +54,7 @@ def test_heads(backend, seed):
         if weight.ndim != 2 or not weight.numel() or not hidden.numel():
             continue
         bias = bias[0] if bias else sample.kwargs.get("bias")
-        labels = torch.randint(0, len(weight), (*hidden.shape[:-1], 2), device=DEVICE)[
-            ..., 1
-        ]  # strided, with an offset
+        labels = torch.randint(0, len(weight), (*hidden.shape[:-1], 2), device=DEVICE)[..., 1]  # strided, offset
         ours = fused_po.linear_logps(hidden, weight, labels, bias, backend=backend).logps
         wide = None if bias is None else bias.double()
         exact = torch.nn.functional.linear(hidden.double(), weight.double(), wide)
