@@ -177,15 +177,15 @@ def test_edits_after_a_compiled_forward(name):
 @pytest.mark.parametrize(
     "name, outputs, numbers",
     [
-        ("logps", ("logps",), 2),
-        ("logps", STATS, 3),
-        ("linear", ("logps",), 2),
+        ("logps", ("logps",), 3),
+        ("logps", STATS, 4),
+        ("linear", ("logps",), 3),
         ("linear", ("logps", "entropy"), 4),
         ("linear", ("logps", "lse"), 3),
     ],
 )
 def test_numbers_saved_of_a_token(name, outputs, numbers):
-    """What a backward reads of a token's results: shift and norm, and copies of those results that it needs."""
+    """What a backward reads of a token's results: shift, norm and log-prob, and the entropy if it is an output."""
     t, saved = tensors(), []
     own = {storage(value) for value in t.values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
