@@ -87,20 +87,20 @@ def parser(
     )
     add("--output", help="folder for the run; without it runs/<script>, or the next free runs/<script>-N")
     add("--resume", action="store_true", help="continue the run in --output (or runs/<script>), bit for bit")
-    told = f"supervised steps before; 0: the model as it is. Without it {warm_up}, 0 with --model"
-    add("--sft-steps", type=int, help=told)
-    told = f"learning rate of the supervised steps. Without it {TINY_RATE:g}, {SFT_RATES[0]:g} with --model"
-    add("--sft-lr", type=float, help=told)
+    text = f"supervised steps before; 0: the model as it is. Without it {warm_up}, 0 with --model"
+    add("--sft-steps", type=int, help=text)
+    text = f"learning rate of the supervised steps. Without it {TINY_RATE:g}, {SFT_RATES[0]:g} with --model"
+    add("--sft-lr", type=float, help=text)
     add("--steps", type=int, default=800, help="optimizer steps")
-    told = f"Without it {TINY_RATE:g}; with --model {rates[0]:g}, with --lora too {rates[1]:g}"
-    add("--lr", type=float, help=f"highest learning rate: up over a tenth of the steps, down a cosine. {told}")
+    text = f"Without it {TINY_RATE:g}; with --model {rates[0]:g}, with --lora too {rates[1]:g}"
+    add("--lr", type=float, help=f"highest learning rate: up over a tenth of the steps, down a cosine. {text}")
     add("--batch-size", type=int, default=32, help="rows an optimizer step")
     add("--micro-batch-size", type=int, default=0, help="rows at once; gradients add up to a whole batch's. 0: all")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are cut to this length")
     add("--max-prompt-length", type=int, default=512, help="tokens; rows with longer prompts are left out")
     add("--max-length", type=int, default=1024, help="tokens of prompt and answer; longer answers are cut")
-    told = "sequences end to end, positions anew for each, no padding; an error if the model mixes such sequences"
-    add("--padding-free", action=flag, default=False, help=told)
+    text = "sequences end to end, positions from 0 for each, no padding; an error if the model mixes such sequences"
+    add("--padding-free", action=flag, default=False, help=text)
     add("--keep-dropout", action=flag, default=False, help="train with the model's dropout; the reference has none")
     add(
         "--lora",

@@ -180,7 +180,7 @@ RUNS = 16  # of a training, or of anything else whose error is one number: what 
 
 
 def nudge(seed: int, *models: torch.nn.Module | None) -> None:
-    """Move every weight to a neighbouring number, up or down at random, so that a run rounds anew. Seed 0: do nothing.
+    """Move every weight to a neighbouring number, up or down at random: other roundings. Seed 0: do nothing.
 
     The error of one run is luck of the processor: other sums of the same terms may err ten times as much.
     """

@@ -291,7 +291,7 @@ def test_forward_mode_through_what_a_loss_function_reads():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_constants_inside_forward_mode(name):
-    """What has no tangent is computed as ever: a frozen model's log-probs, or what was detached."""
+    """What has no tangent is computed as usual: a frozen model's log-probs, or what was detached."""
     row, t = ROWS[name], tensors()
     argument = (*row.leaves, *row.constants)[0]
     expected = named(row.call(t))

@@ -86,5 +86,5 @@ def test_the_real_pinned_trl(tmp_path):
     if not folder:
         pytest.skip("FUSED_PO_TRL_1_14 names no folder with TRL 1.14.1")
     path = os.pathsep.join((folder, str(ROOT)))
-    told = python(BASE + CODE, tmp_path, {"PYTHONPATH": path})
-    assert "needs TRL >= 1.15" in told and "got version 1.14.1" in told
+    warned = python(BASE + CODE, tmp_path, {"PYTHONPATH": path})
+    assert "needs TRL >= 1.15" in warned and "got version 1.14.1" in warned

@@ -36,12 +36,12 @@ def agree(model, warns):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fused = results(model, fused=True)
-    told = [str(w.message) for w in seen if "makes all its logits" in str(w.message)]
-    assert bool(told) == warns, told
+    warned = [str(w.message) for w in seen if "makes all its logits" in str(w.message)]
+    assert bool(warned) == warns, warned
     assert len(plain) == len(fused)
     for a, b in zip(fused, plain):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
-    return told
+    return warned
 
 
 def double(module, args, out):
@@ -143,8 +143,8 @@ def test_a_hook_that_was_measured_is_left_alone():
     model.lm_head.register_forward_hook(lambda m, args, out: None)
     agree(fuse_lm_head(model), False)
     model.lm_head.register_forward_hook(double)
-    told = agree(model, True)
-    assert "since double of test_integrations_transformers_hooks is put on lm_head" in told[0]
+    warned = agree(model, True)
+    assert "since double of test_integrations_transformers_hooks is put on lm_head" in warned[0]
     with pytest.raises(TypeError, match="cannot be fused"):
         fuse_lm_head(model)
     other = causal_lm("Llama")
@@ -212,8 +212,8 @@ def test_settings_changed_after_fusing():
         model.config.pad_token_id, model.config.use_cache = 1, False
         agree(model, False)
         setattr(target, key, value)
-        told = agree(model, True)
-        assert key in told[0]
+        warned = agree(model, True)
+        assert key in warned[0]
         agree(fuse_lm_head(model), False)
 
 

@@ -61,7 +61,7 @@ def assert_same_training(make):
             torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()) + 1e-5, msg=kind)
 
 
-def told(seen):
+def warned(seen):
     return [str(w.message) for w in seen if "keeps TRL's own logits" in str(w.message)]
 
 
@@ -71,7 +71,7 @@ def test_cpo(kind, monkeypatch, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert_same_training(trainer_of(cpo, kind, monkeypatch, tmp_path))
-    assert bool(told(seen)) != KINDS[kind][2], told(seen)
+    assert bool(warned(seen)) != KINDS[kind][2], warned(seen)
 
 
 @pytest.mark.parametrize("make", (orpo, tpo, a2po), ids=lambda f: f.__name__)
@@ -80,7 +80,7 @@ def test_other_trainers(make, kind, monkeypatch, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert_same_training(trainer_of(make, kind, monkeypatch, tmp_path))
-    assert bool(told(seen)) != KINDS[kind][2], told(seen)
+    assert bool(warned(seen)) != KINDS[kind][2], warned(seen)
 
 
 class Strange(transformers.LlamaForCausalLM):
@@ -118,7 +118,7 @@ def test_a_head_that_is_changed_stays_with_trl(change, monkeypatch, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert_same_training(cpo(tmp_path))
-    assert told(seen)
+    assert warned(seen)
 
 
 def test_a_setting_changed_between_steps(monkeypatch, tmp_path):

@@ -57,24 +57,24 @@ UNREAD = {
 def test_grpo_as_swift_calls_it(loss_type, seed):
     """All settings, whatever the loss_type; the numbers are those of the settings it reads."""
     how = dict(beta=0.04, epsilon_low=0.1, epsilon_high=0.3, delta=2.0, temperature=0.9, max_completion_length=77)
-    module, told = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, use_ref_model=True, **how))
-    assert told == UNREAD[loss_type]
-    read = {n: v for n, v in how.items() if n not in told}
+    module, warned = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, use_ref_model=True, **how))
+    assert warned == UNREAD[loss_type]
+    read = {n: v for n, v in how.items() if n not in warned}
     batch, results = grpo_batch(), []
     for each in (module, modules.FusedLinearGRPOLoss(loss_type=loss_type, **read)):
         loss, aux = each(**batch)
         results.append((loss, *aux, *torch.autograd.grad(loss, batch["_input"])))
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    _, told = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, **how))
-    assert not told, "once a process"
+    _, warned = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, **how))
+    assert not warned, "once a process"
 
 
 @pytest.mark.parametrize("loss_type", liger_grpo.LOSSES)
 def test_grpo_num_items_in_batch(loss_type, seed):
     batch, module = grpo_batch(), liger.LigerFusedLinearGRPOLoss(beta=0.0, loss_type=loss_type, max_completion_length=9)
-    (with_count, _), told = collected(lambda: module(**batch, num_items_in_batch=torch.tensor(60)))
+    (with_count, _), warned = collected(lambda: module(**batch, num_items_in_batch=torch.tensor(60)))
     read = loss_type in liger_grpo.OF_STEP
-    assert told == ([] if read else ["num_items_in_batch"])
+    assert warned == ([] if read else ["num_items_in_batch"])
     assert torch.equal(with_count, module(**batch)[0]) != read
 
 
@@ -82,11 +82,11 @@ def test_grpo_num_items_in_batch(loss_type, seed):
 def test_dpo(loss_type, seed):
     hidden, weight, target = torch.randn(B, T, H), torch.randn(V, H), torch.randint(0, V, (B, T))
     how = dict(beta=0.3, label_smoothing=0.1, discopop_tau=0.2)
-    module, told = collected(lambda: liger.LigerFusedLinearDPOLoss(loss_type=loss_type, use_ref_model=False, **how))
+    module, warned = collected(lambda: liger.LigerFusedLinearDPOLoss(loss_type=loss_type, use_ref_model=False, **how))
     smooths = loss_type in ("sigmoid", "robust", "exo_pair")
     expected = [] if loss_type == "discopop" else ["discopop_tau"]
-    assert told == expected + ([] if smooths else ["label_smoothing"])
-    read = {n: v for n, v in how.items() if n not in told}
+    assert warned == expected + ([] if smooths else ["label_smoothing"])
+    read = {n: v for n, v in how.items() if n not in warned}
     strict = modules.FusedLinearDPOLoss(loss_type=loss_type, use_ref_model=False, **read)
     assert torch.equal(module(weight, hidden, target)[0], strict(weight, hidden, target)[0])
 
@@ -94,8 +94,8 @@ def test_dpo(loss_type, seed):
 def test_orpo(seed):
     hidden, weight, target = torch.randn(B, T, H), torch.randn(V, H), torch.randint(0, V, (B, T))
     module = liger.LigerFusedLinearORPOLoss(compute_nll_loss=False)
-    (loss, _), told = collected(lambda: module(weight, hidden, target, None, target))
-    assert told == ["nll_target"] and torch.equal(loss, module(weight, hidden, target)[0])
+    (loss, _), warned = collected(lambda: module(weight, hidden, target, None, target))
+    assert warned == ["nll_target"] and torch.equal(loss, module(weight, hidden, target)[0])
 
 
 ORDERS = {
@@ -183,9 +183,9 @@ POLICY = [
 @pytest.mark.parametrize("how", POLICY, ids=lambda how: "-".join(how))
 def test_policy_loss(how, seed):
     """A correction that is off, or gspo's, reads neither mode, gating nor threshold."""
-    module, told = collected(lambda: openrlhf.PolicyLoss(**how))
-    assert told == sorted(set(how) - {"policy_loss_type", "is_correction_level"})
-    strict = modules.PolicyLoss(**{n: v for n, v in how.items() if n not in told})
+    module, warned = collected(lambda: openrlhf.PolicyLoss(**how))
+    assert warned == sorted(set(how) - {"policy_loss_type", "is_correction_level"})
+    strict = modules.PolicyLoss(**{n: v for n, v in how.items() if n not in warned})
     logps = -torch.rand(3, B, T)
     args = (*logps[:2], torch.randn(B, T), None, logps[2])
     assert torch.equal(module(*args)[0], strict(*args)[0])
@@ -205,19 +205,19 @@ def test_counts_that_are_not_divided_by(name, token_level, seed):
         return result[0] if isinstance(result, tuple) else result
 
     plain = loss()
-    got, told = collected(lambda: loss(dp_size=2, **{other: 9.0}))
-    assert told == sorted(["dp_size", other]) and torch.equal(got, plain)
-    got, told = collected(lambda: loss(dp_size=2, **{read: 30.0, other: 9.0}))
-    assert not told and not torch.equal(got, plain)
+    got, warned = collected(lambda: loss(dp_size=2, **{other: 9.0}))
+    assert warned == sorted(["dp_size", other]) and torch.equal(got, plain)
+    got, warned = collected(lambda: loss(dp_size=2, **{read: 30.0, other: 9.0}))
+    assert not warned and not torch.equal(got, plain)
 
 
 def test_the_other_losses(seed):
     rewards = torch.randn(2, B)
-    module, told = collected(lambda: openrlhf.DPOLoss(0.3, 0.1, True))
-    assert told == ["label_smoothing"]
+    module, warned = collected(lambda: openrlhf.DPOLoss(0.3, 0.1, True))
+    assert warned == ["label_smoothing"]
     assert torch.equal(module(*rewards, *rewards)[0], modules.DPOLoss(0.3, ipo=True)(*rewards, *rewards)[0])
-    got, told = collected(lambda: openrlhf.LogExpLoss()(*rewards, torch.rand(B)))
-    assert told == ["margin"] and torch.equal(got, modules.LogExpLoss()(*rewards))
+    got, warned = collected(lambda: openrlhf.LogExpLoss()(*rewards, torch.rand(B)))
+    assert warned == ["margin"] and torch.equal(got, modules.LogExpLoss()(*rewards))
     for name, cls in openrlhf.LOSSES.items():
         if "__init__" in vars(getattr(modules, name)):
             assert inspect.signature(cls) == inspect.signature(getattr(modules, name))

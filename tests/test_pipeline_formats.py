@@ -390,7 +390,7 @@ def test_a_column_margin_changes_the_reward_models_loss(tmp_path):
 
 
 def test_the_space_behind_a_prompt_is_kept_in_sampled_pairs():
-    """Texts are joined and tokenized anew: the answer must be the one that was sampled."""
+    """Texts are joined and tokenized again: the answer must be the one that was sampled."""
     for made in (models.train_tokenizer(TEXTS), bytes_tokenizer()):
         (row,) = ours([PAIR], "preference", made)
         text = made.decode(row["chosen_ids"], skip_special_tokens=True)

@@ -237,7 +237,7 @@ def test_answers_that_cannot_be_scored_teach_nothing():
     "name", ["grpo", pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.slow)]
 )
 def test_a_run_with_logs_state_and_none(name, tmp_path):
-    """What a function logs is in metrics.jsonl; it is told of the step; some of its rewards are None."""
+    """What a function logs is in metrics.jsonl; it gets the step; some of its rewards are None."""
     spec = function(tmp_path, """
         def score(prompts, completions, answer, trainer_state, log_metric, log_extra, **how):
             log_metric("seen", trainer_state.global_step)

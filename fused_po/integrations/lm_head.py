@@ -159,7 +159,7 @@ def _measure(base: nn.Module, head: nn.Module) -> _Measured:
         added, takes_labels = None, False
     if not takes_labels and getattr(base.config.get_text_config(), "output_router_logits", False):
         raise TypeError(
-            f"model: {name} has a router loss that is not to be had without logits; set its "
+            f"model: {name} has a router loss that cannot be computed without logits; set its "
             "config.output_router_logits to False"
         )
     adds = added is not None and bool(added != 0)

@@ -67,7 +67,7 @@ def _generators_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _why_mixed(model: nn.Module, run: Run, lengths: list[int], rows: int) -> Optional[str]:
-    """What tells packed sequences from single ones, or None."""
+    """How packed sequences differ from single ones, or None."""
     device = model.get_input_embeddings().weight.device
     device = device if device.type != "meta" else model.device
     pool = torch.tensor(probe.plain_ids(model, model.get_input_embeddings().weight.shape[0]))
@@ -120,7 +120,7 @@ def _rounded(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, draw: t
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
-        some = torch.rand(min(value.numel(), 65537), generator=draw).to(value.device)  # drawn anew for a longer output
+        some = torch.rand(min(value.numel(), 65537), generator=draw).to(value.device)  # drawn again for a longer output
         some = some.repeat(-(-value.numel() // max(1, some.numel())))[: value.numel()].view(value.shape)
         return (value.double() * (1 + eps * (2 * some.double() - 1))).to(value.dtype)
 

@@ -39,7 +39,7 @@ class _FusedForward:
         self.logits_of = torch.compiler.disable(State.logits_of)
 
     def __reduce__(self) -> tuple:
-        """Made anew for the model's copy: its class may be local, or its forward decorated."""
+        """Made again for a copy of the model: its class may be local, or its forward decorated."""
         return _FusedForward, (self.model,)
 
     def __call__(
