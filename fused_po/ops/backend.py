@@ -29,7 +29,7 @@ AS_THEY_ARE = ("grad",)
 
 
 def _as_kernels_read(name: str, value: object) -> object:
-    """An argument of a launcher as its kernel reads it; a tuple of tensors item by item; other values are passed through."""
+    """An argument of a launcher as its kernel reads it; of a tuple, each item; other values are passed through."""
     if isinstance(value, tuple):
         tensors = any(isinstance(v, torch.Tensor) for v in value)
         return tuple(_as_kernels_read(name, v) for v in value) if tensors else value
