@@ -1,6 +1,7 @@
 """The measured LM head and the input of the head: log-probs of the model's own logits, its own loss, and refusals."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_models import GPT2, LLAMA, MAMBA, MODELS, ROUTER, V, batch, causal_lm,
 
 import fused_po
 from fused_po.integrations import lm_head
+from fused_po.integrations.transformers import fuse_lm_head
 
 MORE = {  # what the names of config.logit_scale, logits_scaling and final_logit_softcapping miss
     "HyperCLOVAX": LLAMA | dict(logits_scaling=0.125),  # which multiplies, where Granite's divides
@@ -127,6 +129,37 @@ class RouterApart(transformers.MixtralForCausalLM):
         if labels is not None:
             out.loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return out
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_a_fused_model(name, seed):
+    model = model_of(name)
+    ids, _ = batch(seed)
+    before = lm_head.head_input(model, input_ids=ids)
+    after = lm_head.head_input(fuse_lm_head(model, always=True), input_ids=ids)
+    assert torch.equal(before.hidden, after.hidden)
+    assert before.added_loss is None if name == "Llama" else torch.equal(before.added_loss, after.added_loss)
+
+
+def test_a_call_of_another_thread_has_its_own_logits_and_loss(seed):
+    """It runs where the first thread's call has its hook on the head and its loss in the model."""
+    model = model_of("Mixtral")
+    ids, labels = batch(seed)
+    plain = model(input_ids=ids, labels=labels)
+    found = lm_head.head_input(model, input_ids=ids)
+    others = []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(None)
+            thread = threading.Thread(target=lambda: others.append(model(input_ids=ids, labels=labels)))
+            thread.start()
+            thread.join()
+
+    model.model.register_forward_hook(meanwhile)
+    again = lm_head.head_input(model, input_ids=ids)
+    assert torch.equal(again.hidden, found.hidden) and torch.equal(again.added_loss, found.added_loss)
+    assert torch.equal(others[1].logits, plain.logits) and torch.equal(others[1].loss, plain.loss)
 
 
 def test_refusals():

@@ -7,6 +7,7 @@ states are exactly those that its head is called with, and a router loss is the 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from fused_po.integrations import probe
 from fused_po.integrations.heads import read_head
 from fused_po.integrations.probe import Processing
+from fused_po.integrations.transformers import STATE
 from fused_po.ops.linear_logps import linear_logps
 from fused_po.ops.logps import shift_labels
 
 MEASURED = "_fused_po_lm_head"  # the attribute of a measured model
+_replacing = threading.RLock()  # held while a model has another loss_function
 
 
 class LMHead(NamedTuple):
@@ -96,9 +99,12 @@ def _read(base: nn.Module, head: nn.Module):
 def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any]) -> HeadInput:
     """The forward; `labelled`: with labels, whose own loss is 0."""
     seen: list[Tensor] = []
+    caller = threading.get_ident()
 
-    def divert(head: nn.Module, args: tuple) -> tuple:
-        """Keep the head's input and give it none of its rows; a DTensor head one."""
+    def divert(head: nn.Module, args: tuple) -> Optional[tuple]:
+        """Keep the head's input and give it none of its rows; a DTensor head one. Other threads' calls pass through."""
+        if threading.get_ident() != caller:
+            return None
         if seen or not args:
             raise TypeError(f"model: {type(base).__name__} calls its lm_head more than once in a forward")
         seen.append(args[0])
@@ -110,6 +116,7 @@ def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any
     try:
         with _loss_of_zero(base, called) if labelled else contextlib.nullcontext():
             more = {"labels": inputs["input_ids"]} if labelled else {}
+            more |= {"fused": False} if STATE in vars(base) else {}  # or a model fused with always=True scores them
             result = base(**inputs, **more, use_cache=False, return_dict=True)
     finally:
         hook.remove()
@@ -123,20 +130,24 @@ def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any
 @contextlib.contextmanager
 def _loss_of_zero(base: nn.Module, called: list[bool]) -> Iterator[None]:
     """A `loss_function` that gives 0: what the forward then has for loss, it has added."""
-    before = vars(base).get("_loss_function")
+    caller = threading.get_ident()
 
     def zero(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if threading.get_ident() != caller:
+            return own(logits, *args, **kwargs)
         called.append(True)
         return torch.zeros((), device=logits.device)
 
-    base.loss_function = zero
-    try:
-        yield
-    finally:
-        if before is None:
-            del base._loss_function
-        else:
-            base._loss_function = before
+    with _replacing:
+        own, before = base.loss_function, vars(base).get("_loss_function")
+        base.loss_function = zero
+        try:
+            yield
+        finally:
+            if before is None:
+                del base._loss_function
+            else:
+                base._loss_function = before
 
 
 def _measured(base: nn.Module, head: nn.Module) -> _Measured:
