@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from helpers import DEVICE, IGNORE
 
@@ -231,3 +232,33 @@ def cut_over_ranks(name: str) -> None:
             assert error in str(raised), raised
         else:
             raise AssertionError(f"no error about {error}")
+
+
+DIFFERENTIABLE = [name for name, row in ROWS.items() if row.leaves]
+IN_PLACE = [(name, {}) for name in DIFFERENTIABLE]
+IN_PLACE += [(name, {"inplace_backward": True}) for name in DIFFERENTIABLE if ROWS[name].inplace]
+every = pytest.mark.parametrize("name", DIFFERENTIABLE)
+in_place_too = pytest.mark.parametrize(
+    "name, options", IN_PLACE, ids=[f"{n}{', in place' * len(o)}" for n, o in IN_PLACE]
+)
+
+
+def run(name, backend="reference", **options):
+    """(results by name, a scalar of those that carry gradients, leaves) of a row."""
+    t = tensors()
+    leaves = leaves_of(name, t)
+    results = ROWS[name].call(t, backend=backend, **options)
+    return named(results), total(results), list(leaves.values())
+
+
+def storage(value):
+    return value.untyped_storage().data_ptr()
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
