@@ -61,9 +61,17 @@ def load(kind: str, path: str | Path, args, flag: str = "--model", **how):
     """
     how = dict(dtype=torch.float32, trust_remote_code=False, **how)
     try:
-        return getattr(quiet(), kind).from_pretrained(path, **how).to(parallel.home(args))
+        model = getattr(quiet(), kind).from_pretrained(path, **how).to(parallel.home(args))
     except Exception as error:  # whatever a hub, a network, a damaged file or transformers may raise
         fail(f"{flag}: {str(path)!r} cannot be loaded ({type(error).__name__}: {error})")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        method = getattr(model.config, "quantization_config", None)
+        fail(
+            f"{flag}: {str(path)!r} is quantized ({method}), and transformers cannot save it after training; give a "
+            "model without quantization_config in its config.json"
+        )
+    return model
 
 
 def check(args) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import pathlib
+import shutil
 
 import pipeline
 import pytest
@@ -246,3 +248,17 @@ def test_sft_draws_what_it_measures(words, tmp_path):
     run("sft", words("Llama", **LLAMA | dict(max_position_embeddings=128)), tmp_path, "--eval-every", "1")
     (row,) = metrics(tmp_path)
     assert set(sft.PANELS) <= set(row)
+
+
+# Saving.
+
+
+def test_a_model_that_could_not_be_saved_is_refused_at_the_start(words, tmp_path):
+    """transformers keeps a GGUF file's quantization_config in the configuration, and then refuses to save the model."""
+    flags = words("Llama", **LLAMA | dict(max_position_embeddings=128))
+    at = flags.index("--model") + 1
+    config = pathlib.Path(shutil.copytree(flags[at], tmp_path / "model"), "config.json")
+    flags[at] = str(config.parent)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gguf"}}))
+    with pytest.raises(SystemExit, match=r"--model: .* is quantized .* and transformers cannot save it after training"):
+        run("sft", flags, tmp_path / "run")
