@@ -121,7 +121,21 @@ def assert_same(got: object, want: object) -> None:
         torch.testing.assert_close(ours, eager, equal_nan=True)
 
 
-@pytest.mark.parametrize("target", CALLS, ids=[target.name for target in CALLS])
+# One of each kind; a compilation or more a call, so that all of them are for the slow tests.
+QUICK = (
+    "aggregate",
+    "dpo_from_logits",
+    "gae",
+    "linear_kl",
+    "linear_logps",
+    "policy_loss_from_logits",
+    "sequence_logps",
+)
+QUICK += ("cispo", "dpo", "grpo", "kl_estimate", "kto", "orpo", "FusedLinearKTOLoss.forward")
+EVERY = [pytest.param(target, marks=() if target.name in QUICK else pytest.mark.slow) for target in CALLS]
+
+
+@pytest.mark.parametrize("target", EVERY, ids=[target.name for target in CALLS])
 @pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.filterwarnings("ignore")
 def test_numbers_and_batches_that_change(target, dynamic):
@@ -150,7 +164,7 @@ MODULES = [target for target in probing.targets() if isinstance(target.call, typ
 
 
 @pytest.mark.parametrize("built", MODULES, ids=[target.name for target in MODULES])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.filterwarnings("ignore")
 def test_modules_whose_numbers_differ(built, dynamic):
     torch._dynamo.reset()
@@ -170,7 +184,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.parametrize("outside", [True, False], ids=["made outside", "made inside"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_that_change(name, outside, dynamic):

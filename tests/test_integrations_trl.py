@@ -10,7 +10,7 @@ import torch
 import transformers
 import trl
 from counting import FlopCounter
-from helpers import Scaling, assert_close
+from helpers import RUNS, Scaling, assert_close
 from test_packaging import ROOT, python
 from trl.experimental.cpo import CPOTrainer
 from trl.trainer import utils
@@ -193,9 +193,9 @@ def bias_in_the_product(hidden, head, labels):
 def test_the_seam(case, seed):
     """All five outputs and the gradients, no further from float64 than twice TRL's own."""
     runs = []
-    for _ in range(8):
-        ids = torch.randint(4, V, (6, 30))
-        labels = ids.masked_fill(torch.rand(6, 30) < case.ignored, -100)
+    drawn = torch.randint(4, V, (RUNS, 6, 30)), torch.rand(RUNS, 6, 30) < case.ignored  # `causal_lm` sets the seed
+    for ids, ignored in zip(*drawn):
+        labels = ids.masked_fill(ignored, -100)
         theirs = scored(case, ids, labels)
         with patched():
             ours = scored(case, ids, labels)

@@ -18,6 +18,7 @@ from fused_po.ops import gemm, head_backward, kl_head
 from fused_po.ops import head as schedules
 from fused_po.planner.cost import ours
 from fused_po.planner.work import Work
+from fused_po.reference import SAVED_FIELDS
 from fused_po.reference.divergence import TOKEN_FIELDS
 
 N, SCORED, H, V, TILE = 512, 256, 1024, 8192, 1 << 21
@@ -47,7 +48,7 @@ class Allocations(TorchDispatchMode):
 
 def score(logits, labels, outer, inner, ignore_index, outputs, basis):
     return tuple(logits.new_empty(n) for n in (len(labels), len(labels) * bool(outputs & 2), 0, 0)) + (
-        logits.new_empty(2, len(labels)),
+        logits.new_empty(SAVED_FIELDS, len(labels)),
     )
 
 
