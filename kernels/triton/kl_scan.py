@@ -123,16 +123,16 @@ def scan_pair(
         y = load_scaled(ref_body + start + offsets, None, ref_inner)
         state = fold_pair(x, y, state, scale, ref_scale, DIRECTION, LABELS)
     if LABELS:
+        for start in tl.range(hole + BLOCK, full, BLOCK):
+            x = load_scaled(x_body + start + offsets, None, inner)
+            y = load_scaled(ref_body + start + offsets, None, ref_inner)
+            state = fold_pair(x, y, state, scale, ref_scale, DIRECTION, LABELS)
         if hole < full:
             columns = hole + offsets
             state = fold_pair_beside(
                 x_body, ref_body, columns < full, columns, at, state, scale, inner, ref_scale, ref_inner, DIRECTION,
                 LABELS,
             )  # fmt: skip
-        for start in tl.range(hole + BLOCK, full, BLOCK):
-            x = load_scaled(x_body + start + offsets, None, inner)
-            y = load_scaled(ref_body + start + offsets, None, ref_inner)
-            state = fold_pair(x, y, state, scale, ref_scale, DIRECTION, LABELS)
     if full < body:
         columns = full + offsets
         state = fold_pair_beside(
