@@ -3,7 +3,7 @@
 import counting
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, assert_close, random_labels
+from helpers import BACKENDS, DEVICE, IGNORE, RUNS, assert_close, random_labels
 from test_kl import DIRECTIONS, in_torch, loss_of, pair
 
 import fused_po
@@ -68,7 +68,7 @@ def test_linear_in_float64(how, share, frozen, use, seed):
 def test_linear_errs_no_more_than_plain_pytorch(backend, how, dtype, share, frozen, seed, poison):
     schedule = Schedule(logits_budget=int(share * 40) * 2 * ROW, tile_bytes=14 * ROW)
     found, ours = [], None
-    for i in range(6):
+    for i in range(RUNS):
         policy, reference, labels = heads(dtype)
         g = torch.randn(3, 40, device=DEVICE)
         sides = []
