@@ -34,6 +34,12 @@ def pytest_runtest_makereport(item, call):
         report.sections.append(("seed", f"repeat with FUSED_PO_SEED={seeds[0]}"))
 
 
+@pytest.fixture(autouse=True)
+def unwrapped(monkeypatch):
+    """Commands print whole lines: libraries set COLUMNS in this process, to which they would be wrapped."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def poison():
     """Every uninitialised tensor is full of NaN (or of the largest integer), so that what is not written shows."""
