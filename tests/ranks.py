@@ -23,7 +23,7 @@ def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -
     """One rank: cases out of the pipe, (result, error) back."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    import conftest  # noqa: F401  (the interpreter's mends)
+    import conftest  # noqa: F401  (without a GPU it switches the interpreter on)
 
     if gpus:
         torch.cuda.set_device(rank)
