@@ -10,7 +10,9 @@ import contextlib
 import math
 import os
 import random
+import warnings
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -135,6 +137,36 @@ def k3(r: torch.Tensor) -> torch.Tensor:
     return inside.exp() * (1 + (-r - inside)) - 1 + r
 
 
+class Beyond(AssertionError):
+    """An error beyond its bound by less than a factor of 2: other draws of the problem decide, see `decide`."""
+
+
+def assert_below(error: float, allowed: float, message: str) -> None:
+    """error <= allowed, both of random problems."""
+    if not error <= allowed:
+        raise (Beyond if error <= 2 * allowed else AssertionError)(message)
+
+
+DRAWS = 5  # of a problem, if the first one is beyond its bound
+
+
+def decide(first: Beyond, run: Callable[[int], None], seed: int) -> None:
+    """Raise first if the errors of most of DRAWS problems are beyond the bound: run(seed) draws another and tests it.
+
+    Both sides of a bound are the largest errors of random problems, so one draw in some hundreds is beyond it by luck.
+    An error that is too large by its nature is beyond it in every draw.
+    """
+    beyond = [seed]
+    for other in range(seed + 1, seed + DRAWS):
+        try:
+            run(other)
+        except Beyond:
+            beyond.append(other)
+    if 2 * len(beyond) > DRAWS:
+        raise first
+    warnings.warn(f"beyond its bound in {len(beyond)} of {DRAWS} draws (seeds {beyond}): {first}", stacklevel=2)
+
+
 def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: list[tuple]) -> None:
     """Our error at most twice theirs, in maximum and in RMS, plus the rounding of the result.
 
@@ -167,12 +199,12 @@ def assert_within(
     info = torch.finfo(ours.dtype)
     rounding = (exact[~infinite].abs() + unit) * info.eps / 2 + info.smallest_normal * info.eps
     beyond, most = (ours_error - rounding).max().item(), theirs_error.max().item()
-    assert beyond <= 2 * most, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {most:.3e}"
+    assert_below(beyond, 2 * most, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {most:.3e}")
     if ours_error.numel() < 64:  # a mean over so few is luck too
         return max(0.0, beyond), most
     rms = [value.square().mean().sqrt().item() for value in (ours_error, theirs_error, rounding)]
     rms[1] = rms[1] if theirs_rms is None else theirs_rms
-    assert rms[0] <= 2 * rms[1] + rms[2], f"{name}: RMS error {rms[0]:.3e}, plain PyTorch's {rms[1]:.3e}"
+    assert_below(rms[0], 2 * rms[1] + rms[2], f"{name}: RMS error {rms[0]:.3e}, plain PyTorch's {rms[1]:.3e}")
     return max(0.0, beyond), most
 
 

@@ -12,11 +12,21 @@ import os
 import tempfile
 import time
 import traceback
+from typing import NamedTuple
 
 import torch
+from helpers import Beyond
 
 WAIT = 600  # seconds a case may take
 GROUP_TIMEOUT = 300  # seconds a collective waits for the other ranks
+
+
+class Failure(NamedTuple):
+    """Why a rank has no result."""
+
+    what: str
+    trace: str = ""
+    beyond: bool = False  # helpers.Beyond
 
 
 def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -> None:
@@ -38,7 +48,10 @@ def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -
         try:
             answer = getattr(importlib.import_module(module), name)(*arguments), None
         except BaseException as error:
-            answer = None, (f"{type(error).__name__}: {error}", traceback.format_exc())
+            answer = (
+                None,
+                Failure(f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, Beyond)),
+            )
         pipe.send(answer)
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()
@@ -77,15 +90,17 @@ class Ranks:
         for pipe in self.pipes:
             try:
                 late = not pipe.poll(max(0, deadline - time.monotonic()))
-                answers.append((None, ("no answer in time", "")) if late else pipe.recv())
+                answers.append((None, Failure("no answer in time")) if late else pipe.recv())
             except (EOFError, OSError):
-                answers.append((None, ("the process is dead", "")))
+                answers.append((None, Failure("the process is dead")))
         return answers
 
     def run(self, case, *arguments) -> list:
         """What the case returns on each rank; fails if it failed on one."""
         answers = self.answers(case, *arguments)
-        failed = [f"rank {rank}: {error[0]}\n{error[1]}" for rank, (_, error) in enumerate(answers) if error]
+        failed = [f"rank {rank}: {error.what}\n{error.trace}" for rank, (_, error) in enumerate(answers) if error]
+        if failed and all(error and error.beyond for _, error in answers):
+            raise Beyond("\n".join(failed))
         if failed:
             self.close()  # the group may be out of step
             raise AssertionError("\n".join(failed))
