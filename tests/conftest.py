@@ -1,5 +1,7 @@
 """Where the tests run: on the GPU if there is one, else on the CPU with Triton's kernels under its interpreter."""
 
+import contextlib
+import importlib
 import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
@@ -10,7 +12,8 @@ from helpers import Beyond, decide, fresh_seed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
+    with contextlib.suppress(ImportError):
+        importlib.import_module("interpreter_speed").prepare_once()
 
 if os.environ.get("PYTEST_XDIST_WORKER") and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # a process a core
