@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import RUNS, assert_error, nudge
+from helpers import assert_error, assert_with_runs, nudge
 from tiny_models import batch, causal_lm
 
 from fused_po.integrations.transformers import fuse_lm_head
@@ -32,21 +32,26 @@ def train(model, folder, **more):
 def test_trainer_stock_and_fused(name, tmp_path):
     """5 steps of two micro-batches: losses and every weight are as near to float64's as the stock runs'."""
     exact = train(causal_lm(name).double(), tmp_path)
-    stock = []
-    for seed in range(RUNS):
-        model = causal_lm(name)
-        nudge(seed, model)
-        stock.append(train(model, tmp_path))
     ours = train(fuse_lm_head(causal_lm(name), always=True), tmp_path)
     start = dict(causal_lm(name).named_parameters())
     eps = torch.finfo(torch.float32).eps
     assert len(ours[0]) == 6
-    for i, loss in enumerate(exact[0].tolist()):
-        assert_error(f"loss {i}", abs(ours[0][i] - loss), [abs(run[0][i] - loss) for run in stock], eps * loss)
     for key, value in exact[1].items():
         assert (value - start[key]).abs().max() > 1e-6, f"{key} did not learn"
-        error, *theirs = ((run[1][key] - value).abs().max().item() for run in (ours, *stock))
-        assert_error(key, error, theirs, eps * value.abs().max().item())
+
+    def stock_run(seed: int):
+        model = causal_lm(name)
+        nudge(seed, model)
+        return train(model, tmp_path)
+
+    def check(stock: list) -> None:
+        for i, loss in enumerate(exact[0].tolist()):
+            assert_error(f"loss {i}", abs(ours[0][i] - loss), [abs(run[0][i] - loss) for run in stock], eps * loss)
+        for key, value in exact[1].items():
+            error, *theirs = ((run[1][key] - value).abs().max().item() for run in (ours, *stock))
+            assert_error(key, error, theirs, eps * value.abs().max().item())
+
+    assert_with_runs(stock_run, check)
 
 
 def test_trainer_under_autocast_with_lora_on_the_head(tmp_path):

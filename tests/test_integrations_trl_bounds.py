@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
+from helpers import RUNS
 from test_integrations_trl_runs import dpo, grpo, sft
-from trl_tiny import assert_equal_runs, stock_runs, train
+from trl_tiny import assert_equal_runs, nudged, train, true_run
 
 from fused_po.integrations.trl import patched
 from fused_po.integrations.trl.scoring import Scoring
@@ -49,7 +50,7 @@ def found(tmp_path_factory):
     @functools.cache
     def once(trainer):
         make = trainer(tmp_path_factory.mktemp(trainer.__name__))
-        return make, *stock_runs(make)
+        return make, [train(nudged(make, seed)) for seed in range(RUNS)], true_run(make)
 
     return once
 

@@ -4,13 +4,13 @@ import types
 
 import pytest
 import torch
-from helpers import RUNS, assert_error, nudge
+from helpers import assert_error, assert_with_runs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_integrations_trl_runs import a2po, cpo, dpo, grpo, kto, lora, online_dpo, orpo, rloo, sft, tpo
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl_tiny import model, plain_head
+from trl_tiny import model, nudged, plain_head
 
 from fused_po import Schedule
 from fused_po.integrations.trl import patched
@@ -76,21 +76,20 @@ def test_evaluation(trainer, tmp_path):
         found = made.evaluate(made.train_dataset)
         return {name: value for name, value in found.items() if not name.endswith(("runtime", "per_second"))}
 
-    stock = []
-    for seed in range(RUNS):
-        made = make(torch.float32)
-        nudge(seed, made.model, getattr(made, "ref_model", None))
-        stock.append(evaluated(made))
     with plain_head():
         truth = evaluated(make(torch.float64))
     made = make(torch.float32)
     with patched(Schedule(tile_bytes=ROWS * 4 * WIDE)), Tallest() as seen:
         ours = evaluated(made)
     assert 0 < seen.rows <= ROWS
-    assert ours.keys() == stock[0].keys() == truth.keys()
     rounding = torch.finfo(torch.float32).eps * max(abs(v) for n, v in truth.items() if "logps" in n)
-    for name, value in truth.items():
-        assert_error(name, abs(ours[name] - value), [abs(run[name] - value) for run in stock], rounding)
+
+    def check(stock: list[dict]) -> None:
+        assert ours.keys() == stock[0].keys() == truth.keys()
+        for name, value in truth.items():
+            assert_error(name, abs(ours[name] - value), [abs(run[name] - value) for run in stock], rounding)
+
+    assert_with_runs(lambda seed: evaluated(nudged(make, seed)), check)
 
 
 def test_who_wants_outputs_gets_logits(tmp_path):

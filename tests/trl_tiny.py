@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 
 import datasets
-from helpers import RUNS, assert_error, nudge
+from helpers import assert_error, assert_with_runs, nudge
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl.trainer import utils
@@ -147,23 +147,25 @@ def plain_head():
     utils._ChunkedLogProbFunction = stock
 
 
-def stock_runs(make: Callable[[torch.dtype], object]) -> tuple[list[Run], Run]:
-    """(fp32 runs of the stock trainer, the truth): `make(dtype)` gives a fresh trainer of weights drawn in fp32."""
-    runs = []
-    for seed in range(RUNS):
-        trainer = make(torch.float32)
-        nudge(seed, trainer.model, getattr(trainer, "ref_model", None))
-        runs.append(train(trainer))
+def nudged(make: Callable[[torch.dtype], object], seed: int):
+    """A fresh stock trainer in fp32; `make(dtype)` gives one of weights drawn in fp32."""
+    trainer = make(torch.float32)
+    nudge(seed, trainer.model, getattr(trainer, "ref_model", None))
+    return trainer
+
+
+def true_run(make: Callable[[torch.dtype], object]) -> Run:
     with plain_head():
-        return runs, train(make(torch.float64))
+        return train(make(torch.float64))
 
 
 def assert_equal_training(make: Callable, ours: Optional[Callable] = None) -> Run:
     """The patched run, its error as `assert_equal_runs` allows; ours: makes its trainer, if that is another."""
     with patched():
         found = train((ours or make)(torch.float32))
-    stock, truth = stock_runs(make)
-    assert_equal_runs([(run, truth) for run in stock], found, truth)
+    truth = true_run(make)
+    run = lambda seed: (train(nudged(make, seed)), truth)  # noqa: E731
+    assert_with_runs(run, lambda stock: assert_equal_runs(stock, found, truth))
     return found
 
 
