@@ -215,13 +215,13 @@ def compile_case(case: Case, arch: str):
     return triton.compile(source, target=target_of(arch), options={"num_warps": case.warps})
 
 
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and assembly by the cuobjdump that triton ships."""
+def dump(cubin: bytes, *what: str) -> str:
+    """Resource usage ("-res-usage") or assembly ("-sass") by the cuobjdump that triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", "-sass", file.name]
+        command = [tool, *what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -268,8 +268,8 @@ def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
     return round(count * case.warps * 32 / case.block, 2)
 
 
-def figures(case: Case, arch: str) -> dict:
-    """One row of the table; what does not compile says why."""
+def figures(case: Case, arch: str, disassembled: bool) -> dict:
+    """One row of the table; what does not compile says why. Without a disassembly there are registers and spills."""
     row = {"kernel": case.name, "dtype": case.dtype, "arch": arch if arch.startswith("gfx") else f"sm_{arch}"}
     try:
         compiled = compile_case(case, arch)
@@ -279,10 +279,14 @@ def figures(case: Case, arch: str) -> dict:
     row["compiles"] = True
     if "cubin" not in compiled.asm:
         return row
-    assembly = disassemble(compiled.asm["cubin"])
+    usage = dump(compiled.asm["cubin"], "-res-usage")
+    row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+    spills = int(re.search(r"STACK:(\d+)", usage)[1]) > 0  # a register is spilled to the stack
+    assembly = dump(compiled.asm["cubin"], "-sass") if disassembled or spills else ""
+    row["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+    if not disassembled:
+        return row
     return row | {
-        "registers": int(re.search(r"REG:(\d+)", assembly)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         "loads_128bit": len(re.findall(r"\bLDG\.E\S*\.128", assembly)),
         "stores_128bit": len(VECTOR_STORE.findall(assembly)),
         "instructions_per_element": per_element(case, instructions(assembly)),
@@ -294,10 +298,11 @@ def report(rows: list[dict]) -> str:
     lines = []
     counted = [row for row in rows if "registers" in row]
     if counted:
-        names = [name for name in counted[0] if name != "compiles"]
+        names = [name for name in max(counted, key=len) if name != "compiles"]
         lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         lines += [
-            "| " + " | ".join("" if row[name] is None else str(row[name]) for name in names) + " |" for row in counted
+            "| " + " | ".join("" if row.get(name) is None else str(row[name]) for name in names) + " |"
+            for row in counted
         ]
         lines.append("")
     for arch in dict.fromkeys(row["arch"] for row in rows):
@@ -324,10 +329,12 @@ def report_cuda(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
+    parser.add_argument("--disassemble", nargs="*", help="only these of them: it takes most of the time")
     parser.add_argument("--json", action="store_true", help="print JSON, not a Markdown table")
     args = parser.parse_args()
     began = time.monotonic()
-    work = [(case, arch) for arch in args.arch for case in cases()]
+    chosen = args.arch if args.disassemble is None else args.disassemble
+    work = [(case, arch, arch in chosen) for arch in args.arch for case in cases()]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(figures, *zip(*work)))
     print(f"{len(rows)} kernels in {time.monotonic() - began:.0f} s", file=sys.stderr)
