@@ -45,7 +45,7 @@ def incoming(n_rows: int, names=DIFFERENTIABLE) -> dict:
 
 def baseline_rows(n: int, v: int) -> int:
     """One row's error is luck: plain PyTorch's is taken over at least so many."""
-    return max(n, 256 if v < 5000 else 64) if n else 1
+    return max(n, 256 if v < 5000 else 64 if v < 100_000 else 24) if n else 1
 
 
 def weigh(stats: dict, grads: dict) -> torch.Tensor:

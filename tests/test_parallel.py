@@ -177,7 +177,7 @@ def test_bad_input(groups):
 
 def test_ranks_with_other_labels_are_told(groups):
     for _, error in groups(2).answers(rank_cases.other_labels):
-        assert error[0].startswith("ValueError: process_group: its ranks were given different labels")
+        assert error.what.startswith("ValueError: process_group: its ranks were given different labels")
 
 
 @pytest.mark.parametrize("case", ("other_shapes", "one_dies"))
@@ -192,6 +192,6 @@ def test_no_rank_waits_for_ever(case):
     assert took < timeout + 60  # the processes' start is part of it
     if case == "one_dies":
         assert answers[0][1] is None and answers[0][0] <= timeout + 5
-        assert answers[1][1][0] == "the process is dead"
+        assert answers[1][1].what == "the process is dead"
     else:
         assert all(error is not None for _, error in answers), answers
