@@ -28,6 +28,7 @@ def run(values: tuple, threads: int, arguments: list[str]) -> tuple[dict[str, in
     """(counts by outcome, the output) of one run of pytest."""
     env = {name: value for name, value in os.environ.items() if name not in ("CI", "FUSED_PO_SEED", *NAMES)}
     env |= dict(zip(NAMES, values)) | {"OMP_NUM_THREADS": str(threads)}
+    env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the cores to the other test processes
     command = [sys.executable, "-m", "pytest", "--color=no", *arguments]
     done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     last = done.stdout.strip().rpartition("\n")[2]
