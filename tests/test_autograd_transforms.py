@@ -103,6 +103,17 @@ def test_forward_mode_is_refused_by_argument(name, way):
             FORWARD[way](function, t[argument])
 
 
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("chunked_loss")])
+def test_forward_mode_through_a_graph_compiled_before(name):
+    """Without a tangent the graph was right, and it calls the op alone: the op itself refuses one."""
+    row, t = ROWS[name], tensors()
+    compiled = torch.compile(lambda t: named(row.call(t)), backend="aot_eager")
+    compiled(t)
+    for argument in row.leaves:
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has a forward-mode tangent"):
+            compiled(t | {argument: forward_ad.make_dual(t[argument], t[argument])})
+
+
 def test_forward_mode_through_what_a_loss_function_reads():
     t = tensors()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="loss_fn's loss has a forward-mode tangent"):

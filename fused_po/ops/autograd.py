@@ -54,6 +54,30 @@ def refuse_forward_mode(function: str, name: str) -> None:
     )
 
 
+def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
+    """`torch.library.custom_op` of a function that refuses forward-mode tangents.
+
+    `public` refuses them too, but a graph compiled earlier calls the op alone, and PyTorch drops tangents there.
+    """
+
+    def register(function: Callable):
+        names = tuple(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def run(*arguments):
+            if forward_ad._current_level >= 0:
+                with forward_ad._set_fwd_grad_enabled(True):
+                    for argument, value in zip(names, arguments):
+                        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                            refuse_forward_mode(name, argument)
+            return function(*arguments)
+
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        return torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
+
+    return register
+
+
 def no_tangent(function: str, name: str, run: Callable[[], Tensor]) -> Tensor:
     """What run returns, refused if it has a tangent, also where an autograd.Function has switched forward mode off."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:

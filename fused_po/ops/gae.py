@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import public
+from fused_po.ops.autograd import custom_op, public
 from fused_po.reference import stats_dtype
 
 
@@ -22,7 +22,7 @@ def _finite(x: Tensor) -> bool:
     return all(bool(rows.sum().isfinite()) for rows in x.split(max(1, (1 << 15) // max(1, x.shape[1]))))
 
 
-@torch.library.custom_op("fused_po::gae", mutates_args=())
+@custom_op("fused_po::gae", mutates_args=())
 def _gae(
     rewards: Tensor, values: Tensor, mask: Optional[Tensor], last_values: Optional[Tensor], gamma: float, lam: float,
     backend: str,

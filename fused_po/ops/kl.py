@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import differentiable, public
+from fused_po.ops.autograd import custom_op, differentiable, public
 from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows
 from fused_po.parallel import ProcessGroupLike, Shards, row_passes
 from fused_po.reference import stats_dtype
@@ -118,7 +118,7 @@ def negative_where_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(labels == ignore_index, -1, labels)
 
 
-@torch.library.custom_op("fused_po::kl_fwd", mutates_args=())
+@custom_op("fused_po::kl_fwd", mutates_args=())
 def _forward(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ref_outer: float,
     ref_inner: Optional[float], direction: str, js_weight: float, with_labels: bool, ignore_index: int,
@@ -152,7 +152,7 @@ def _gradient(logits, out, ref_logits, labels, tokens, grads, *how):
     on_rows(write, logits, out)
 
 
-@torch.library.custom_op("fused_po::kl_bwd", mutates_args=())
+@custom_op("fused_po::kl_bwd", mutates_args=())
 def _backward(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
     inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,
@@ -169,7 +169,7 @@ def _(logits, *others):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fused_po::kl_bwd_", mutates_args=("logits",))
+@custom_op("fused_po::kl_bwd_", mutates_args=("logits",))
 def _backward_(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
     inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,

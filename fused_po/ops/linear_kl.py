@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import kl_head
-from fused_po.ops.autograd import differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
 from fused_po.ops.head import Head, scored_rows
 from fused_po.ops.head_backward import empty_gradients
 from fused_po.ops.kl import (
@@ -30,7 +30,7 @@ from fused_po.parallel import ProcessGroupLike, placed
 from fused_po.schedule import Schedule
 
 
-@torch.library.custom_op("fused_po::linear_kl_fwd", mutates_args=())
+@custom_op("fused_po::linear_kl_fwd", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], outer: float, inner: Optional[float],
@@ -59,7 +59,7 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, rows, *how
     return *results, kl_head.empty_kept(head, other, hidden, n_room, weight)
 
 
-@torch.library.custom_op("fused_po::linear_kl_bwd", mutates_args=())
+@custom_op("fused_po::linear_kl_bwd", mutates_args=())
 def _backward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Optional[Tensor], labels: Tensor, rows: Optional[Tensor], tokens: Tensor, kept: Tensor,

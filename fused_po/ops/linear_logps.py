@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
@@ -30,7 +30,7 @@ from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, placed
 from fused_po.schedule import Schedule, logits_budget
 
 
-@torch.library.custom_op("fused_po::linear_logps_fwd", mutates_args=())
+@custom_op("fused_po::linear_logps_fwd", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
     rows: Optional[Tensor], outer: float, inner: Optional[float], ignore_index: int, outputs: int,
@@ -54,7 +54,7 @@ def _(hidden, weight, bias, low, labels, rows, *how):
     return *results, head.empty_kept(hidden, labels.numel() if rows is None else rows.numel(), weight)
 
 
-@torch.library.custom_op("fused_po::linear_logps_bwd", mutates_args=())
+@custom_op("fused_po::linear_logps_bwd", mutates_args=())
 def _backward(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], low: Optional[Tensor], labels: Tensor,
     rows: Optional[Tensor], stats: Tensor, entropy: Tensor, kept: Tensor, g_logps: Optional[Tensor],

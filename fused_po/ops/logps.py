@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import SAVED_FIELDS, stats_dtype
 
@@ -98,7 +98,7 @@ def without_entropy(saved: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
     return saved[:SAVED_FIELDS], saved[SAVED_FIELDS] if outputs & 2 else saved[0]
 
 
-@torch.library.custom_op("fused_po::logps_fwd", mutates_args=())
+@custom_op("fused_po::logps_fwd", mutates_args=())
 def _forward(
     logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ignore_index: int, outputs: int,
     inplace_backward: bool, backend: str, group: str, sizes: list[int],
@@ -138,7 +138,7 @@ def _gradient(logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, ou
     on_rows(write, logits, out)
 
 
-@torch.library.custom_op("fused_po::logps_bwd", mutates_args=())
+@custom_op("fused_po::logps_bwd", mutates_args=())
 def _backward(
     logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,
@@ -154,7 +154,7 @@ def _(logits, *others):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fused_po::logps_bwd_", mutates_args=("logits",))
+@custom_op("fused_po::logps_bwd_", mutates_args=("logits",))
 def _backward_(
     logits: Tensor, labels: Tensor, saved: Tensor, entropy: Tensor, g_logps: Optional[Tensor],
     g_entropy: Optional[Tensor], g_lse: Optional[Tensor], outer: float, inner: Optional[float], backend: str,

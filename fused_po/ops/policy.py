@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import differentiable
+from fused_po.ops.autograd import custom_op, differentiable
 from fused_po.ops.logps import as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
 from fused_po.reference.policy import ENTROPY, LOGP, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
@@ -39,7 +39,7 @@ def _fake(logits, labels, *rows):
     return logits.new_empty((), **new), *(logits.new_empty((n, labels.numel()), **new) for n in rows)
 
 
-@torch.library.custom_op("fused_po::policy_fwd", mutates_args=())
+@custom_op("fused_po::policy_fwd", mutates_args=())
 def forward(
     logits: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor, old_logps: Optional[Tensor],
     ref_logps: Optional[Tensor], kind: str, low: float, high: float, bound: float, kl: Optional[str], kl_coef: float,
@@ -77,7 +77,7 @@ def _autograd(ctx, g_loss, *g_others):
 losses = differentiable(forward, _autograd, _context)
 
 
-@torch.library.custom_op("fused_po::policy_fwd_", mutates_args=("logits",))
+@custom_op("fused_po::policy_fwd_", mutates_args=("logits",))
 def forward_(
     logits: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor, old_logps: Optional[Tensor],
     ref_logps: Optional[Tensor], kind: str, low: float, high: float, bound: float, kl: Optional[str], kl_coef: float,
@@ -94,7 +94,7 @@ def _(logits, labels, *others):
     return _fake(logits, labels, TOKEN_FIELDS)
 
 
-@torch.library.custom_op("fused_po::policy_link", mutates_args=())
+@custom_op("fused_po::policy_link", mutates_args=())
 def _link(grad: Tensor, loss: Tensor, backend: str) -> Tensor:
     """The loss of logits in whose place its gradient lies already."""
     return loss.clone()
@@ -105,7 +105,7 @@ def _(grad, loss, backend):
     return torch.empty_like(loss)
 
 
-@torch.library.custom_op("fused_po::policy_scale_", mutates_args=("grad",))
+@custom_op("fused_po::policy_scale_", mutates_args=("grad",))
 def _scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
     backends.get(backend).scale(grad, factor)
 

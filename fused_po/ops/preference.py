@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import differentiable
+from fused_po.ops.autograd import custom_op, differentiable
 from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
@@ -55,7 +55,7 @@ Results = tuple[
 METRICS = buffers.CHOSEN_REWARD, buffers.REJECTED_REWARD, buffers.MARGIN, buffers.ACCURACY
 
 
-@torch.library.custom_op("fused_po::dpo_logits_fwd", mutates_args=())
+@custom_op("fused_po::dpo_logits_fwd", mutates_args=())
 def logits_forward(
     logits: Tensor, labels: Tensor, ref_logits: Optional[Tensor], ref_logps: Optional[Tensor], beta: float,
     label_smoothing: float, kl: Optional[str], kl_coef: float, outer: float, inner: Optional[float],
@@ -89,7 +89,7 @@ def _write_gradient(
     on_rows(write, logits, out)
 
 
-@torch.library.custom_op("fused_po::dpo_logits_bwd", mutates_args=())
+@custom_op("fused_po::dpo_logits_bwd", mutates_args=())
 def _logits_backward(
     logits: Tensor, labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Optional[Tensor],
     g_losses: Optional[Tensor], g_sequences: Optional[Tensor], kl: Optional[str], outer: float,
@@ -107,7 +107,7 @@ def _(logits, *others):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fused_po::dpo_logits_bwd_", mutates_args=("logits",))
+@custom_op("fused_po::dpo_logits_bwd_", mutates_args=("logits",))
 def _logits_backward_(
     logits: Tensor, labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Optional[Tensor],
     g_losses: Optional[Tensor], g_sequences: Optional[Tensor], kl: Optional[str], outer: float,
@@ -145,7 +145,7 @@ def _logits_autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
 from_logits = differentiable(logits_forward, _logits_autograd, _logits_context)
 
 
-@torch.library.custom_op("fused_po::dpo_fwd", mutates_args=())
+@custom_op("fused_po::dpo_fwd", mutates_args=())
 def forward(
     logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float, kl: Optional[str],
     kl_coef: float, ignore_index: int, backend: str,
@@ -164,7 +164,7 @@ def _(logps, labels, ref_logps, beta, label_smoothing, kl, *others):
     return _fake_finish(logps, labels, kl)
 
 
-@torch.library.custom_op("fused_po::dpo_bwd", mutates_args=())
+@custom_op("fused_po::dpo_bwd", mutates_args=())
 def _backward(
     labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Optional[Tensor],
     g_losses: Optional[Tensor], g_sequences: Optional[Tensor], kl: Optional[str],
