@@ -3,7 +3,7 @@
 #   make test ARGS="-k dpo"              arguments for the program behind a target
 #   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
 #   make fuzz CASES=100000 SEED=7        more cases than the 20,000, and these again
-#   make test-arithmetic TIMES=3         each setting three times
+#   make test-arithmetic TIMES=3         each instruction set three times, with 1 and 2 threads in turns
 #   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
 #   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
 #   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
@@ -12,7 +12,7 @@ PYTHON ?= python3
 PIP_INSTALL ?=
 ARGS ?=
 CASES ?= 20500
-TIMES ?= 1
+TIMES ?= 2
 SEED ?=
 
 ifdef NO_VENV

@@ -77,7 +77,7 @@ def test_opcheck_logits(backend, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ("nothing", "product", "basis"))
 @pytest.mark.parametrize("compact", (True, False))
-@pytest.mark.parametrize("rank", (0, 2))
+@pytest.mark.parametrize("rank", (0, pytest.param(2, marks=pytest.mark.slow)))
 def test_opcheck_linear(backend, keep, compact, rank, seed):
     shapes = (6, 5 + rank), (37, 5), (37,), (37, rank)
     hidden, *head = (torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes)

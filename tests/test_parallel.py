@@ -82,9 +82,10 @@ SLOW_INTERPRETED = ("confident", "bitwise", "do_not_depend")
 def grid():
     """(case, ranks, sizes), of which the interpreter's longest, and most of four ranks, are slow."""
     for case, n_ranks, how in itertools.product(CASES, (2, 4), ("chunk", "uneven", "empty")):
-        long = case[2].get("backend") == "triton" and any(word in case[1] for word in SLOW_INTERPRETED)
+        interpreted = case[2].get("backend") == "triton"
+        long = interpreted and any(word in case[1] for word in SLOW_INTERPRETED)
         name = "-".join([case[1].removeprefix("test_"), *map(str, case[2].values()), str(n_ranks), how])
-        marks = [pytest.mark.slow] if long or (n_ranks == 4 and how != "uneven") else []
+        marks = [pytest.mark.slow] if long or (n_ranks == 4 and (how != "uneven" or interpreted)) else []
         yield pytest.param(case, n_ranks, how, id=name, marks=marks)
 
 

@@ -65,7 +65,7 @@ def unit(exact):
 @pytest.mark.parametrize(
     "dtype, smoothing",
     [
-        pytest.param(d, e, id=f"{e}-{name}", marks=[] if e or name == "fp32" else pytest.mark.slow)
+        pytest.param(d, e, id=f"{e}-{name}", marks=[] if e or name == "bf16" else pytest.mark.slow)
         for (d, name), e in itertools.product(zip(DTYPES, ("fp32", "bf16", "fp16")), (0.0, 0.2))
     ],
 )
