@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -141,8 +142,9 @@ def check(args: argparse.Namespace) -> int:
     ]
     if args.json:
         rows = [
-            {k: v if v == v else None for k, v in result._asdict().items()} for result in results
-        ]  # JSON has no NaN
+            {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in result._asdict().items()}
+            for result in results
+        ]  # JSON has no NaN and no infinities
         print(json.dumps({"seed": seed, "size": size._asdict(), "results": rows, "failed": again}, indent=1))
         return 1 if failed else 0
     where = f"on {args.device}; N={size.tokens}, V={size.vocab}, H={size.hidden}, seed {seed}"

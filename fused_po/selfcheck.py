@@ -1,7 +1,8 @@
 """`python -m fused_po selfcheck`: every op on this machine against float64, beside plain PyTorch at the same dtype.
 
 An op passes if its error is at most twice plain PyTorch's in root mean square and four times in maximum, plus the
-rounding of the result. Inputs are random, from a seed that is printed: --seed and --only repeat one check.
+rounding of the result. Inputs are random, from a seed that is printed: --seed and --only repeat one check. Where an
+error exceeds its bound by less than a factor of 2, four more problems are drawn, and most of the five must be within.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fused_po
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IGNORE = -100
 RMS_FACTOR, MAX_FACTOR = 2, 4
+DRAWS = 5  # of a problem, if the first one is a little beyond its bound
 PAIRS, JS_WEIGHT, SOFTCAP, TEMPERATURE, RANK, KL_COEF = 32, 0.3, 20.0, 0.8, 4, 0.1
 Values = dict[str, Tensor]
 
@@ -40,13 +42,17 @@ class Check(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Largest excess of a check: error of ours and of plain PyTorch in the value or gradient `what`."""
+    """RMS error of ours and of plain PyTorch in the value or gradient `what`, which comes nearest to its bound.
+
+    share: our error over that bound.
+    """
 
     check: str
     dtype: str
     what: str
     ours: float
     plain: float
+    share: float
     passed: bool
     note: str = ""
 
@@ -313,8 +319,20 @@ def compare(check: Check, t: Values, dtype: str) -> Result:
         shares = [rms[0] / (RMS_FACTOR * rms[1] + rms[2] + 1e-30), most[0] / (MAX_FACTOR * most[1] + most[2] + 1e-30)]
         share = max(shares) if all(value == value for value in shares) else float("inf")
         if share > margin:
-            worst, margin = Result(check.name, dtype, what, rms[0], rms[1], share <= 1), share
+            worst, margin = Result(check.name, dtype, what, rms[0], rms[1], share, share <= 1), share
     return worst
+
+
+def judge(check: Check, t: Values, draw: Callable[[int], Values], dtype: str) -> Result:
+    """`compare`; if that is a little beyond its bound, DRAWS problems decide: one number's error is luck.
+
+    draw(1), draw(2), ...: other problems.
+    """
+    result = compare(check, t, dtype)
+    if result.passed or not result.share <= 2:
+        return result
+    beyond = 1 + sum(not compare(check, draw(i), dtype).passed for i in range(1, DRAWS))
+    return result._replace(passed=2 * beyond < DRAWS, note=f"beyond its bound in {beyond} of {DRAWS} problems")
 
 
 def run(
@@ -324,13 +342,14 @@ def run(
     chosen = [check for check in checks(backend) if only in check.name]
     total = len(chosen) * len(dtypes)
     for place, dtype in enumerate(dtypes):
-        t = problem(size, DTYPES[dtype], device, seed)
+        draw = lambda i, dtype=dtype: problem(size, DTYPES[dtype], device, seed + i)  # noqa: E731
+        t = draw(0)
         for index, check in enumerate(chosen):
             try:
-                result = compare(check, t, dtype)
+                result = judge(check, t, draw, dtype)
             except Exception as error:  # whatever a driver, a compiler or an op may raise: the others go on
                 nan = float("nan")
-                result = Result(check.name, dtype, "", nan, nan, False, f"{type(error).__name__}: {error}")
+                result = Result(check.name, dtype, "", nan, nan, nan, False, f"{type(error).__name__}: {error}")
             yield place * len(chosen) + index + 1, total, result
 
 
@@ -338,10 +357,11 @@ def table(results: list[Result]) -> str:
     """RMS errors, ours and plain PyTorch's, of what comes nearest to its bound."""
     lines = [f"{'op':32} {'dtype':6} {'of':12} {'ours':>9} {'PyTorch':>9}"]
     for r in results:
-        said = (
-            "" if r.passed else "   FAILED " + r.note.splitlines()[0][:120] if r.note else "   FAILED" * (not r.passed)
+        note = r.note.splitlines()[0][:120] if r.note else ""
+        line = (
+            f"{r.check:32} {r.dtype:6} {r.what:12} {r.ours:9.1e} {r.plain:9.1e}   {'' if r.passed else 'FAILED '}{note}"
         )
-        lines.append(f"{r.check:32} {r.dtype:6} {r.what:12} {r.ours:9.1e} {r.plain:9.1e}{said}")
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
