@@ -236,7 +236,9 @@ def policy_loss_from_logits(
     if mask is not None:
         counted = counted & checks.mask_like("mask", mask, labels, "labels")
     counted = counted.contiguous()  # sums over tokens go in the same order, whatever the arguments' layouts
-    labels, dtype = torch.where(counted, labels, IGNORE).contiguous(), stats_dtype(logits.dtype)
+    # labels.where(labels != IGNORE, IGNORE) would be the labels; Inductor 2.13 makes wrong code of it for AVX 2.
+    labels = labels if mask is None else torch.where(counted, labels, IGNORE)
+    labels, dtype = labels.contiguous(), stats_dtype(logits.dtype)
     if (advantages is None) != (loss_type == "sft"):
         got = "None" if advantages is None else "a tensor"
         raise ValueError(f"advantages: got {got} with {loss_type!r}; sft has none, the others need [B] or [B, T]")
