@@ -245,6 +245,19 @@ def assert_with_runs(run: Callable[[int], object], check: Callable[[list], None]
                 raise
 
 
+def product_buffers(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    """The most bytes that a product of the head allocates beside its result: some CPUs' bf16 products copy operands."""
+    import counting
+
+    logits = hidden @ weight.T
+    most = 0
+    for a, b in ((hidden, weight.T), (logits, weight), (logits.T, hidden)):
+        a @ b  # what is allocated once for all
+        peak = counting.peak_bytes(lambda a=a, b=b: a @ b, DEVICE)
+        most = max(most, peak - a.shape[0] * b.shape[1] * a.element_size())
+    return most
+
+
 @contextlib.contextmanager
 def count_launches():
     """A list that collects the names of the Triton kernels launched meanwhile, on a GPU or interpreted."""

@@ -5,7 +5,7 @@ import kl_providers
 import providers
 import pytest
 import torch
-from helpers import DEVICE, IGNORE
+from helpers import DEVICE, IGNORE, product_buffers
 from test_planner import CASES, DTYPES, Case
 
 from fused_po.planner import peers
@@ -46,19 +46,6 @@ def counted(step) -> tuple[int, int]:
     return counting.flops(step), counting.peak_bytes(lambda: kept.append(step()), DEVICE)
 
 
-def product_buffers(case: Case) -> int:
-    """The most bytes that a product of the head allocates beside its result: some CPUs' bf16 products copy operands."""
-    hidden, weight = case.hidden.detach(), case.weight.detach()
-    logits = hidden @ weight.T
-    most = 0
-    for a, b in ((hidden, weight.T), (logits, weight), (logits.T, hidden)):
-        a @ b  # what is allocated once for all
-        most = max(
-            most, counting.peak_bytes(lambda a=a, b=b: a @ b, DEVICE) - a.shape[0] * b.shape[1] * a.element_size()
-        )
-    return most
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", (*SAME, "kl", "kl, head frozen", "kl, no gradients"))
 def test_eager(name, dtype, seed):
@@ -75,7 +62,7 @@ def test_eager(name, dtype, seed):
     matrix = 4 * case.work.tokens * case.work.vocab
     assert planned.flops == flops
     # The policy's log-softmax is there under DPO's reference. The products' own buffers depend on the processor.
-    most = planned.peak + matrix / 4 + product_buffers(case)
+    most = planned.peak + matrix / 4 + product_buffers(case.hidden.detach(), case.weight.detach())
     assert planned.peak - case.work.tokens * TOKEN_BYTES <= peak <= most
 
 

@@ -50,6 +50,23 @@ class Incoming(NamedTuple):
         return Incoming(labels, saved, self.entropy, *grads), live
 
 
+CPU_ROWS = 32  # of a product with few columns
+
+
+def add_product(d: Tensor, thin: Tensor, total: Tensor) -> None:
+    """total += d^T thin, for thin of few columns: the gradients of a bias and of low.
+
+    On a CPU, BLAS adds the rows of such a product one after another and rounds each sum; plain PyTorch sums a bias's
+    gradient in cascades. There the total is in float64, and made of sums of CPU_ROWS rows.
+    """
+    if d.device.type != "cpu":
+        return mm(d.t(), thin, total, add=True)
+    part = torch.empty_like(total, dtype=stats_dtype(d.dtype))
+    for some in spans(0, len(d), CPU_ROWS):
+        mm(d[some].t(), thin[some], part)
+        total += part
+
+
 class HeadBackward:
     """One backward over rows of which the first n_kept have their basis kept; the rest project again."""
 
@@ -126,7 +143,8 @@ class HeadBackward:
         g = self.factors[:, None] if self.multiples else torch.ones_like(self.rows.logps)[:, None]
         scaled = (self.hidden * g).to(gemm) if (need_weight or need_low) and self.multiples else self.hidden
         thin = torch.cat([g.to(gemm)[:, :need_bias], scaled[:, width if need_low else self.hidden.shape[1] :]], 1)
-        sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=sums)  # of the bias, and of low
+        wide = torch.float64 if thin.device.type == "cpu" else sums
+        sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=wide)  # of the bias, and of low
         if not pieces and need_weight and not add:
             grads[1].zero_()
         room = None if own_sums else self.hidden.new_empty(min(columns_at_once, n_cols), width, dtype=sums)
@@ -145,7 +163,7 @@ class HeadBackward:
                 if need_weight:
                     mm(d.t(), scaled[some, :width], total, add=some.start > 0 or add)
                 if thin.shape[1]:
-                    mm(d.t(), thin[some], sum_thin[columns], add=True)
+                    add_product(d, thin[some], sum_thin[columns])
             if need_weight and not own_sums and pieces:
                 grads[1][columns] = total
             del part  # before the next one is cast
