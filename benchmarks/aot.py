@@ -333,6 +333,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, not a Markdown table")
     args = parser.parse_args()
     began = time.monotonic()
+    if unknown := set(args.disassemble or ()) - set(args.arch):
+        parser.error(
+            f"--disassemble: got {', '.join(sorted(unknown))}; allowed are those of --arch: {' '.join(args.arch)}"
+        )
     chosen = args.arch if args.disassemble is None else args.disassemble
     work = [(case, arch, arch in chosen) for arch in args.arch for case in cases()]
     with ProcessPoolExecutor() as pool:

@@ -7,7 +7,7 @@ import tempfile
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
 if "ATEN_CPU_CAPABILITY" in os.environ and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # Inductor's cache does not ask for which instruction set its code was made: run under another one, it crashes.
+    # Inductor's cache does not distinguish instruction sets, and code made for another one crashes.
     cache = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), cache)
 

@@ -9,9 +9,9 @@ BOTH = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # in plac
 
 
 def prepare_once() -> None:
-    """In this process, from now on. In an inner function all is prepared already; Triton would look again, and long.
+    """Change Triton's interpreter in this process. In an inner function everything is prepared already.
 
-    Other versions of Triton than the tests' may lack these names: there it stays as it is.
+    Versions of Triton without these names are left as they are.
     """
     if not hasattr(interpreter, "_LangPatchScope"):
         return

@@ -293,3 +293,31 @@ def test_the_gradient_of_a_bias_over_many_tokens(outputs, keep, seed):
     ours = gradient(bias, lambda b: [getattr(score(b), name) for name in outputs])
     exact = plainly(torch.float64)
     assert_close("bias", ours, exact, [(plainly(torch.float32), exact)])
+
+
+@pytest.mark.parametrize("op", ("linear_kl", "chunked_loss"))
+def test_the_gradient_of_a_bias_over_many_tokens_in_other_ops(op, seed):
+    """They sum it as `linear_logps` does; chunked_loss over eight groups."""
+    n, v, width = 4000, 64, 8
+    hidden, ref_hidden = torch.randn(2, n, width, device=DEVICE)
+    weight, ref_weight = torch.randn(2, v, width, device=DEVICE)
+    bias, labels = torch.randn(v, device=DEVICE), torch.randint(v, (n,), device=DEVICE)
+    rows, groups = torch.arange(n, device=DEVICE), fused_po.Schedule(logits_budget=n // 8 * 4 * v)
+
+    def ours(b):
+        if op == "linear_kl":
+            return fused_po.linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias=b).kl.sum()
+        chunked = lambda stats, rows: stats.logps.sum()  # noqa: E731
+        return fused_po.chunked_loss(chunked, hidden, weight, labels, rows, bias=b, schedule=groups)
+
+    def plainly(b):
+        side, other = (t.to(b.dtype) for t in (hidden, weight)), (t.to(b.dtype) for t in (ref_hidden, ref_weight))
+        p, q = (torch.nn.functional.linear(*t).log_softmax(-1) for t in ((*side, b), other))
+        return (p.exp() * (p - q)).sum() if op == "linear_kl" else p.gather(1, labels[:, None]).sum()
+
+    def gradient(of, dtype=torch.float32):
+        b = bias.to(dtype).requires_grad_()
+        return torch.autograd.grad(of(b), b)[0]
+
+    exact = gradient(plainly, torch.float64)
+    assert_close("bias", gradient(ours), exact, [(gradient(plainly), exact)])

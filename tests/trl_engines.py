@@ -65,6 +65,6 @@ for name, seed, more in runs:
     used |= {"ddp": isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)}
     used["by TRL"] = name != "ours" or any("stay with TRL" in str(warning.message) for warning in said)
     if state.process_index == 0:
-        print(json.dumps({"run": name, "seed": seed, "log": trainer.state.log_history[:3], "used": used}), flush=True)
+        print(json.dumps({"run": name, "log": trainer.state.log_history[:3], "used": used}), flush=True)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -68,7 +68,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
             if forward_ad._current_level >= 0:
                 with forward_ad._set_fwd_grad_enabled(True):
                     for argument, value in zip(names, arguments):
-                        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                        if isinstance(value, Tensor) and has_tangent(value):
                             refuse_forward_mode(name, argument)
             return function(*arguments)
 
