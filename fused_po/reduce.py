@@ -38,6 +38,11 @@ def _checked(name: str, values: Tensor, mask: Optional[Tensor], cu_seqlens: Opti
     return torch.where(mask, values, 0), mask, bounds
 
 
+def mean(values: Tensor) -> Tensor:
+    """The mean of all values, with gradients; 0 where there are none."""
+    return values.mean() if values.numel() else values.sum()
+
+
 def _sequence_sums(values: Tensor, bounds: Optional[Tensor]) -> Tensor:
     """[B] or [S] sums of [B, T] or [N]."""
     return values.sum(-1) if bounds is None else torch.segment_reduce(values, "sum", offsets=bounds, axis=0)

@@ -27,6 +27,15 @@ NOT_READ = {
 } | {("FusedLinearGRPOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")} | {
     ("PolicyLoss.forward", "rollout_log_probs"),
 }  # fmt: skip
+HEADS = {"weight", "lin_weight", "ref_weight"}  # [V, H], whatever the number of answers
+CHANGES = {  # made of every tensor of a call at once: they still fit one another
+    "its first element": lambda t: t[0] if t.ndim else t, "one dimension more": lambda t: t[None],
+    "flat": torch.flatten, "transposed": lambda t: t.mT if t.ndim > 1 else t, "one row": lambda t: t[:1] if t.ndim else t,
+    "an odd number of rows": lambda t: t[:3] if t.ndim else t, "no rows": lambda t: t[:0] if t.ndim else t,
+    "no columns": lambda t: t[..., :0] if t.ndim else t, "meta": lambda t: t.to("meta"),
+    "fp16": lambda t: t.half() if t.is_floating_point() else t, "bf16": lambda t: t.bfloat16() if t.is_floating_point() else t,
+    "fp64": lambda t: t.double() if t.is_floating_point() else t,
+}  # fmt: skip
 COUNTS = {"num_tokens", "num_sequences", "batch_num_tokens", "global_batch_size"}
 
 
@@ -52,6 +61,34 @@ def test_every_argument_of(target):
             else:
                 unread = (target.name.split()[0], argument) in NOT_READ or argument in COUNTS
                 assert value is not THING or unread, f"{call} is taken"
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """All that a result holds, however deep."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
+def test_all_tensors_at_once(target):
+    """Served without NaN, or refused by name: what compares arguments with one another finds nothing here."""
+    for what, change in CHANGES.items():
+        for heads_too in (True, False):
+            changed = {
+                name: change(value) if isinstance(value, torch.Tensor) and (heads_too or name not in HEADS) else value
+                for name, value in target.good.items()
+            }
+            call = f"{target.name}({what}{'' if heads_too else ', heads as they are'})"
+            try:
+                result = target.call(**changed)
+            except (TypeError, ValueError) as error:
+                assert named(str(error), target.arguments), f"{call} names no argument: {error}"
+            except Exception as error:
+                pytest.fail(f"{call}: {type(error).__name__}: {error}")
+            else:
+                assert not any(value.isnan().any() for value in tensors(result) if value.device.type != "meta"), call
 
 
 def test_all_that_is_public_is_probed():

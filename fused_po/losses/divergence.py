@@ -217,6 +217,8 @@ def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std_p: float | Tensor, std_q: fl
         [...], in nats, with gradients to all.
     """
     checks.alike(mean_p=mean_p, mean_q=mean_q)
+    if mean_p.ndim == 0:
+        raise ValueError("mean_p: got a 0-dim tensor, expected [..., k], means in k dimensions")
     squares = (mean_p - mean_q).square().sum(-1)
     for name, std in (("std_p", std_p), ("std_q", std_q)):
         checks.positive_like(name, std, squares, "the means without their last dimension")

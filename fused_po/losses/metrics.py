@@ -6,6 +6,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fused_po import checks
 from fused_po.losses.group_relative import plan, ratio_of, reference_kl
@@ -124,8 +125,8 @@ def clip_metrics(low: Tensor, high: Tensor, mask: Tensor) -> Metrics:
         "clip_ratio/low_mean": masked_mean(low, mask),
         "clip_ratio/high_mean": masked_mean(high, mask),
         "clip_ratio/region_mean": masked_mean(region, mask),
-        "clip_ratio/low_min": torch.where(some.any(), torch.where(some, lows, 1).amin(), 0),
-        "clip_ratio/high_max": torch.where(some, highs, 0).amax(),
+        "clip_ratio/low_min": torch.where(some.any(), pad(torch.where(some, lows, 1), (0, 1), value=1.0).amin(), 0),
+        "clip_ratio/high_max": pad(torch.where(some, highs, 0), (0, 1)).amax(),
     }
 
 

@@ -255,7 +255,7 @@ def discopop(
     tau = checks.number("tau", tau, "0 < tau <= 1", lambda v: 0 < v <= 1)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
     m, log_sigmoid = torch.sigmoid(h / tau), logsigmoid(h)
-    above, finite = h.clamp(min=-10), h.clamp(min=-1e30)
+    above, finite = h.clamp(min=-10), h.clamp(min=torch.finfo(h.dtype).min)
     near = m * (torch.exp(-above) + logsigmoid(above))  # one m: its gradient's two parts cancel before they round
     far = torch.exp(logsigmoid(finite / tau) - finite) + weighed(m, log_sigmoid)
     return torch.where(h < -10, far, near) - log_sigmoid
@@ -368,9 +368,10 @@ def wpo_weights(logps: Tensor, mask: Tensor, log_sum_sq_probs: Optional[Tensor] 
         [B], without gradient.
     """
     checks.alike(logps=logps, **checks.given(log_sum_sq_probs=log_sum_sq_probs))
+    if logps.ndim != 2 or len(logps) % 2:
+        raise ValueError(f"logps: got shape {tuple(logps.shape)}, expected [2B, T], the chosen answers first")
     mask = checks.mask_like("mask", mask, logps, "logps")
-    if logps.shape[0] % 2:
-        raise ValueError(f"logps: got {logps.shape[0]} sequences, expected an even number, chosen first")
     aligned = (logps if log_sum_sq_probs is None else logps - log_sum_sq_probs).detach()
     means = torch.where(mask, aligned, 0).sum(-1) / mask.sum(-1).clamp(min=1)
-    return means.view(2, -1).sum(0).exp()
+    chosen, rejected = means.chunk(2)
+    return (chosen + rejected).exp()

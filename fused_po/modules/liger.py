@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_po import checks, losses
 from fused_po.ops.linear_logps import linear_logps
-from fused_po.reduce import sequence_logps
+from fused_po.reduce import mean, sequence_logps
 
 DPO_LOSSES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
@@ -48,7 +48,8 @@ class Scored(NamedTuple):
 
     def logits_means(self) -> tuple[Tensor, Tensor]:
         """Of the chosen and of the rejected answers."""
-        return self.mean_logits.view(2, -1).mean(-1).unbind(0)
+        chosen, rejected = self.mean_logits.chunk(2)
+        return mean(chosen), mean(rejected)
 
     def chosen_nll(self) -> Tensor:
         """The mean over the chosen answers' tokens."""
@@ -72,6 +73,7 @@ def mean_logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tenso
     """[S] means over positions and vocabulary: the mean of hidden times the mean of the head's rows."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     means = (hidden.mean(1, dtype=dtype) * weight.mean(0, dtype=dtype)).sum(-1)
+    means = means if hidden.shape[1] else torch.zeros_like(means)
     return means if bias is None else means + bias.mean(dtype=dtype)
 
 
@@ -103,7 +105,7 @@ def pair_result(
 ) -> Result:
     """(mean loss + alpha NLL, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll, chosen
     rewards, rejected rewards, ...))"""
-    loss = loss.mean()
+    loss = mean(loss)
     if nll is not None:
         loss = loss + alpha * nll
     nll = loss.new_zeros(()) if nll is None else nll
@@ -348,7 +350,7 @@ class FusedLinearKTOLoss(nn.Module):
         ours = score(_input, lin_weight, target, bias, *how)
         reference = score_reference(ours, target, (ref_input, ref_weight, ref_bias), self.use_ref_model, *how)
         logps, chosen = ours.sequences, preference_labels
-        loss = losses.kto(logps, reference, chosen, 0.0 if kl is None else kl, **self.how).mean()
+        loss = mean(losses.kto(logps, reference, chosen, 0.0 if kl is None else kl, **self.how))
         logits = ours.mean_logits * (target.shape[1] * len(lin_weight))
         rewards = self.beta * (logps - reference).detach()
         sums = (torch.where(side, v, 0).sum() for v in (logps, logits, rewards) for side in (chosen, ~chosen))

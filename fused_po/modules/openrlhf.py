@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_po import checks, losses
 from fused_po.ops.logps import logps_from_logits, shift_labels
-from fused_po.reduce import aggregate
+from fused_po.reduce import aggregate, mean
 
 
 @checks.called(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
@@ -103,6 +103,7 @@ class PolicyLoss(nn.Module):
         self.is_correction_mode, self.is_correction_gating = is_correction_mode, is_correction_gating
         self.is_correction_threshold = is_correction_threshold
 
+    @checks.called(logps="log_probs", old_logps="old_log_probs", mask="action_mask")
     def forward(
         self,
         log_probs: Tensor,
@@ -228,6 +229,7 @@ class SFTLoss(nn.Module):
         checks.flags(token_level_loss=token_level_loss)
         self.token_level_loss = token_level_loss
 
+    @checks.called(token_loss="per_token_logps", mask="loss_mask")
     def forward(
         self,
         per_token_logps: Tensor,
@@ -267,7 +269,7 @@ class PairWiseLoss(nn.Module):
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
         """The mean loss of rewards and margins, all of one shape."""
         checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.given(margin=margin))
-        return losses.bradley_terry(chosen_reward, reject_reward, margin=margin).mean()
+        return mean(losses.bradley_terry(chosen_reward, reject_reward, margin=margin))
 
 
 class LogExpLoss(nn.Module):
@@ -278,7 +280,7 @@ class LogExpLoss(nn.Module):
         if margin is not None:
             raise ValueError("margin: given, but LogExpLoss has none; PairWiseLoss does")
         checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward)
-        return losses.bradley_terry(chosen_reward, reject_reward).mean()
+        return mean(losses.bradley_terry(chosen_reward, reject_reward))
 
 
 class DPOLoss(nn.Module):
@@ -319,4 +321,4 @@ class DPOLoss(nn.Module):
         else:
             loss = losses.dpo(*policy, *reference, beta=self.beta, label_smoothing=self.label_smoothing)
         rewards = (self.beta * (ours - theirs).detach() for ours, theirs in zip(policy, reference))
-        return loss.mean(), *rewards
+        return mean(loss), *rewards
