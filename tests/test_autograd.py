@@ -1,5 +1,6 @@
 """Autograd around every op: edits of results, inference mode, hooks on saved tensors, modules, ranks."""
 
+import probing
 import pytest
 import torch
 from autograd_ops import (
@@ -83,6 +84,49 @@ def test_an_edit_of_a_result_is_part_of_the_graph(name):
         loss = total(results.values())
         close(torch.autograd.grad(loss, leaves, retain_graph=True), expected)
         close(torch.autograd.grad(loss, leaves), expected)
+
+
+def of_copies(target):
+    """(results that have gradients, the leaves) of a loss called with what was computed from leaves."""
+    leaves = [value.clone().requires_grad_() for value in target.good.values() if is_numbers(value)]
+    computed = iter([leaf * 1 for leaf in leaves])
+    good = {name: next(computed) if is_numbers(value) else value for name, value in target.good.items()}
+    results = target.call(**good)
+    return [value for value in tensors_in(results) if value.requires_grad], leaves
+
+
+def is_numbers(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple) else []
+
+
+PURE = {target.name: target for target in probing.every_target() if "backend" not in target.signature.parameters}
+LOSSES = {name: target for name, target in PURE.items() if of_copies(target)[0]}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_edit_of_a_loss(name):
+    """In the graph it is a step more, and beside the graph it changes nothing."""
+    target = LOSSES[name]
+    for i in range(len(of_copies(target)[0])):
+        results, leaves = of_copies(target)
+        plain = torch.autograd.grad(results[i].sum(), leaves, allow_unused=True)
+        results, leaves = of_copies(target)
+        halved = torch.autograd.grad(results[i].mul_(0.5).sum(), leaves, allow_unused=True)
+        results, leaves = of_copies(target)
+        total = results[i].sum()
+        for result in results:
+            result.data.fill_(7)
+        filled = torch.autograd.grad(total, leaves, allow_unused=True)
+        for exact, half, same in zip(plain, halved, filled):
+            if exact is not None:
+                torch.testing.assert_close(half, exact / 2)
+                torch.testing.assert_close(same, exact, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.plain])

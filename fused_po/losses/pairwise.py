@@ -149,7 +149,8 @@ def hinge(
     arXiv:2309.06657, eq. 10). TRL's "hinge"; beta is the reciprocal of the paper's margin.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
-    return torch.relu(1 - checks.positive_like("beta", beta, w, "chosen") * (w - l))
+    short = 1 - checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    return torch.where(short <= 0, 0, short)  # relu, whose backward would read a result that callers may edit
 
 
 def lengths_of(chosen_length: Optional[Tensor], rejected_length: Optional[Tensor], like: Tensor) -> tuple:
