@@ -28,13 +28,23 @@ NOT_READ = {
     ("PolicyLoss.forward", "rollout_log_probs"),
 }  # fmt: skip
 HEADS = {"weight", "lin_weight", "ref_weight"}  # [V, H], whatever the number of answers
+
+
+def rows(change):
+    """A change of every tensor that has dimensions."""
+    return lambda t: change(t) if t.ndim else t
+
+
+def to(dtype):
+    return lambda t: t.to(dtype) if t.is_floating_point() else t
+
+
 CHANGES = {  # made of every tensor of a call at once: they still fit one another
-    "its first element": lambda t: t[0] if t.ndim else t, "one dimension more": lambda t: t[None],
-    "flat": torch.flatten, "transposed": lambda t: t.mT if t.ndim > 1 else t, "one row": lambda t: t[:1] if t.ndim else t,
-    "an odd number of rows": lambda t: t[:3] if t.ndim else t, "no rows": lambda t: t[:0] if t.ndim else t,
-    "no columns": lambda t: t[..., :0] if t.ndim else t, "meta": lambda t: t.to("meta"),
-    "fp16": lambda t: t.half() if t.is_floating_point() else t, "bf16": lambda t: t.bfloat16() if t.is_floating_point() else t,
-    "fp64": lambda t: t.double() if t.is_floating_point() else t,
+    "its first element": rows(lambda t: t[0]), "one dimension more": lambda t: t[None], "flat": torch.flatten,
+    "transposed": lambda t: t.mT if t.ndim > 1 else t, "one row": rows(lambda t: t[:1]),
+    "an odd number of rows": rows(lambda t: t[:3]), "no rows": rows(lambda t: t[:0]),
+    "no columns": rows(lambda t: t[..., :0]), "meta": lambda t: t.to("meta"), "fp16": to(torch.float16),
+    "bf16": to(torch.bfloat16), "fp64": to(torch.float64),
 }  # fmt: skip
 COUNTS = {"num_tokens", "num_sequences", "batch_num_tokens", "global_batch_size"}
 
