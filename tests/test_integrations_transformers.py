@@ -230,6 +230,12 @@ def test_errors():
         fuse_lm_head(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"softcap: got 3\.0, which only logit_scale reads"):
         fuse_lm_head(causal_lm("Llama"), softcap=3.0)
+    replicate = "_replicate_for_data_parallel"  # what nn.DataParallel calls of each module, for each GPU
+    with pytest.raises(
+        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model to its GPUs; start one process"
+    ):
+        getattr(model, replicate)()
+    assert getattr(unfuse_lm_head(model), replicate)()._is_replica
 
 
 def strange(change):

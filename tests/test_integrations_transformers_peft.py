@@ -1,6 +1,7 @@
 """`fuse_lm_head` under PEFT: adapters on the body, on the head, several at once, full copies, prompts."""
 
 import copy
+import warnings
 
 import counting
 import pytest
@@ -95,6 +96,18 @@ def test_merged_disabled_and_switched(seed):
     model.unmerge_adapter()
     torch.testing.assert_close(own, merged, rtol=1e-5, atol=1e-6)
     assert abs(own - without) > 1e-3 and torch.allclose(own, agrees())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_adapters_after_fusing_make_no_logits(kind):
+    """PEFT's modules_to_save copies a head, and our hook with it."""
+    v = 4096
+    model = adapted(fuse_lm_head(causal_lm("Llama", vocab_size=v), schedule=fused_po.Schedule(tile_bytes=1)), **kind)
+    ids, labels = batch(0, rows=4, length=40)
+    with warnings.catch_warnings(), counting.LargestTensor() as seen:
+        warnings.filterwarnings("error", "fused: this call makes all its logits")
+        model(input_ids=ids, labels=labels, fused=True).loss.backward()
+    assert seen.elements < ids.numel() * v
 
 
 @pytest.mark.parametrize("share", (0, 1))

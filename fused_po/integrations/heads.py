@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
-# Packages whose hooks move, gather, cut or recompute a head's weights, and change nothing else.
-ENGINES = ("torch", "accelerate", "deepspeed", "transformers", "peft")
+# Packages whose hooks move, gather, cut or recompute a head's weights, and change nothing else. Ours do nothing outside
+# their own call; PEFT's modules_to_save copies the head together with the hook on it.
+ENGINES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "fused_po")
 # A module's hooks that see logits or their gradients: forward hooks first.
 AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -217,8 +217,17 @@ def unfuse_lm_head(model: nn.Module) -> nn.Module:
         base.loss_function = state.loss
     else:
         del base._loss_function
+    del base._replicate_for_data_parallel
     delattr(base, STATE)
     return model
+
+
+def _refuse_replica() -> nn.Module:
+    """In the place of nn.Module's method that nn.DataParallel calls: a replica's forward would be the model's own."""
+    raise TypeError(
+        "model: nn.DataParallel cannot copy a fused model to its GPUs; start one process a GPU (torchrun or accelerate "
+        "launch), make one GPU visible (CUDA_VISIBLE_DEVICES=0), or call unfuse_lm_head(model)"
+    )
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -246,6 +255,7 @@ def _install(model: nn.Module, state: State) -> None:
     state.forward = vars(model).get("forward")
     state.attach(head)
     setattr(model, STATE, state)
+    model._replicate_for_data_parallel = _refuse_replica
     model.forward = _FusedForward(model)
     model.loss_function = state.score
 
