@@ -69,7 +69,10 @@ def check(name, logps, grad, logits, labels, scaling=PLAIN):
     if logps is not None:
         assert_relative(name, logps, exact, wide, slack)
         theirs = at(scaling.apply(logits.to(wide)).log_softmax(-1), labels)
-        rounding = 4 * slack * torch.finfo(wide).eps * exact.abs()
+        # A scaled logit is the rounded product with a rounded factor: what one unit in each makes of the log-prob.
+        size = logits.double().abs() + logits.double().gather(1, labels[:, None]).abs()
+        of_scaling = 0.0 if scaling == PLAIN else (exact_grad.abs() * size).nan_to_num().sum(1)
+        rounding = torch.finfo(wide).eps * (4 * slack * exact.abs() + of_scaling)
         allowed = (theirs - exact).abs() + rounding + torch.finfo(wide).smallest_normal
         share = ((logps - exact).abs() / allowed).max().item()
         assert_below(share, 1.0, f"{name}: log_softmax is better, its error and a rounding are 1/{share:.2f} of ours")
