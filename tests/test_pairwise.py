@@ -215,7 +215,7 @@ BAD = [
     (lambda: losses.simpo(*pairs()[:2], gamma=-1.0), "gamma: got -1.0"),
     (lambda: losses.orpo(*pairs()[:2], beta=0.0), "beta: got 0.0"),
     (lambda: losses.sft(pairs()[0], torch.ones(3)), r"mask: got shape \(3,\), expected \(4,\), that of logps"),
-    (lambda: losses.wpo_weights(torch.zeros(3, 2), torch.ones(3, 2)), "logps: got 3 sequences, expected an even"),
+    (lambda: losses.wpo_weights(torch.zeros(3, 2), torch.ones(3, 2)), r"logps: got shape \(3, 2\), expected \[2B, T\]"),
     (lambda: losses.tdpo(*pairs(), pairs()[0], torch.randn(3)), r"rejected_kl: got shape \(3,\)"),
 ]  # fmt: skip
 
