@@ -51,6 +51,11 @@ class Scaling(NamedTuple):
         """The largest slope."""
         return self.logit_scale / self.temperature
 
+    @property
+    def cap(self) -> float:
+        """The softmax's largest logit under a softcap, 0 without one."""
+        return 0.0 if self.softcap is None else self.softcap / self.temperature
+
     def slope(self, raw: torch.Tensor) -> torch.Tensor:
         """d z / d raw."""
         slope = torch.full_like(raw, self.logit_scale / self.temperature)

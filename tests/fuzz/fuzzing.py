@@ -193,16 +193,21 @@ def count(op: str, ratio: float) -> None:
     RATIOS.setdefault(op, []).append(ratio)
 
 
-def one_nat(dtype: str, names: tuple[str, ...], g: Values, slope: float, **factors: Tensor) -> dict[str, float]:
+def one_nat(
+    dtype: str, names: tuple[str, ...], g: Values, scaling: Scaling, ref_cap: float = 0.0, **factors: Tensor
+) -> dict[str, float]:
     """Of each value, what an error of 1 nat in the log-probs makes of it: itself, and of the gradients of `factors`.
 
     The rounding of a number of this size is let pass where the bound would be less than what it is made of. A log-prob
     is the log of a sum: in another order it is off by the rounding of 1, and where one token has all of the probability
     plain PyTorch may be exact, while the kernels, which work in base 2, are off by that. In float64 the truth is such a
-    sum too, of 1 and what fp32 does not see beside it: a rounding of 1 a term.
+    sum too, of 1 and what fp32 does not see beside it: a rounding of 1 a term. And its capped logits are rounded, also
+    where fp32 sees the cap itself, so that plain PyTorch is exact there.
+
+    scaling: of the policy. ref_cap: of the reference's scaling.
     """
-    scale = 8.0 if dtype == "fp64" else 1.0
-    largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * slope
+    scale = 8.0 + max(scaling.cap, ref_cap) if dtype == "fp64" else 1.0
+    largest = sum(float(w.abs().max()) for w in g.values() if w.numel()) * scaling.steepest
     sizes = {name: float(f.abs().max()) if f.numel() else 0.0 for name, f in factors.items()}
     # A log, and twice a log; a log of either side; a log, and a mean of others.
     logs = {"log_sum_sq_probs": 4.0, "kl": 2.0, "entropy": 2.0}

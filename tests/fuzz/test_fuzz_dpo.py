@@ -180,9 +180,7 @@ def dpo_units(case: DPOCase, t: Values, names: tuple[str, ...], g: Values) -> di
     factors = {"logits": torch.ones(1)}
     if case.width:
         factors = {"hidden": t["weight"], "weight": 2 * max(1, case.pairs) * steep * t["hidden"]}
-    return {
-        name: steep * unit for name, unit in one_nat(case.dtype, names, g, case.scaling.steepest, **factors).items()
-    }
+    return {name: steep * unit for name, unit in one_nat(case.dtype, names, g, case.scaling, **factors).items()}
 
 
 test_dpo = fuzz(0.08, dpo_cases())(check_dpo)

@@ -145,7 +145,8 @@ def check_kl(case: KLCase) -> None:
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, ("logits",), g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of a token that does not count"
-    units = one_nat(case.rows.dtype, names, g, case.scalings[0].steepest, logits=torch.ones(1))
+    scaling, ref_cap = case.scalings[0], case.scalings[1].cap
+    units = one_nat(case.rows.dtype, names, g, scaling, ref_cap, logits=torch.ones(1))
     judge("kl_from_logits", found, errors, exact, units)
 
 
@@ -238,7 +239,7 @@ def check_linear_kl(case: HeadsCase) -> None:
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, case.trained, g)
     rows_bias = torch.full((1,), float(max(1, case.n)))
     factors = {"hidden": tensors["weight"], "weight": max(1, case.n) * tensors["hidden"], "bias": rows_bias}
-    units = one_nat(case.dtype, names, g, case.scalings[0].steepest, **factors)
+    units = one_nat(case.dtype, names, g, case.scalings[0], case.scalings[1].cap, **factors)
     judge("linear_kl", found, errors, exact, units)
 
 

@@ -84,7 +84,7 @@ def top1_is_right(top1: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
 def check_logits(case: LogitsCase) -> None:
     generator = generator_of(case.rows.seed)
     labels, safe = given_labels(drawn := draw_labels(case.rows, generator), case.rows.ignore_index)
-    logits = draw_logits(case.rows, drawn, case.scaling.steepest, generator)
+    logits = draw_logits(case.rows, drawn, case.scaling, generator)
     g = case.incoming.draw((case.rows.n,))
     names = tuple(name for name in case.outputs if name != "is_top1")
     leaves = ("logits",) if g else ()
@@ -107,7 +107,7 @@ def check_logits(case: LogitsCase) -> None:
     found = evaluate_view(ours, laid_out(logits[0], case.layout), leaves, g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of an ignored row"
-    units = one_nat(case.rows.dtype, names, g, case.scaling.steepest, logits=torch.ones(1))
+    units = one_nat(case.rows.dtype, names, g, case.scaling, logits=torch.ones(1))
     judge("logps_from_logits", found, errors, exact, units)
 
 
@@ -185,7 +185,7 @@ def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:
     tensors = {}
     for name, (shape, spread) in shapes.items():
         base = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).double()
-        tensors[name] = copies_like(base, apart(spread, case.scaling.steepest, case.dtype), n_copies, generator, dtype)
+        tensors[name] = copies_like(base, apart(spread, case.scaling, case.dtype), n_copies, generator, dtype)
     return tensors
 
 
@@ -203,7 +203,7 @@ def head_units(case: HeadCase, t: Values, names: tuple[str, ...], g: Values) -> 
     factors = {"hidden": t["weight"], "weight": n * t["hidden"], "bias": torch.full((1,), float(n))}
     if case.rank:
         factors |= {"u": t["low"], "low": n * t["u"]}
-    return one_nat(case.dtype, names, g, case.scaling.steepest, **factors)
+    return one_nat(case.dtype, names, g, case.scaling, **factors)
 
 
 def check_linear(case: HeadCase) -> None:
