@@ -84,7 +84,7 @@ def top1_is_right(top1: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
 def check_logits(case: LogitsCase) -> None:
     generator = generator_of(case.rows.seed)
     labels, safe = given_labels(drawn := draw_labels(case.rows, generator), case.rows.ignore_index)
-    logits = draw_logits(case.rows, drawn, case.scaling, generator)
+    logits = draw_logits(case.rows, drawn, case.scaling.steepest, generator)
     g = case.incoming.draw((case.rows.n,))
     names = tuple(name for name in case.outputs if name != "is_top1")
     leaves = ("logits",) if g else ()
@@ -185,7 +185,7 @@ def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:
     tensors = {}
     for name, (shape, spread) in shapes.items():
         base = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).double()
-        tensors[name] = copies_like(base, apart(spread, case.scaling, case.dtype), n_copies, generator, dtype)
+        tensors[name] = copies_like(base, apart(spread, case.scaling.steepest, case.dtype), n_copies, generator, dtype)
     return tensors
 
 
