@@ -30,6 +30,14 @@ class Target(NamedTuple):
         return [name for name, kind in kinds.items() if kind not in (inspect.Parameter.VAR_KEYWORD, 2)]
 
 
+def tensors_in(value: object) -> list[Tensor]:
+    """All tensors that a result holds, in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
 

@@ -92,17 +92,11 @@ def of_copies(target):
     computed = iter([leaf * 1 for leaf in leaves])
     good = {name: next(computed) if is_numbers(value) else value for name, value in target.good.items()}
     results = target.call(**good)
-    return [value for value in tensors_in(results) if value.requires_grad], leaves
+    return [value for value in probing.tensors_in(results) if value.requires_grad], leaves
 
 
 def is_numbers(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
-
-
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple) else []
 
 
 PURE = {target.name: target for target in probing.every_target() if "backend" not in target.signature.parameters}
@@ -111,7 +105,7 @@ LOSSES = {name: target for name, target in PURE.items() if of_copies(target)[0]}
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_edit_of_a_loss(name):
-    """In the graph it is a step more, and beside the graph it changes nothing."""
+    """An in-place operation on a result is part of the graph; writing to its data changes no gradient."""
     target = LOSSES[name]
     for i in range(len(of_copies(target)[0])):
         results, leaves = of_copies(target)

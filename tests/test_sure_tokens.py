@@ -69,10 +69,10 @@ def check(name, logps, grad, logits, labels, scaling=PLAIN):
     if logps is not None:
         assert_relative(name, logps, exact, wide, slack)
         theirs = at(scaling.apply(logits.to(wide)).log_softmax(-1), labels)
-        # A scaled logit is the rounded product with a rounded factor: what one unit in each makes of the log-prob.
+        # A scaled logit is a rounded product: what half a unit in each makes of the log-prob.
         size = logits.double().abs() + logits.double().gather(1, labels[:, None]).abs()
-        of_scaling = 0.0 if scaling == PLAIN else (exact_grad.abs() * size).nan_to_num().sum(1)
-        rounding = torch.finfo(wide).eps * (4 * slack * exact.abs() + of_scaling)
+        of_products = 0.0 if scaling == PLAIN or scaling.softcap else (exact_grad.abs() * size).nan_to_num().sum(1) / 2
+        rounding = torch.finfo(wide).eps * (4 * slack * exact.abs() + of_products)
         allowed = (theirs - exact).abs() + rounding + torch.finfo(wide).smallest_normal
         share = ((logps - exact).abs() / allowed).max().item()
         assert_below(share, 1.0, f"{name}: log_softmax is better, its error and a rounding are 1/{share:.2f} of ours")

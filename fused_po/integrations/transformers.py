@@ -223,7 +223,7 @@ def unfuse_lm_head(model: nn.Module) -> nn.Module:
 
 
 def _refuse_replica() -> nn.Module:
-    """In the place of nn.Module's method that nn.DataParallel calls: a replica's forward would be the model's own."""
+    """Replaces the method that nn.DataParallel calls to copy a module: a copy would run the original's forward."""
     raise TypeError(
         "model: nn.DataParallel cannot copy a fused model to its GPUs; start one process a GPU (torchrun or accelerate "
         "launch), make one GPU visible (CUDA_VISIBLE_DEVICES=0), or call unfuse_lm_head(model)"
