@@ -26,7 +26,8 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers lint gpu-check clean own-packages
+.PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers lint gpu-check rehearse clean \
+	own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -72,8 +73,23 @@ gpu-check: $(READY) ## every test, slow ones too, on a CUDA GPU; fails if there 
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("$(NO_GPU)")'
 	$(RUN) -m pytest -m "" $(ARGS)
 
+# The rehearsal has an environment of its own, with a CUDA build of torch.
+OWN_PINS := torch|triton|numpy|setuptools|transformers|huggingface_hub
+
+rehearse: .rehearsal/installed ## the GPU's tests without a GPU, by a stand-in device: tests/support/rehearsal
+	.rehearsal/bin/python -m rehearsal $(ARGS)
+
+.rehearsal/installed: setup.py constraints.txt tests/support/rehearsal/constraints.txt tests/support/rehearsal/runtime.c \
+		tests/support/rehearsal/build.py
+	$(PYTHON) -m venv .rehearsal
+	grep -vE '^($(OWN_PINS))=' constraints.txt | cat - tests/support/rehearsal/constraints.txt > .rehearsal/constraints.txt
+	.rehearsal/bin/python -m pip install $(PIP_INSTALL) -c .rehearsal/constraints.txt setuptools nvidia-cuda-crt
+	.rehearsal/bin/python -m pip install $(PIP_INSTALL) -c .rehearsal/constraints.txt --no-build-isolation -e '.[dev]'
+	.rehearsal/bin/python tests/support/rehearsal/build.py
+	touch $@
+
 clean: ## remove .venv, builds and caches
-	rm -rf .venv .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .rehearsal .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 OLD := $(PYTHON) is older than Python 3.10, which is needed: make PYTHON=python3.12, say.

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import random
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable
@@ -18,8 +19,16 @@ from typing import NamedTuple
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REHEARSAL = os.environ.get("FUSED_PO_REHEARSAL") == "1"  # the CUDA device computes on the CPU: tests/support/rehearsal
 BACKENDS = ("reference", "triton")
 IGNORE = -100
+
+
+def no_inductor() -> str | None:
+    """Why torch.compile's default backend cannot run here, or None if it can."""
+    if REHEARSAL:
+        return "a rehearsal runs no kernel but fused_po's"
+    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "inductor needs a C++ compiler"
 
 
 def fresh_seed(test: str) -> int:

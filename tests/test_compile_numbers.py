@@ -2,12 +2,12 @@
 
 import contextlib
 import inspect
-import shutil
 import warnings
 
 import probing
 import pytest
 import torch
+from helpers import no_inductor
 from probing import VARIANTS, B, T, V, labels, normal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -267,8 +267,8 @@ GRADIENTS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients(name, backend):
-    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
-        pytest.skip("inductor needs a C++ compiler")
+    if backend == "inductor" and (reason := no_inductor()) is not None:
+        pytest.skip(reason)
     torch._dynamo.reset()
     compiled = torch.compile(GRADIENTS[name], backend=backend, fullgraph=True)
     for value in (1.0, 0.9, 0.8):

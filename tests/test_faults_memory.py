@@ -5,7 +5,9 @@ and so on to the last one of a forward and its backward.
 """
 
 import gc
+import time
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +21,17 @@ from fused_po import Schedule
 
 N, V, H = 12, 70, 6
 ROW = 4 * 80  # bytes of a padded row of fp32 logits
+FEWEST = 2 if DEVICE == "cuda" else 40  # steps of an op: what a kernel does is none
 FAULTS = ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, 11))  # the error, at each of how many steps
+
+
+def settled(count: Callable[[], int], allowed: int = 0) -> int:
+    """count(), once it is allowed. autograd's thread of a GPU lets go of an error a moment after the caller has it."""
+    for _ in range(100 if DEVICE == "cuda" else 0):
+        if count() <= allowed:
+            break
+        time.sleep(0.01)
+    return count()
 
 
 class FaultAt(TorchDispatchMode):
@@ -44,7 +56,8 @@ class FaultAt(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        return sum(storage() is not None for storage in self.made)
+        """What is left of it."""
+        return settled(lambda: sum(storage() is not None for storage in self.made))
 
 
 class Case(NamedTuple):
@@ -147,8 +160,8 @@ def test_a_fault_at_every_step(name, error, stride):
     case = CASES[name]
     before = {leaf: value.detach().clone() for leaf, value in case.leaves.items()}
     truth = step(case)
-    allocated = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     gc.collect()
+    allocated = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     gc.disable()
     try:
         at, messages = 1, []
@@ -162,14 +175,15 @@ def test_a_fault_at_every_step(name, error, stride):
             at += stride
     finally:
         gc.enable()
-    assert mode.steps < at <= mode.steps + stride and mode.steps > 40, "the faults have reached the last step"
+    assert mode.steps < at <= mode.steps + stride and mode.steps > FEWEST, "the faults have reached the last step"
     if error is torch.OutOfMemoryError and ("linear" in name or "chunked" in name):
         told = sum("Lower Schedule.logits_budget" in said for said in messages)
         assert told > len(messages) / 2, "what to lower"
     for leaf, value in case.leaves.items():
         assert torch.equal(value, before[leaf]) and value.grad is None, f"{leaf} was changed"
     assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call is another"
-    assert DEVICE == "cpu" or torch.cuda.memory_allocated() == allocated
+    gc.collect()
+    assert DEVICE == "cpu" or settled(torch.cuda.memory_allocated, allocated) <= allocated
 
 
 SHORT = dict(logits=normal(4, 20), labels=torch.arange(4, device=DEVICE))

@@ -192,7 +192,7 @@ def backward(
     from_kept = head.inner is None or incoming.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == "product" and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, hidden, (weight, low), incoming, kept), rows)
-        return grad.to(hidden.dtype), *(weight.new_empty(0) for _ in needs[1:])
+        return grad.to(hidden.dtype), *empty_gradients((None, weight, bias, low), [False] * len(needs))[1:]
     incoming, live = incoming.at(rows).masked(head.ignore_index)
     kept = kept[: len(live) if head.keep == "basis" and from_kept else 0]
     n_kept, index = len(kept), None
@@ -235,9 +235,11 @@ def product_gradient(
 
 
 def empty_gradients(values: tuple[Optional[Tensor], ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Room for gradients; no elements where not needed."""
-    wanted = [v is not None and need for v, need in zip(values, needs)]
+    """Room for gradients of (hidden or None, weight, ...); no elements where not needed, of the same dtype and device."""
+    weight = values[1]
     return tuple(
-        torch.empty_like(v, memory_format=torch.contiguous_format) if want else torch.empty(0)
-        for v, want in zip(values, wanted)
+        torch.empty_like(v, memory_format=torch.contiguous_format)
+        if v is not None and need
+        else (weight if v is None else v).new_empty(0)
+        for v, need in zip(values, needs)
     )

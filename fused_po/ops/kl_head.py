@@ -306,7 +306,7 @@ def backward(
     from_kept = head.inner is None or not active[2]  # the softcap's slope does not come back from the basis
     if head.keep == "product" and not active[2]:
         product = head.shards.sum_of_rows(sum(g[:, None] * u for g, u in zip(grads, kept)), rows)
-        return product.to(hidden.dtype), weight.new_empty(0), weight.new_empty(0)
+        return product.to(hidden.dtype), *empty_gradients((None, weight, bias), [False] * 3)[1:]
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
     live = (grads != 0).any(0)
     kept = kept[:, : len(live) if head.keep == "basis" and from_kept else 0]

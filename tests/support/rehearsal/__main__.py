@@ -1,0 +1,175 @@
+"""`make rehearse`: the CUDA path on this machine's CPU, in stages. README.md says what it shows and what it does not.
+
+    python -m rehearsal                          every stage
+    python -m rehearsal --short                  the short form, minutes: one file of tests, selfcheck on small sizes
+    python -m rehearsal selfcheck benchmark      these stages
+    python -m rehearsal -- tests/test_kl.py -x   pytest with these arguments, as a rehearsal
+
+Exit status: 0 if all passed, 1 if a stage failed, 2 if no rehearsal can be made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from . import build
+
+ROOT = Path(__file__).resolve().parents[3]
+LOGS = ROOT / "runs" / "rehearsal"
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=5")
+
+# Tests whose tensors lie on the GPU where there is one, but for those that train whole models or start other programs.
+# The first of them are the ones that decide: every op and schedule against float64.
+OPS = (
+    "test_logps", "test_schedules", "test_kl", "test_linear_kl", "test_preference", "test_policy",
+    "test_policy_logits", "test_policy_logits_ops", "test_chunked", "test_gae",
+)  # fmt: skip
+AROUND = (
+    "test_ops", "test_autograd", "test_autograd_transforms", "test_bad_arguments", "test_benchmarks",
+    "test_default_dtype", "test_determinism", "test_divergence", "test_draws", "test_edges", "test_errors",
+    "test_faults_backend", "test_faults_memory", "test_faults_process", "test_found_by_fuzzing", "test_infinities",
+    "test_inplace_memory", "test_invariances", "test_large", "test_low_rank", "test_modules", "test_modules_liger",
+    "test_modules_openrlhf", "test_planner", "test_planner_gpu", "test_reduce", "test_saved_tensor_hooks",
+    "test_selfcheck", "test_sequences", "test_small_batches", "test_strides", "test_sure_tokens", "test_swap",
+)  # fmt: skip
+SHORT = ("tests/test_small_batches.py", "tests/test_strides.py")
+
+
+class Stage(NamedTuple):
+    """commands: Python's arguments, one run after the other. At most `limit` seconds each."""
+
+    name: str
+    what: str
+    commands: tuple[tuple[str, ...], ...]
+    limit: int = 3600
+
+
+def tests(*names: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((*PYTEST, "-m", "not slow", f"tests/{name}.py") for name in names)
+
+
+SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vocab", "203", "--hidden", "16")
+BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
+
+STAGES = (
+    Stage("ops", "every op against float64", tests(*OPS)),
+    Stage("selfcheck", "python -m fused_po selfcheck --device cuda, small", (SELFCHECK,)),
+    Stage("benchmark", "the tiny suite", (BENCHMARK,)),
+    Stage("examples", "examples/dpo.py, a few steps", (("examples/dpo.py",),)),
+    Stage("around", "errors, memory, autograd, torch.compile, modules, planner", tests(*AROUND)),
+)
+SHORT_STAGES = (
+    Stage("ops", "rows split over programs; strides", ((*PYTEST, "-m", "not slow", *SHORT),)),
+    Stage("selfcheck", "one op", ((*SELFCHECK, "--only", "linear_logps"),)),
+)
+
+
+class Outcome(NamedTuple):
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    faults: tuple[str, ...]  # the failed cases, or the command that failed
+
+
+def run(command: tuple[str, ...], log, limit: int) -> tuple[int, str]:
+    """(exit status, output); the output goes to the log, too."""
+    log.write(f"$ python {' '.join(command)}\n")
+    log.flush()
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=build.environment(), text=True, timeout=limit,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        return 124, f"{(late.stdout or b'').decode(errors='replace')}\nstopped after {limit} s\n"
+    log.write(done.stdout)
+    log.flush()
+    return done.returncode, done.stdout
+
+
+def counts(output: str) -> tuple[int, int, int]:
+    """What pytest's last line says: (passed, failed and errors, skipped and expected failures)."""
+
+    def number(word: str) -> int:
+        found = re.findall(rf"(\d+) {word}", output)
+        return int(found[-1]) if found else 0
+
+    return number("passed"), number("failed") + number("errors?"), number("skipped") + number("xfailed")
+
+
+def rehearse(stage: Stage) -> Outcome:
+    """Run a stage's commands, print each as it ends."""
+    began, passed, failed, skipped, faults = time.monotonic(), 0, 0, 0, []
+    with open(LOGS / f"{stage.name}.log", "w", encoding="utf-8") as log:
+        for command in stage.commands:
+            begin = time.monotonic()
+            status, output = run(command, log, stage.limit)
+            good, bad, left = counts(output) if "pytest" in command else (int(status == 0), int(status != 0), 0)
+            if status and not bad:
+                bad = 1
+            named = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+            faults += named or ([f"{command[-1]} (exit status {status})"] if status else [])
+            passed, failed, skipped = passed + good, failed + bad, skipped + left
+            seconds = time.monotonic() - begin
+            print(
+                f"{stage.name:10} {command[-1]:44} {good:5} passed {bad:3} failed {left:4} skipped {seconds:6.0f} s",
+                flush=True,
+            )
+    return Outcome(passed, failed, skipped, time.monotonic() - began, tuple(faults))
+
+
+def report(outcomes: dict[str, Outcome]) -> str:
+    lines = ["", f"{'stage':12}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
+    for name, o in outcomes.items():
+        lines.append(f"{name:12}{o.passed:8}{o.failed:8}{o.skipped:9}{o.seconds:9.0f}")
+    lines += [f"failed: {fault}" for o in outcomes.values() for fault in o.faults]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="rehearsal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(stage.name for stage in STAGES))
+    parser.add_argument("--short", action="store_true", help="a few minutes")
+    own, _, pytest_arguments = partition(sys.argv[1:])
+    args = parser.parse_args(own)
+    if unknown := set(args.stages) - {stage.name for stage in STAGES}:
+        parser.error(f"stages: got {', '.join(sorted(unknown))}; allowed: {', '.join(s.name for s in STAGES)}")
+    if (reason := build.cannot()) is not None:
+        print(f"rehearsal: {reason}", file=sys.stderr)
+        return 2
+    if not build.LIBRARY.is_file():
+        build.build()
+    if pytest_arguments:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *PYTEST, *pytest_arguments], build.environment())
+    chosen = [s for s in (SHORT_STAGES if args.short else STAGES) if not args.stages or s.name in args.stages]
+    LOGS.mkdir(parents=True, exist_ok=True)
+    outcomes = {}
+    for stage in chosen:
+        print(f"{stage.name}: {stage.what}", flush=True)
+        outcomes[stage.name] = rehearse(stage)
+    print(report(outcomes))
+    print(f"logs: {LOGS.relative_to(ROOT)}")
+    return int(any(outcome.failed for outcome in outcomes.values()))
+
+
+def partition(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """What is before and after `--`."""
+    if "--" not in arguments:
+        return arguments, False, []
+    at = arguments.index("--")
+    return arguments[:at], True, arguments[at + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Every launch of a Triton kernel of fused_po: compiled as for a GPU, then interpreted on the same memory, with checks.
+
+The compilation is Triton's own, from the arguments of the call: its specialisation, its compiler, ptxas for sm_90. So
+whatever stops a kernel form on a GPU before it runs stops it here. A second copy of the kernels, loaded for Triton's
+interpreter, then computes the result. Meanwhile checks.py looks at every access.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+from interpreter_speed import prepare_once
+from torch.utils._python_dispatch import _disable_current_modes
+from triton import language as tl
+from triton.backends.compiler import GPUTarget
+from triton.language import standard
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from . import approximate, checks
+from .device import on_cpu
+
+PACKAGE = "fused_po.kernels.triton"
+TWINS = "rehearsal_twins"
+STANDARD = "triton.language.rehearsal_standard"
+ARCHITECTURE = int(os.environ.get("FUSED_PO_REHEARSAL_ARCH", "90"))
+WARP = 32
+MAX_WARPS = 32
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+
+launched: collections.Counter[str] = collections.Counter()  # launches by kernel
+forms: set[tuple] = set()  # what was compiled: kernel, types and constants, warps
+_one_at_a_time = threading.RLock()  # the interpreter swaps functions of triton.language while a kernel runs
+_compile = JITFunction.run
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles. It launches nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, WARP)
+
+    def get_current_device(self) -> int:
+        return torch.cuda.current_device()
+
+    def set_current_device(self, device: int) -> None:
+        torch.cuda.set_device(device)
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", self.get_current_device())
+
+    def get_device_interface(self) -> ModuleType:
+        return torch.cuda
+
+
+@contextlib.contextmanager
+def interpreting(on: bool) -> Iterator[None]:
+    """TRITON_INTERPRET set or not; Triton reads it where a kernel is defined or compiled."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    if on:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def load_interpreted(name: str, path: Path) -> ModuleType:
+    """A module, or a package by its __init__.py, a second time and under another name, for the interpreter."""
+    folder = [str(path.parent)] if path.name == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with interpreting(True):
+        spec.loader.exec_module(module)
+    return module
+
+
+def twin_of(kernel: JITFunction) -> Any:
+    """The interpreted copy of a kernel."""
+    if TWINS not in sys.modules:
+        load_interpreted(TWINS, Path(sys.modules[PACKAGE].__file__))
+    name = TWINS + kernel.fn.__module__.removeprefix(PACKAGE)
+    return getattr(sys.modules[name], kernel.fn.__name__)
+
+
+@contextlib.contextmanager
+def interpreted_language() -> Iterator[None]:
+    """triton.language for the interpreter; afterwards as it was, which the interpreter does not see to.
+
+    tl.sum, tl.max and the like are kernels themselves, so they have interpreted copies, too.
+    """
+    copies = sys.modules.get(STANDARD) or load_interpreted(STANDARD, Path(standard.__file__))
+    core, math = tl.core, tl.math
+    holders = [tl, core, math, core.tensor, core.dtype, core.base_value, core.range, core.static_range]
+    before = [(holder, dict(vars(holder))) for holder in holders]
+    tl.standard = copies  # by whose functions the interpreter knows a sum or a maximum
+    for name, copy in vars(copies).items():
+        if isinstance(copy, InterpretedFunction) and hasattr(tl, name):
+            setattr(tl, name, copy)
+    try:
+        yield
+    finally:
+        for holder, names in before:
+            now = vars(holder)
+            for name in [name for name in now if name not in names]:
+                delattr(holder, name)
+            for name in [name for name, value in names.items() if now.get(name) is not value]:
+                setattr(holder, name, names[name])
+
+
+def check_resources(name: str, grid: tuple[int, ...], compiled: Any) -> None:
+    """What the driver checks at a launch."""
+    if not 0 < grid[0] < 2**31 or any(not 0 < size <= 65535 for size in grid[1:]):
+        raise checks.Fault(f"{name}: a grid of {grid}; allowed are 2^31 - 1 by 65,535 by 65,535")
+    limit = SHARED.get(ARCHITECTURE, SHARED[90])
+    if compiled.metadata.shared > limit:
+        raise checks.Fault(f"{name}: {compiled.metadata.shared} bytes of shared memory, sm_{ARCHITECTURE} has {limit}")
+    if compiled.metadata.num_warps > MAX_WARPS:
+        raise checks.Fault(f"{name}: {compiled.metadata.num_warps} warps, a block has at most {MAX_WARPS}")
+
+
+def interpret(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
+    """The kernel's result, computed by its interpreted copy over the tensors' memory."""
+    name = kernel.fn.__name__
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, torch.Tensor) and argument.device.type != "cuda":
+            raise checks.Fault(f"{name}: a tensor on {argument.device}")
+    args = tuple(on_cpu(a) for a in args)
+    kwargs = {key: on_cpu(a) for key, a in kwargs.items()}
+    quiet = numpy.errstate(all="ignore")  # a GPU says nothing of log2(0), and tests turn warnings into errors
+    with checks.watching(name, (*args, *kwargs.values())), interpreted_language(), quiet:
+        twin_of(kernel)[grid](*args, **kwargs)
+
+
+def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    """Replaces JITFunction.run: compile, check, interpret. The compiled kernel, as Triton's own run returns it.
+
+    No error of the rehearsal is an Exception: fused_po would take the next backend, and the tests would pass on that.
+    """
+    if not kernel.fn.__module__.startswith(PACKAGE):
+        if warmup:
+            return _compile(kernel, *args, grid=grid, warmup=True, **kwargs)
+        raise NotImplementedError(f"the rehearsal runs fused_po's kernels alone, not {kernel.fn.__module__}'s")
+    name = kernel.fn.__name__
+    with _one_at_a_time, _disable_current_modes():
+        try:
+            with interpreting(False):
+                compiled = _compile(kernel, *args, grid=grid, warmup=True, **kwargs)
+            if not warmup:
+                size = tuple(grid(kwargs) if callable(grid) else grid)
+                check_resources(name, size, compiled)
+                interpret(kernel, size, args, kwargs)
+        except Exception as error:
+            raise checks.Fault(f"{name}: {type(error).__name__}: {error}") from error
+        launched[name] += not warmup
+        source = compiled.src
+        forms.add((name, str(source.signature), str(source.constants), compiled.metadata.num_warps))
+        return compiled
+
+
+def install() -> None:
+    """Replace Triton's driver and its launches in this process."""
+    driver.set_active(Driver())
+    prepare_once()
+    checks.install()
+    if os.environ.get("FUSED_PO_REHEARSAL_APPROXIMATE") == "1":
+        approximate.install()
+    JITFunction.run = run
