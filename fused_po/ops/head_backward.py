@@ -235,7 +235,7 @@ def product_gradient(
 
 
 def empty_gradients(values: tuple[Optional[Tensor], ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Room for gradients of (hidden or None, weight, ...); no elements where not needed, of the same dtype and device."""
+    """Room for gradients of (hidden or None, weight, ...); where not needed, no elements, of that dtype and device."""
     weight = values[1]
     return tuple(
         torch.empty_like(v, memory_format=torch.contiguous_format)
