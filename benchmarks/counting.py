@@ -92,6 +92,7 @@ def flops(call: Callable[[], object]) -> int:
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes that tensors allocated by one call held at once, its results included."""
+    gc.collect()  # garbage of earlier calls, collected meanwhile, would count as memory given back
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -99,7 +100,6 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    gc.collect()  # garbage of earlier calls, collected meanwhile, would count as memory given back
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
