@@ -3,6 +3,9 @@
 A public function is marked `public`: it refuses forward-mode AD, and takes tensors made under inference_mode. An op
 gets its formula by `differentiable`: a second derivative is an error, and torch.func's reverse-mode transforms work.
 What a backward reads is saved in tensors that no caller gets, so that any result may be edited in place.
+
+An op is a `torch.library.custom_op`, which compilers, modes and subclasses see. Its dispatch costs 50 to 250
+microseconds of Python a call. Where nothing but autograd could see the op, `direct` runs its function at once.
 """
 
 from __future__ import annotations
@@ -54,6 +57,46 @@ def refuse_forward_mode(function: str, name: str) -> None:
     )
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unseen(arguments: tuple) -> bool:
+    """Whether nothing but autograd can see an op of these arguments: no compiler, mode, transform, tracer, profiler.
+
+    Plain tensors alone: subclasses, fake and meta tensors have rules of their own in PyTorch's dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    return not any(isinstance(v, Tensor) and (type(v) not in PLAIN or v.is_meta) for v in arguments)
+
+
+def direct(op: Callable) -> Callable:
+    """A custom op as a function that skips PyTorch's dispatcher where nothing would see the op. No derivative."""
+    _, function, mutated = functions[op]
+
+    def call(*arguments):
+        if not unseen(arguments):
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher calls it: no views or versions are recorded
+            results = function(*arguments)
+        for i in mutated:
+            torch.autograd.graph.increment_version(arguments[i])
+        return results
+
+    return call
+
+
+functions: dict[Callable, tuple[str, Callable, list[int]]] = {}  # op -> (name, function, arguments that it writes)
+
+
 def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
     """`torch.library.custom_op` of a function that refuses forward-mode tangents.
 
@@ -73,7 +116,9 @@ def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
             return function(*arguments)
 
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        return torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
+        op = torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
+        functions[op] = name, function, [names.index(argument) for argument in mutates_args]
+        return op
 
     return register
 
@@ -187,6 +232,7 @@ def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
 
 def differentiable(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """Give a custom op its autograd formula; what is returned is called in place of the op."""
+    name, function, _ = functions[op]
 
     def first_only(ctx, *grads):
         inputs = (*ctx.saved_tensors, *grads) if torch.is_grad_enabled() else ()
@@ -200,18 +246,28 @@ def differentiable(op: Callable, backward: Callable, setup_context: Callable) ->
     op.register_autograd(first_only, setup_context=setup)
 
     def call(*arguments):
+        if unseen(arguments):
+            return alone.apply(*arguments) if torch.is_grad_enabled() else without_graph(*arguments)
         return functional.apply(*arguments) if transforms_active() else op(*arguments)
 
-    methods = {
-        "forward": call,
-        "setup_context": setup,
-        "backward": first_only,
-        "vmap": functools.partial(each_alone, call),
-    }
+    def without_graph(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
+
+    def with_graph(ctx, *arguments):
+        results = without_graph(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
     # torch.func's transforms do not take the formula of a custom op, but that of an autograd.Function.
-    functional = type(
+    functional = _function(
         f"Functional_{call.__name__}",
-        (torch.autograd.Function,),
-        {name: staticmethod(method) for name, method in methods.items()},
-    )
+        forward=call, setup_context=setup, backward=first_only, vmap=functools.partial(each_alone, call),
+    )  # fmt: skip
+    alone = _function(name.replace("::", "_"), forward=with_graph, backward=first_only)
     return call
+
+
+def _function(name: str, **methods: Callable) -> type:
+    """An autograd.Function of these methods."""
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, direct, public, transforms_active
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
@@ -88,10 +88,11 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     *tensors, saved, kept = ctx.saved_tensors
     stats, entropy = without_entropy(saved, ctx.how[3])
-    grads = torch.ops.fused_po.linear_logps_bwd(*tensors, stats, entropy, kept, *given, *ctx.how, needs)
+    grads = _gradients(*tensors, stats, entropy, kept, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (2 + len(ctx.how))
 
 
+_gradients = direct(_backward)
 _score = differentiable(_forward, _autograd, _setup_context)
 
 

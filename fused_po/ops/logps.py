@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, direct, public, transforms_active
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import SAVED_FIELDS, stats_dtype
 
@@ -168,13 +169,19 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
     return tuple(g if bits >> i & 1 else None for i, g in enumerate(grads))
 
 
-def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
-    """The gradient by a backward op; in place, by that with an underscore, over the logits (not in torch.func)."""
+Ops = tuple[Callable, Callable]  # one that returns the gradient, one that writes it over the logits
+
+
+def gradient_by(ops: Ops, inplace: bool, logits: Tensor, *arguments) -> Tensor:
+    """The gradient by a backward op; in place, by the second of the two, over the logits (not in torch.func)."""
     if not inplace or transforms_active():
-        return getattr(torch.ops.fused_po, op)(logits, *arguments)
+        return ops[0](logits, *arguments)
     grad = logits.detach()
-    getattr(torch.ops.fused_po, f"{op}_")(grad, *arguments)
+    ops[1](grad, *arguments)
     return grad
+
+
+GRADIENT = direct(_backward), direct(_backward_)
 
 
 def _setup_context(ctx, inputs, output):
@@ -191,7 +198,7 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
     logits, labels, saved = ctx.saved_tensors
     saved, entropy = without_entropy(saved, ctx.outputs)
     arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
-    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 9
+    return gradient_by(GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 9
 
 
 score = differentiable(_forward, _autograd, _setup_context)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable
-from fused_po.ops.logps import as_rows, dense, gradient_by
+from fused_po.ops.autograd import custom_op, differentiable, direct
+from fused_po.ops.logps import GRADIENT, as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
 from fused_po.reference.policy import ENTROPY, LOGP, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
 from fused_po.reference.preference import times
@@ -71,7 +71,7 @@ def _autograd(ctx, g_loss, *g_others):
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
     grads = slope * g_loss, g_entropy, None
     arguments = labels, saved[:3], entropy, *grads, ctx.outer, None, ctx.backend, 0
-    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 17
+    return gradient_by(GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 17
 
 
 losses = differentiable(forward, _autograd, _context)
@@ -120,8 +120,10 @@ def _link_autograd(ctx, g_loss):
     if g_loss is None:
         return None, None, None
     grad = ctx.saved_tensors[0].detach()
-    torch.ops.fused_po.policy_scale_(grad, g_loss, ctx.backend)
+    _scale(grad, g_loss, ctx.backend)
     return grad, None, None
 
 
+_scale = direct(_scale_)
+write_forward = direct(forward_)
 link = differentiable(_link, _link_autograd, _link_context)

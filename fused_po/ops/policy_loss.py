@@ -130,7 +130,7 @@ def token_level(
     at_once = inplace and logits.requires_grad and torch.is_grad_enabled() and not transforms_active()
     if at_once and logits.dtype != torch.float16:
         grad = logits.detach()
-        loss, tokens = ops.forward_(grad, labels.flatten(), *flat, *form, outer, IGNORE, backend)
+        loss, tokens = ops.write_forward(grad, labels.flatten(), *flat, *form, outer, IGNORE, backend)
         return ops.link(logits, loss, backend), tokens
     return ops.losses(logits, labels.flatten(), *flat, *form, outer, IGNORE, inplace, backend)[:2]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable
+from fused_po.ops.autograd import custom_op, differentiable, direct
 from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
@@ -139,9 +139,10 @@ def _logits_autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
         return (None,) * 13
     logits, labels, tokens, pairs, weights = ctx.saved_tensors
     arguments = (labels, tokens, pairs, weights, *grads, ctx.kl, ctx.outer, ctx.inner, ctx.backend)
-    return gradient_by("dpo_logits_bwd", ctx.inplace, logits, *arguments), *(None,) * 12
+    return gradient_by(_GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 12
 
 
+_GRADIENT = direct(_logits_backward), direct(_logits_backward_)
 from_logits = differentiable(logits_forward, _logits_autograd, _logits_context)
 
 
@@ -189,8 +190,9 @@ def _autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
     if all(g is None for g in grads):
         return (None,) * 9
     labels, tokens, pairs, weights = ctx.saved_tensors
-    grad = torch.ops.fused_po.dpo_bwd(labels, tokens, pairs, weights, *grads, ctx.kl)
+    grad = _token_gradient(labels, tokens, pairs, weights, *grads, ctx.kl)
     return grad, *(None,) * 8
 
 
+_token_gradient = direct(_backward)
 from_logps = differentiable(forward, _autograd, _context)
