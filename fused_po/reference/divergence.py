@@ -7,38 +7,41 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import FLOOR, clear_rows, log_norm, row_blocks, scaled, stats_dtype, without_label
+from fused_po.reference.rows import FLOOR, joined, norm_of, row_blocks, scaled, set_labels, stats_dtype
 
 # Rows of tokens[TOKEN_FIELDS, N]: results, then what the backward needs.
 KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
 TOKEN_FIELDS = 9
 
 
-def _normaliser(z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(shift, norm) [rows] of z [rows, V]; from a label's log-prob on, that is exact: see rows.py."""
+def _log_probs(z: Tensor, label: Tensor | None, side: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    """(log p [rows, V], [shift, norm] [rows, 1]) of z; from a label's log-prob on, the norm is exact: see rows.py.
+
+    side: shift and norm where they are known.
+    """
+    if side is not None:
+        return (z - side[0]).sub_(side[1]), side
     shift = z.amax(1, keepdim=True)
-    e = (z - shift).exp_()
-    norm = (
-        e.sum(1, keepdim=True).log()
-        if label is None
-        else log_norm(*without_label(e, label), z.gather(1, label) - shift)
-    )
-    return shift[:, 0], norm[:, 0]
+    u = z - shift
+    if label is None:
+        norm = u.exp().sum(1, keepdim=True).log_()
+    else:
+        norm, _ = norm_of(u.exp().scatter_(1, label, 0).sum(1, keepdim=True), u.gather(1, label))
+    return u.sub_(norm), [shift, norm]
 
 
 def _both_sides(
     x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: Tensor | None = None, label: Tensor | None = None
 ) -> tuple:
-    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides[4, rows]: shifts, norms.
+    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides: 4 shifts and norms [rows, 1].
 
     label [rows, 1]: whose log-probs are to be exact, or None.
     """
     (z, t), (other, _) = scaled(x, *scaling), scaled(y, *ref_scaling)
-    other = other.to(z.dtype)
-    if sides is None:
-        sides = torch.stack([*_normaliser(z, label), *_normaliser(other, label)])
-    logs = ((v - s[:, None]).sub_(n[:, None]) for v, s, n in ((z, sides[0], sides[1]), (other, sides[2], sides[3])))
-    return *logs, sides, None if t is None else (1 - t * t) * scaling[1]
+    known = (None, None) if sides is None else (sides[:2], sides[2:])
+    log_p, own = _log_probs(z, label, known[0])
+    log_q, theirs = _log_probs(other.to(z.dtype), label, known[1])
+    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1]
 
 
 def _weighed(p: Tensor, apart: Tensor) -> Tensor:
@@ -71,23 +74,32 @@ def kl(
 
     direction: "reverse" KL(p || q), "forward" KL(q || p), or the weight w of w KL(q || m) + (1 - w) KL(p || m).
     """
-    tokens = torch.zeros(9, labels.numel(), dtype=stats_dtype(logits.dtype), device=logits.device)
-    tokens[NORM] = math.inf
+    logits, ref_logits = joined(logits, ref_logits)
+    n_rows, blocks = labels.numel(), []
+    new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
     for rows, where, x in row_blocks(logits, labels >= 0):
-        label = labels[rows][:, None] if with_labels else None
+        label = labels[rows, None] if with_labels else None
         log_p, log_q, sides, _ = _both_sides(x, ref_logits[where], scaling, ref_scaling, label=label)
-        tokens[SHIFT:CENTER, rows] = sides
-        p = log_p.exp()
-        if direction == "reverse":
-            tokens[KL, rows] = tokens[CENTER, rows] = _weighed(p, log_p - log_q).sum(1)
-        elif direction == "forward":
-            tokens[KL, rows] = _weighed(log_q.exp(), log_q - log_p).sum(1)
-        else:
-            of_p, of_q = _mixture_sums(log_p, log_q, direction)
-            tokens[CENTER, rows], tokens[KL, rows] = of_p, direction * of_q + (1 - direction) * of_p
+        p, none = log_p.exp(), torch.zeros_like(sides[0])
+        of_label = [none, none, none]
         if with_labels:
-            tokens[LOGP, rows], tokens[REF_LOGP, rows] = (v.gather(1, label)[:, 0] for v in (log_p, log_q))
-            tokens[ENTROPY, rows] = -log_p.clamp(min=FLOOR).mul_(p).sum(1)
+            entropy = (log_p.clamp(min=FLOOR)).mul_(p).sum(1, keepdim=True).neg_()
+            of_label = [log_p.gather(1, label), log_q.gather(1, label), entropy]
+        if direction == "reverse":
+            value = center = _weighed(p, log_p.sub_(log_q)).sum(1, keepdim=True)
+        elif direction == "forward":
+            value, center = _weighed(log_q.exp(), log_q.sub_(log_p)).sum(1, keepdim=True), none
+        else:
+            center, of_q = (v[:, None] for v in _mixture_sums(log_p, log_q, direction))
+            value = direction * of_q + (1 - direction) * center
+        blocks.append((rows, torch.stack([value, *of_label, *sides, center]).squeeze(2)))
+    if len(blocks) == 1 and blocks[0][1].shape[1] == n_rows:
+        tokens = blocks[0][1]
+    else:
+        tokens = torch.zeros(TOKEN_FIELDS, n_rows, **new)
+        tokens[NORM] = math.inf
+        for rows, fields in blocks:
+            tokens[:, rows] = fields
     tokens[KL].clamp_(min=0)  # rounding; NaN stays
     return tokens
 
@@ -100,8 +112,9 @@ def mixture(
     tokens: of whole rows, of which V may be a part.
     """
     sums = torch.zeros_like(tokens[:2])
+    logits, ref_logits = joined(logits, ref_logits)
     for rows, where, x in row_blocks(logits, tokens[NORM] != math.inf):
-        log_p, log_q, *_ = _both_sides(x, ref_logits[where], scaling, ref_scaling, tokens[SHIFT:CENTER, rows])
+        log_p, log_q, *_ = _both_sides(x, ref_logits[where], scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None])
         sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
     return sums
 
@@ -116,31 +129,32 @@ def kl_gradient(
 
     grads[3, N]: of the KL, and, read only with labels, of the log-prob and the entropy.
     """
-    live = (tokens[NORM] != math.inf) & (grads != 0).any(0)
-    clear_rows(out, ~live)
-    for rows, where, x in row_blocks(logits, live):
-        sides = tokens[SHIFT:CENTER, rows]
+    live = (tokens[NORM] != math.inf).logical_and_(grads.any(0))
+    logits, ref_logits, out = joined(logits, ref_logits, out)
+    with_logp, with_entropy = grads[1:].any(1).tolist() if with_labels and logits.shape[2] else (False, False)
+    for rows, where, x in row_blocks(logits, live, out):
+        _, logp, ref_logp, entropy, *sides, center = tokens[:, rows, None].unbind(0)
         log_p, log_q, _, slope = _both_sides(x, ref_logits[where], scaling, ref_scaling, sides)
-        (g_kl, g_logp, g_entropy), center = grads[:, rows, None], tokens[CENTER, rows, None]
+        g_kl, g_logp, g_entropy = (grads if scaling[0] == 1 else grads * scaling[0])[:, rows, None].unbind(0)
         if with_labels:
-            label = labels[rows]
-            here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
-            of_label = tokens[LOGP, rows][here], tokens[REF_LOGP, rows][here]
-            log_p[here, label[here]], log_q[here, label[here]] = of_label
+            label = labels[rows, None]
+            set_labels(log_p, label, logp)
+            set_labels(log_q, label, ref_logp)
         p = log_p.exp()
         if direction == "reverse":
-            dz = g_kl * (_weighed(p, log_p - log_q) - p * center)
+            dz = _weighed(p, log_p - log_q).addcmul_(p, center, value=-1).mul_(g_kl)
         elif direction == "forward":
-            dz = g_kl * (p - log_q.exp())
+            dz = (p - log_q.exp_()).mul_(g_kl)
         else:
             p_above, _ = _above_mixture(log_p, log_q, direction)
-            dz = g_kl * (1 - direction) * (_weighed(p, p_above) - p * center)
-        if with_labels:
-            at_label = dz[here, label[here]]
+            dz = _weighed(p, p_above).addcmul_(p, center, value=-1).mul_(g_kl * (1 - direction))
+        if with_labels and (with_logp or direction == "forward") and logits.shape[2]:
             if direction == "forward":
-                at_label = g_kl[here, 0] * (torch.expm1(of_label[0]) - torch.expm1(of_label[1]))
-            at_label = at_label - g_logp[here, 0] * torch.expm1(of_label[0])
-            dz.sub_(g_logp * p)[here, label[here]] = at_label
-            dz.sub_(g_entropy * p * (log_p.clamp(min=FLOOR) + tokens[ENTROPY, rows, None]))
-        dz *= scaling[0]
+                at_label = g_kl * (torch.expm1(logp) - torch.expm1(ref_logp))
+            else:
+                at_label = dz.gather(1, label.clamp(0, logits.shape[2] - 1))
+            dz.addcmul_(p, g_logp, value=-1)
+            set_labels(dz, label, at_label - g_logp * torch.expm1(logp))
+        if with_entropy:
+            dz.addcmul_(log_p.clamp_(min=FLOOR).add_(entropy).mul_(p), g_entropy, value=-1)
         out[where] = (dz if slope is None else dz.mul_(slope)).to(out.dtype)
