@@ -57,9 +57,6 @@ def refuse_forward_mode(function: str, name: str) -> None:
     )
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def unseen(arguments: tuple) -> bool:
     """Whether nothing but autograd can see an op of these arguments: no compiler, mode, transform, tracer, profiler.
 
@@ -75,7 +72,14 @@ def unseen(arguments: tuple) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
-    return not any(isinstance(v, Tensor) and (type(v) not in PLAIN or v.is_meta) for v in arguments)
+    for value in arguments:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_meta:
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return True
 
 
 def direct(op: Callable) -> Callable:
@@ -170,6 +174,13 @@ def usable(value: Tensor) -> Tensor:
     return torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage(), *place)
 
 
+def made_in_inference(value: object) -> bool:
+    """Whether a value is, or holds, a tensor that was made under inference_mode."""
+    if isinstance(value, Tensor):
+        return value.is_inference()
+    return isinstance(value, tuple) and any(isinstance(v, Tensor) and v.is_inference() for v in value)
+
+
 def public(function: Callable) -> Callable:
     """A public function over ops: see the top of this file."""
     names = tuple(inspect.signature(function).parameters)
@@ -187,6 +198,8 @@ def public(function: Callable) -> Callable:
     def call(*arguments, **options):
         if torch.compiler.is_compiling():
             check_graph(function.__name__)
+            return function(*arguments, **options)
+        if forward_ad._current_level < 0 and not any(map(made_in_inference, (*arguments, *options.values()))):
             return function(*arguments, **options)
         arguments = [prepared(name, v) for name, v in zip(names, arguments)] + list(arguments[len(names) :])
         return function(*arguments, **{name: prepared(name, v) for name, v in options.items()})

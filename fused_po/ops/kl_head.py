@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fused_po.ops import backend as backends
 from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans
-from fused_po.ops.head import Buffers, Head, guarded, in_turns, take_rows
+from fused_po.ops.head import Buffers, Head, clear_unused, guarded, in_turns, take_rows
 from fused_po.ops.head_backward import HeadBackward, Incoming, empty_gradients
 from fused_po.parallel import row_passes
 from fused_po.reference import stats_dtype
@@ -201,8 +201,8 @@ def forward(
     tokens[NORM] = torch.inf
     kept = empty_kept(head, other, hidden, n_room, policy.weight)
     n_rows = labels.numel() if rows is None else rows.numel()
-    if head.keep == "basis":  # an op's result must not hold what was in memory before
-        kept[:, :, policy.weight.shape[0] :], kept[:, n_rows:] = 0, 0
+    if head.keep == "basis":
+        clear_unused(kept, n_rows, policy.weight.shape[0])
     elif rows is not None:
         kept.zero_()
     policy = policy.at(rows, head.compute_dtype, head.gemm(device))

@@ -101,7 +101,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    if torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+    if weight.dtype != hidden.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
             f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's, or a lower precision; cast one of "
             "them, or run under torch.autocast"

@@ -40,19 +40,23 @@ def output_bits(outputs: tuple[str, ...]) -> int:
     """The outputs' names as bits, in the order of TokenStats."""
     if isinstance(outputs, str):
         raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names such as ({outputs!r},)")
-    for name in (outputs := checks.several("outputs", outputs, "names")):
-        checks.choice("outputs", name, TokenStats._fields)
-    if not outputs:
+    bits, names = 0, TokenStats._fields
+    for name in checks.several("outputs", outputs, "names"):
+        if name not in names:
+            checks.choice("outputs", name, names)
+        bits |= 1 << names.index(name)
+    if not bits:
         raise ValueError(f"outputs: got none, allowed are {', '.join(map(repr, TokenStats._fields))}")
-    return sum(1 << TokenStats._fields.index(name) for name in set(outputs))
+    return bits
 
 
 def token_stats(results: tuple[Tensor, ...], bits: int, shape: torch.Size) -> TokenStats:
     """An op's (logps, entropy, lse, aux) as TokenStats."""
     logps, entropy, lse, aux = results
-    asked = [bool(bits >> i & 1) for i in range(6)]
-    fields = [value.view(shape) if ask else None for value, ask in zip((logps, entropy, lse), asked)]
-    fields += [aux[i].detach().clone().view(shape) if asked[3 + i] else None for i in range(3)]
+    fields = [value.view(shape) if bits >> i & 1 else None for i, value in enumerate((logps, entropy, lse))]
+    if not bits & 56:
+        return TokenStats(*fields)
+    fields += [aux[i].detach().clone().view(shape) if bits >> 3 + i & 1 else None for i in range(3)]
     fields[4] = None if fields[4] is None else fields[4] > 0.5
     return TokenStats(*fields)
 

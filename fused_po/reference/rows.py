@@ -90,7 +90,8 @@ def collected(blocks: list, n_rows: int, n_fields: int, norms: tuple[int, ...], 
 
 def scaled(x: Tensor, outer: float, inner: float | None) -> tuple[Tensor, Tensor | None]:
     """(the logits that go into the softmax, tanh(x * inner) if there is a softcap), in the statistics' dtype."""
-    x = x.to(stats_dtype(x.dtype))
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
     if inner is None:
         return x if outer == 1.0 else x * outer, None
     t = torch.tanh(x * inner)
@@ -127,7 +128,8 @@ def score(
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
     for rows, where, x in row_blocks(logits, labels != ignore_index, basis):
         room = room_in(basis, where, new["dtype"])
-        fields, d = _block_scores(x, labels[rows][:, None], outer, inner, outputs, basis is not None, room)
+        label = labels[rows, None] if x.shape[0] < n_rows else labels[:, None]
+        fields, d = _block_scores(x, label, outer, inner, outputs, basis is not None, room)
         blocks.append((rows, fields))
         if d is not None and room is None:
             basis[where] = d.to(basis.dtype)
