@@ -99,8 +99,8 @@ def fake_with_entropy(results: tuple[Tensor, ...], outputs: int) -> tuple[Tensor
 
 
 def without_entropy(saved: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """(saved [SAVED_FIELDS, N], entropy); a row of saved stands for an entropy that nothing reads."""
-    return saved[:SAVED_FIELDS], saved[SAVED_FIELDS] if outputs & 2 else saved[0]
+    """(saved [SAVED_FIELDS, N], entropy); saved stands for an entropy that nothing reads."""
+    return (saved[:SAVED_FIELDS], saved[SAVED_FIELDS]) if outputs & 2 else (saved, saved)
 
 
 @custom_op("fused_po::logps_fwd", mutates_args=())
@@ -129,7 +129,7 @@ def dense(g: Optional[Tensor]) -> Optional[Tensor]:
 def on_rows(write, logits: Tensor, out: Tensor) -> None:
     """write(rows of logits, rows of out), of one shape; out is logits itself, or contiguous."""
     rows = as_rows(logits)
-    target = rows if out is logits else out.view(rows.shape)
+    target = rows if out is logits else out if out.shape == rows.shape else out.view(rows.shape)
     write(rows, target)
     if out is logits and rows.data_ptr() != logits.data_ptr():  # the rows had to be copied
         logits.copy_(rows.view(logits.shape))

@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import FLOOR, joined, norm_of, row_blocks, scaled, set_labels, stats_dtype
+from fused_po.reference.rows import (
+    FLOOR,
+    norm_of,
+    put_rows,
+    row_blocks,
+    rows_of,
+    scaled,
+    set_labels,
+    sheets,
+    stats_dtype,
+)
 
 # Rows of tokens[TOKEN_FIELDS, N]: results, then what the backward needs.
 KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
@@ -74,12 +84,12 @@ def kl(
 
     direction: "reverse" KL(p || q), "forward" KL(q || p), or the weight w of w KL(q || m) + (1 - w) KL(p || m).
     """
-    logits, ref_logits = joined(logits, ref_logits)
     n_rows, blocks = labels.numel(), []
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
-    for rows, where, x in row_blocks(logits, labels >= 0):
+    for rows, pick, (x, y) in row_blocks(labels >= 0, sheets(logits, ref_logits)):
+        x, y = rows_of(x, pick), rows_of(y, pick)
         label = labels[rows, None] if with_labels else None
-        log_p, log_q, sides, _ = _both_sides(x, ref_logits[where], scaling, ref_scaling, label=label)
+        log_p, log_q, sides, _ = _both_sides(x, y, scaling, ref_scaling, label=label)
         p, none = log_p.exp(), torch.zeros_like(sides[0])
         of_label = [none, none, none]
         if with_labels:
@@ -112,9 +122,9 @@ def mixture(
     tokens: of whole rows, of which V may be a part.
     """
     sums = torch.zeros_like(tokens[:2])
-    logits, ref_logits = joined(logits, ref_logits)
-    for rows, where, x in row_blocks(logits, tokens[NORM] != math.inf):
-        log_p, log_q, *_ = _both_sides(x, ref_logits[where], scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None])
+    for rows, pick, (x, y) in row_blocks(tokens[NORM] != math.inf, sheets(logits, ref_logits)):
+        x, y = rows_of(x, pick), rows_of(y, pick)
+        log_p, log_q, *_ = _both_sides(x, y, scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None])
         sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
     return sums
 
@@ -130,11 +140,11 @@ def kl_gradient(
     grads[3, N]: of the KL, and, read only with labels, of the log-prob and the entropy.
     """
     live = (tokens[NORM] != math.inf).logical_and_(grads.any(0))
-    logits, ref_logits, out = joined(logits, ref_logits, out)
     with_logp, with_entropy = grads[1:].any(1).tolist() if with_labels and logits.shape[2] else (False, False)
-    for rows, where, x in row_blocks(logits, live, out):
+    for rows, pick, (x, y, into) in row_blocks(live, sheets(logits, ref_logits, out), 2):
+        x, y = rows_of(x, pick), rows_of(y, pick)
         _, logp, ref_logp, entropy, *sides, center = tokens[:, rows, None].unbind(0)
-        log_p, log_q, _, slope = _both_sides(x, ref_logits[where], scaling, ref_scaling, sides)
+        log_p, log_q, _, slope = _both_sides(x, y, scaling, ref_scaling, sides)
         g_kl, g_logp, g_entropy = (grads if scaling[0] == 1 else grads * scaling[0])[:, rows, None].unbind(0)
         if with_labels:
             label = labels[rows, None]
@@ -157,4 +167,4 @@ def kl_gradient(
             set_labels(dz, label, at_label - g_logp * torch.expm1(logp))
         if with_entropy:
             dz.addcmul_(log_p.clamp_(min=FLOOR).add_(entropy).mul_(p), g_entropy, value=-1)
-        out[where] = (dz if slope is None else dz.mul_(slope)).to(out.dtype)
+        put_rows(into, pick, dz if slope is None else dz.mul_(slope))

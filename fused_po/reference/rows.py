@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -34,42 +34,63 @@ def stats_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def joined(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors [O, I, V] as [1, O * I, V] if the rows of each lie at equal distances, else all as they are."""
+def sheets(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """Tensors [O, I, V] as one tuple of [O * I, V] if the rows of each lie at equal distances, else O of [I, V]."""
     outer_rows, inner_rows, n_cols = tensors[0].shape
-    if outer_rows == 1 or any(t is not None and t.stride(0) != inner_rows * t.stride(1) for t in tensors):
-        return tensors
-    return tuple(None if t is None else t.view(1, outer_rows * inner_rows, n_cols) for t in tensors)
+    if outer_rows == 1:
+        return [tuple(None if t is None else t[0] for t in tensors)]
+    if any(t is not None and t.stride(0) != inner_rows * t.stride(1) for t in tensors):
+        return [tuple(None if t is None else t[o] for t in tensors) for o in range(outer_rows)]
+    return [tuple(None if t is None else t.view(outer_rows * inner_rows, n_cols) for t in tensors)]
 
 
-def row_blocks(
-    logits: Tensor, wanted: Tensor, out: Tensor | None = None
-) -> Iterator[tuple[slice | Tensor, tuple, Tensor]]:
-    """(rows, where they are in [O, I], their logits [rows, V]) of logits[O, I, V], a cache's worth of `wanted` rows.
+Block = tuple[Union[slice, Tensor], Optional[Tensor], tuple]
 
-    Rows of out[O, I, V] that are not wanted become 0.
+
+def row_blocks(wanted: Tensor, tensors: list[tuple[Tensor | None, ...]], out: int | None = None) -> Iterator[Block]:
+    """(their numbers, None or which of the block's, the block of each tensor) of `wanted` rows, a cache's worth at once.
+
+    tensors: from `sheets`, logits first. A block is consecutive rows; where not all of them are wanted, which are. Rows
+    of the tensor number `out` that are not wanted become 0.
     """
-    outer_rows, inner_rows, n_cols = logits.shape
-    step = max(1, BLOCK_BYTES // max(1, 4 * n_cols))
     everything = bool(wanted.all())
-    if logits.requires_grad and torch.is_grad_enabled():  # not inside an op
-        logits = logits.detach()
-    if out is not None and not everything:
-        out[~wanted.view(out.shape[:2])] = 0
-    for o in range(outer_rows):
-        for begin in range(0, inner_rows, step):
-            some = slice(begin, min(begin + step, inner_rows))
-            rows = slice(o * inner_rows + some.start, o * inner_rows + some.stop)
+    number = 0
+    for sheet in tensors:
+        if sheet[0].requires_grad and torch.is_grad_enabled():  # not inside an op
+            sheet = (sheet[0].detach(), *sheet[1:])
+        n_rows, n_cols = sheet[0].shape
+        step = max(1, BLOCK_BYTES // max(1, 4 * n_cols))
+        for begin in range(0, n_rows, step):
+            end = min(begin + step, n_rows)
+            rows = slice(number + begin, number + end)
+            block = sheet if end - begin == n_rows else tuple(None if t is None else t[begin:end] for t in sheet)
             pick = None if everything else wanted[rows].nonzero().squeeze(1)
-            if pick is None or pick.numel() == some.stop - some.start:
-                yield rows, (o, some), logits[o, some]
-            elif pick.numel():
-                yield pick + rows.start, (o, pick + begin), logits[o, pick + begin]
+            if pick is None or pick.numel() == end - begin:
+                yield rows, None, block
+                continue
+            if out is not None:
+                block[out][~wanted[rows]] = 0
+            if pick.numel():
+                yield pick + rows.start, pick, block
+        number += n_rows
 
 
-def room_in(out: Tensor | None, where: tuple, dtype: torch.dtype) -> Tensor | None:
-    """The rows of out[O, I, V] as a tensor to be written, if they lie in one piece and have this dtype."""
-    return out[where] if out is not None and out.dtype == dtype and isinstance(where[1], slice) else None
+def rows_of(block: Tensor, pick: Tensor | None) -> Tensor:
+    """The rows of a block that are wanted."""
+    return block if pick is None else block[pick]
+
+
+def room_in(block: Tensor | None, pick: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The block as memory to form a result in, if all of its rows are wanted and it has this dtype."""
+    return block if block is not None and block.dtype == dtype and pick is None else None
+
+
+def put_rows(block: Tensor, pick: Tensor | None, value: Tensor) -> None:
+    """Write the rows of a block that are wanted."""
+    if pick is None:
+        block.copy_(value)
+    else:
+        block[pick] = value.to(block.dtype)
 
 
 def collected(blocks: list, n_rows: int, n_fields: int, norms: tuple[int, ...], new: dict) -> list[Tensor]:
@@ -123,16 +144,15 @@ def score(
     basis: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`statistics`, and into basis[O, I, V] (the logits themselves, another tensor, or None) d log p_y / d x."""
-    logits, basis = joined(logits, basis)
     n_rows, blocks = labels.numel(), []
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
-    for rows, where, x in row_blocks(logits, labels != ignore_index, basis):
-        room = room_in(basis, where, new["dtype"])
+    for rows, pick, (x, out) in row_blocks(labels != ignore_index, sheets(logits, basis), None if basis is None else 1):
+        room, x = room_in(out, pick, new["dtype"]), rows_of(x, pick)
         label = labels[rows, None] if x.shape[0] < n_rows else labels[:, None]
         fields, d = _block_scores(x, label, outer, inner, outputs, basis is not None, room)
         blocks.append((rows, fields))
         if d is not None and room is None:
-            basis[where] = d.to(basis.dtype)
+            put_rows(out, pick, d)
     n_more = (outputs & 62).bit_count()
     shift, norm, logp, *more = collected(blocks, n_rows, SAVED_FIELDS + n_more, (1,), new)
     saved, asked = torch.stack((shift, norm, logp)), iter(more)
@@ -193,23 +213,25 @@ def gradient(
         g_logps = torch.ones_like(saved[0])
     else:
         live.logical_and_(any_nonzero(g_logps, g_entropy, g_lse))
-    logits, out = joined(logits, out)
-    for rows, where, x in row_blocks(logits, live, out):  # the live rows are read before they are written
-        z, t = scaled(x, outer, inner)
-        room = room_in(out, where, z.dtype)
+    for rows, pick, (x, into) in row_blocks(live, sheets(logits, out), 1):  # live rows are read before they are written
+        z, t = scaled(rows_of(x, pick), outer, inner)
+        room = room_in(into, pick, z.dtype)
         shift, norm, logp_label = saved[:, rows, None].unbind(0)
         logp = torch.sub(z, shift, out=room if g_entropy is None else None).sub_(norm)
+        label = labels[rows, None] if z.shape[0] < labels.numel() else labels[:, None]
         incoming = _at(rows, outer, entropy, g_logps, g_entropy, g_lse)
-        dz = dz_of_logp(logp, logp_label, labels[rows][:, None] - first_col, incoming, room)
+        dz = dz_of_logp(logp, logp_label, label - first_col if first_col else label, incoming, room)
         if t is not None:
             dz.mul_((1 - t * t) * inner)
         if room is None:
-            out[where] = dz.to(out.dtype)
+            put_rows(into, pick, dz)
 
 
 def any_nonzero(*grads: Tensor | None) -> Tensor:
-    """[N] where any of the incoming gradients that are there is not 0."""
+    """[N], of which an element is true where any of the incoming gradients that are there is not 0."""
     first, *others = (g for g in grads if g is not None)
+    if not others:
+        return first
     some = first != 0
     for g in others:
         some.logical_or_(g)
@@ -229,7 +251,7 @@ def set_labels(dz: Tensor, label: Tensor, value: Tensor) -> None:
     if not dz.numel():
         return
     least, most = torch.aminmax(label)
-    if least < 0 or most >= n_cols:
+    if int(least) < 0 or int(most) >= n_cols:
         inside = (label >= 0) & (label < n_cols)
         label = label.clamp(0, n_cols - 1)
         value = torch.where(inside, value, dz.gather(1, label))
@@ -244,11 +266,12 @@ def dz_of_logp(
     label, logp_label and incoming: [rows, 1], labels counted from the first column. room: where it is formed.
     """
     entropy, a, h, c = incoming
-    weight = c if a is None else -a if c is None else c - a
+    minus_a = None if a is None else -a
+    weight = c if a is None else minus_a if c is None else c - a
     of_label = None if c is None else c * logp_label.exp()
     if a is not None:
-        of_a = torch.expm1(logp_label).mul_(a)
-        of_label = of_a.neg_() if of_label is None else of_label.sub_(of_a)
+        of_a = torch.expm1(logp_label).mul_(minus_a)
+        of_label = of_a if of_label is None else of_label.add_(of_a)
     if h is None:
         dz = logp.exp_().mul_(weight)
     else:
@@ -270,9 +293,10 @@ def from_basis(
     Apart from the label's, an entry of the basis is -outer * p: the probabilities come back from it. A rounded p close
     to 1 says little of log p: above 1/2 it is the largest, whose log p is -log-norm.
     """
-    live = any_nonzero(g_logps, g_entropy, g_lse)
-    for rows, (_, where), d in row_blocks(basis[None], live, out[None]):
+    live = any_nonzero(g_logps, g_entropy, g_lse) != 0
+    for rows, pick, (d, into) in row_blocks(live, [(basis, out)], 1):
+        d = rows_of(d, pick)
         p = (d.to(logps.dtype) / -outer).clamp_(min=0)
         logp = torch.where(p > 0.5, -saved[1, rows, None], p.log())
         incoming = _at(rows, outer, entropy, g_logps, g_entropy, g_lse)
-        out[where] = dz_of_logp(logp, logps[rows, None], labels[rows, None] - first_col, incoming).to(out.dtype)
+        put_rows(into, pick, dz_of_logp(logp, logps[rows, None], labels[rows, None] - first_col, incoming))
