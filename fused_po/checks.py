@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -242,7 +243,8 @@ def positive_like(name: str, value: object, like: Tensor, of: str) -> float | Te
 
 def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
     """Refuse NaN and infinities (where it counts), as far as values are looked at."""
-    if looked_at(value):
+    # A sum is finite only if every element is; one that is not may have overflowed.
+    if looked_at(value) and not math.isfinite(value.detach().sum().item()):
         bad = ~value.isfinite() if where is None else ~value.isfinite() & where
         if bool(bad.any()):
             at = int(bad.flatten().nonzero()[0])

@@ -73,14 +73,19 @@ class Head(NamedTuple):
         gemm = self.gemm(device)
         return self.budget // (padded(n_cols, gemm) * gemm.itemsize)
 
-    def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
-        """Room for what is kept of n_rows scored tokens among hidden [N, H]."""
+    def kept_like(self, hidden: Tensor, n_rows, weight: Tensor) -> tuple[tuple, torch.dtype]:
+        """Shape and dtype of what is kept of n_rows scored tokens among hidden [N, H]."""
         if self.keep == "product":
-            return hidden.new_empty(hidden.shape, dtype=stats_dtype(self.logits_dtype))
-        n_cols = weight.shape[0]
-        gemm, widest = self.gemm(hidden.device), self.shards.widest(n_cols)
-        rows = torch.sym_min(n_rows, self.rows_within_budget(widest, hidden.device)) if self.keep == "basis" else 0
-        return hidden.new_empty(rows, padded(n_cols, gemm), dtype=gemm)
+            return hidden.shape, stats_dtype(self.logits_dtype)
+        n_cols, gemm, rows = weight.shape[0], self.gemm(hidden.device), 0
+        if self.keep == "basis":
+            rows = torch.sym_min(n_rows, self.rows_within_budget(self.shards.widest(n_cols), hidden.device))
+        return (rows, padded(n_cols, gemm)), gemm
+
+    def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
+        """Room for it."""
+        shape, dtype = self.kept_like(hidden, n_rows, weight)
+        return hidden.new_empty(shape, dtype=dtype)
 
 
 class Saved(NamedTuple):

@@ -31,7 +31,12 @@ def _run(logits, labels, given, form, outer, ignore_index, backend, overwrite):
     return times(given.weights, tokens[LOSS]).sum(), tokens
 
 
-SAVED = SHIFT, NORM, LOGP, ENTROPY, SLOPE  # rows of tokens that the backward reads, copied: the others go to callers
+N_SAVED = len((SHIFT, NORM, LOGP, ENTROPY, SLOPE))  # rows of tokens that the backward reads
+
+
+def _saved(tokens: Tensor) -> Tensor:
+    """A copy of the rows that the backward reads: the others go to callers."""
+    return torch.cat((tokens[: ENTROPY + 1], tokens[SLOPE:]))
 
 
 def _fake(logits, labels, *rows):
@@ -49,12 +54,12 @@ def forward(
     form = kind, low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef
     checks.overwritable(logits, inplace_backward)
     loss, tokens = _run(logits, labels, given, form, outer, ignore_index, backend, False)
-    return loss, tokens, torch.stack([tokens[i] for i in SAVED])
+    return loss, tokens, _saved(tokens)
 
 
 @forward.register_fake
 def _(logits, labels, *others):
-    return _fake(logits, labels, TOKEN_FIELDS, len(SAVED))
+    return _fake(logits, labels, TOKEN_FIELDS, N_SAVED)
 
 
 def _context(ctx, inputs, output):

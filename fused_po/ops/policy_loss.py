@@ -253,8 +253,10 @@ def policy_loss_from_logits(
         return answer_level(*arguments)
     loss, tokens = token_level(*arguments)
 
+    fields = tokens.detach().view(-1, *labels.shape)
+
     def field(index: int, wanted: bool = True) -> Optional[Tensor]:
-        return tokens[index].detach().clone().view(labels.shape) if wanted else None
+        return fields[index].clone() if wanted else None
 
     with_ratio = loss_type not in WITHOUT_RATIO
     return PolicyOutput(

@@ -23,16 +23,17 @@ def _finish(run, tokens, labels, ref_sums, beta, label_smoothing, kl, kl_coef, i
     """From per-token log-probs to Results: those for callers lie apart from those that the backward reads."""
     sums = run.dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index)
     losses, sequences, pairs, kl_tokens = sums
-    weights = losses.new_full((2,), 1.0 / max(1, losses.numel()))
-    loss, mean_kl = losses.sum() * weights[0], losses.new_zeros(())
+    share = 1.0 / max(1, losses.numel())
+    weights = losses.new_full((2,), share)
+    loss, mean_kl = losses.sum().mul_(share), losses.new_zeros(())
     if kl is not None:
         count = pairs[buffers.TOKENS].sum().clamp(min=1)
         weights[1] = kl_coef / count
         mean_kl = pairs[buffers.KL_SUM].sum() / count
         if kl_coef:  # 0 times an infinite KL would be NaN
             loss = loss + kl_coef * mean_kl
-    halves = (half.clone() for half in sequences.chunk(2))
-    metrics = (pairs[i].clone() for i in METRICS)
+    halves, fields = (half.clone() for half in sequences.chunk(2)), pairs.unbind(0)
+    metrics = (fields[i].clone() for i in METRICS)
     return loss, losses, *halves, mean_kl, kl_tokens, *metrics, pairs, tokens, weights
 
 

@@ -24,39 +24,45 @@ KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
 TOKEN_FIELDS = 9
 
 
-def _log_probs(z: Tensor, label: Tensor | None, side: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+def _log_probs(
+    z: Tensor, label: Tensor | None, side: list[Tensor] | None, room: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """(log p [rows, V], [shift, norm] [rows, 1]) of z; from a label's log-prob on, the norm is exact: see rows.py.
 
-    side: shift and norm where they are known.
+    side: shift and norm where they are known. room: like z, for exponentials, where they are not.
     """
     if side is not None:
         return (z - side[0]).sub_(side[1]), side
     shift = z.amax(1, keepdim=True)
     u = z - shift
+    e = torch.exp(u, out=room)
     if label is None:
-        norm = u.exp().sum(1, keepdim=True).log_()
+        norm = e.sum(1, keepdim=True).log_()
     else:
-        norm, _ = norm_of(u.exp().scatter_(1, label, 0).sum(1, keepdim=True), u.gather(1, label))
+        norm, _ = norm_of(e.scatter_(1, label, 0).sum(1, keepdim=True), u.gather(1, label))
     return u.sub_(norm), [shift, norm]
 
 
 def _both_sides(
-    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: Tensor | None = None, label: Tensor | None = None
-) -> tuple:
-    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides: 4 shifts and norms [rows, 1].
+    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: list[Tensor] | None = None,
+    label: Tensor | None = None,
+) -> tuple:  # fmt: skip
+    """(log p, log q, sides, slope of a softcap or None, room) of logits x, y [rows, V].
 
-    label [rows, 1]: whose log-probs are to be exact, or None.
+    sides: 4 shifts and norms [rows, 1]. label [rows, 1]: whose log-probs are to be exact, or None. room: memory of
+    [rows, V] that nothing needs any more.
     """
     (z, t), (other, _) = scaled(x, *scaling), scaled(y, *ref_scaling)
-    known = (None, None) if sides is None else (sides[:2], sides[2:])
-    log_p, own = _log_probs(z, label, known[0])
-    log_q, theirs = _log_probs(other.to(z.dtype), label, known[1])
-    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1]
+    other = other if other.dtype == z.dtype else other.to(z.dtype)
+    known, room = (None, None) if sides is None else (sides[:2], sides[2:]), torch.empty_like(z)
+    log_p, own = _log_probs(z, label, known[0], room)
+    log_q, theirs = _log_probs(other, label, known[1], room)
+    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1], room
 
 
 def _weighed(p: Tensor, apart: Tensor) -> Tensor:
-    """p times a difference of logs, 0 where p is 0."""
-    return torch.where(p > 0, p * apart, p)
+    """p times a difference of logs, which is overwritten; 0 where p is 0."""
+    return apart.mul_(p).masked_fill_(p == 0, 0)
 
 
 def _above_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -89,8 +95,8 @@ def kl(
     for rows, pick, (x, y) in row_blocks(labels >= 0, sheets(logits, ref_logits)):
         x, y = rows_of(x, pick), rows_of(y, pick)
         label = labels[rows, None] if with_labels else None
-        log_p, log_q, sides, _ = _both_sides(x, y, scaling, ref_scaling, label=label)
-        p, none = log_p.exp(), torch.zeros_like(sides[0])
+        log_p, log_q, sides, _, room = _both_sides(x, y, scaling, ref_scaling, label=label)
+        p, none = torch.exp(log_p, out=room), torch.zeros_like(sides[0])
         of_label = [none, none, none]
         if with_labels:
             entropy = (log_p.clamp(min=FLOOR)).mul_(p).sum(1, keepdim=True).neg_()
@@ -124,7 +130,7 @@ def mixture(
     sums = torch.zeros_like(tokens[:2])
     for rows, pick, (x, y) in row_blocks(tokens[NORM] != math.inf, sheets(logits, ref_logits)):
         x, y = rows_of(x, pick), rows_of(y, pick)
-        log_p, log_q, *_ = _both_sides(x, y, scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None])
+        log_p, log_q, *_ = _both_sides(x, y, scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None].unbind(0))
         sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
     return sums
 
@@ -144,17 +150,17 @@ def kl_gradient(
     for rows, pick, (x, y, into) in row_blocks(live, sheets(logits, ref_logits, out), 2):
         x, y = rows_of(x, pick), rows_of(y, pick)
         _, logp, ref_logp, entropy, *sides, center = tokens[:, rows, None].unbind(0)
-        log_p, log_q, _, slope = _both_sides(x, y, scaling, ref_scaling, sides)
+        log_p, log_q, _, slope, room = _both_sides(x, y, scaling, ref_scaling, sides)
         g_kl, g_logp, g_entropy = (grads if scaling[0] == 1 else grads * scaling[0])[:, rows, None].unbind(0)
         if with_labels:
             label = labels[rows, None]
             set_labels(log_p, label, logp)
             set_labels(log_q, label, ref_logp)
-        p = log_p.exp()
+        p = torch.exp(log_p, out=room)
         if direction == "reverse":
-            dz = _weighed(p, log_p - log_q).addcmul_(p, center, value=-1).mul_(g_kl)
+            dz = _weighed(p, torch.sub(log_p, log_q, out=log_q)).addcmul_(p, center, value=-1).mul_(g_kl)
         elif direction == "forward":
-            dz = (p - log_q.exp_()).mul_(g_kl)
+            dz = torch.sub(p, log_q.exp_(), out=log_q).mul_(g_kl)
         else:
             p_above, _ = _above_mixture(log_p, log_q, direction)
             dz = _weighed(p, p_above).addcmul_(p, center, value=-1).mul_(g_kl * (1 - direction))
