@@ -253,7 +253,7 @@ def policy_loss_from_logits(
         return answer_level(*arguments)
     loss, tokens = token_level(*arguments)
 
-    fields = tokens.detach().view(-1, *labels.shape)
+    fields = tokens.detach().view(tokens.shape[0], *labels.shape)  # -1 would be ambiguous without tokens
 
     def field(index: int, wanted: bool = True) -> Optional[Tensor]:
         return fields[index].clone() if wanted else None

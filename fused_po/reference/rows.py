@@ -172,31 +172,31 @@ def _block_scores(
     room: where the basis is formed, x itself or another tensor; None: in memory of its own.
     """
     z, t = scaled(x, outer, inner)
-    shift = z.amax(1, keepdim=True)
-    target = z.gather(1, label).sub_(shift)
+    shift = z.amax(1)
+    top, target = shift[:, None], z.gather(1, label).squeeze(1).sub_(shift)
     more = []
     if outputs & 8:
         more.append(z.mean(1))
     if outputs & 16:
         more.append((z.argmax(1, keepdim=True) == label).squeeze(1).to(z.dtype))
-    u = torch.sub(z, shift, out=None if outputs & 2 else room)
+    u = torch.sub(z, top, out=None if outputs & 2 else room)
     e = torch.exp(u, out=room) if outputs & 2 else u.exp_()
-    norm, rest = norm_of(e.scatter_(1, label, 0).sum(1, keepdim=True), target)
-    logp = target - norm
-    first = []
+    norm, rest = norm_of(e.scatter_(1, label, 0).sum(1), target)
+    logp, first = target - norm, []
     if outputs & 2:
-        weighed = u.clamp_(min=FLOOR).mul_(e).sum(1, keepdim=True).addcmul_(target.exp(), target.clamp(min=FLOOR))
-        first.append((norm - weighed / (rest + 1)).squeeze(1))
+        weighed = u.clamp_(min=FLOOR).mul_(e).sum(1).addcmul_(target.exp(), target.clamp(min=FLOOR))
+        first.append(norm - weighed.div_(rest + 1))
     if outputs & 4:
-        first.append((shift + norm).squeeze(1))
+        first.append(shift + norm)
     if outputs & 32:
-        squares, _ = norm_of(e.square().sum(1, keepdim=True), 2 * target)
-        more.append((squares - 2 * norm).squeeze(1))
+        squares, _ = norm_of(e.square().sum(1), 2 * target)
+        more.append(squares.sub_(norm, alpha=2))
     if with_basis:
-        e.mul_((rest + 1).reciprocal_().mul_(-outer)).scatter_(1, label, torch.expm1(logp).mul_(-outer))
+        e.mul_((rest + 1).reciprocal_().mul_(-outer)[:, None])
+        e.scatter_(1, label, torch.expm1(logp).mul_(-outer)[:, None])
         if t is not None:
             e.mul_((1 - t * t) * inner)
-    return [shift.squeeze(1), norm.squeeze(1), logp.squeeze(1), *first, *more], e if with_basis else None
+    return [shift, norm, logp, *first, *more], e if with_basis else None
 
 
 def gradient(
