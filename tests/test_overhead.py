@@ -135,23 +135,32 @@ def test_a_profiler_sees_the_ops():
     assert {"fused_po::logps_fwd", "fused_po::logps_bwd"} <= {event.key for event in trace.key_averages()}
 
 
+def test_every_tensor_of_an_op_is_known():
+    """By the op's own schema."""
+    assert len(autograd.registered) >= 16
+    for op, known in autograd.registered.items():
+        arguments = op._opoverload._schema.arguments
+        assert known.tensors == [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        assert known.mutated == [i for i, a in enumerate(arguments) if a.alias_info is not None]
+
+
 def test_unseen():
     """Nothing but plain tensors, in no context that has rules of its own."""
     x = torch.ones(2)
-    assert autograd.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)))
+    assert autograd.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
     with torch.no_grad():
-        assert autograd.unseen((x,))
+        assert autograd.unseen((x,), (0,))
     for other in (x.to("meta"), x.as_subclass(Sub)):
-        assert not autograd.unseen((x, other))
+        assert not autograd.unseen((x, other), (0, 1))
     with torch.autograd.forward_ad.dual_level():
-        assert not autograd.unseen((x,))
+        assert not autograd.unseen((x,), (0,))
     for mode in (Watching(), Functions(), torch._subclasses.FakeTensorMode(), torch.device("cpu")):
         with mode:
-            assert not autograd.unseen((x,))
+            assert not autograd.unseen((x,), (0,))
     seen = []
-    torch.func.grad(lambda v: (seen.append(autograd.unseen((v,))), v.sum())[1])(x)
-    torch.func.vmap(lambda v: (seen.append(autograd.unseen((v,))), v)[1])(x)
-    torch.jit.trace(lambda v: (seen.append(autograd.unseen((v,))), v + 1)[1], (x,), check_trace=False)
+    torch.func.grad(lambda v: (seen.append(autograd.unseen((v,), (0,))), v.sum())[1])(x)
+    torch.func.vmap(lambda v: (seen.append(autograd.unseen((v,), (0,))), v)[1])(x)
+    torch.jit.trace(lambda v: (seen.append(autograd.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
     assert seen == [False] * 3
 
 

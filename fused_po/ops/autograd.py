@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Optional
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -57,10 +57,26 @@ def refuse_forward_mode(function: str, name: str) -> None:
     )
 
 
-def unseen(arguments: tuple) -> bool:
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Op(NamedTuple):
+    """What is known of a custom op of this package."""
+
+    name: str
+    function: Callable
+    tensors: list[int]  # which arguments are tensors, or None
+    mutated: list[int]  # which it writes
+
+
+registered: dict[Callable, Op] = {}  # by the custom op
+
+
+def unseen(arguments: tuple, tensors: Sequence[int]) -> bool:
     """Whether nothing but autograd can see an op of these arguments: no compiler, mode, transform, tracer, profiler.
 
-    Plain tensors alone: subclasses, fake and meta tensors have rules of their own in PyTorch's dispatcher.
+    tensors: which arguments may be tensors. Plain ones alone: subclasses, fake and meta tensors have rules of their own
+    in PyTorch's dispatcher.
     """
     if (
         torch.compiler.is_compiling()
@@ -72,33 +88,27 @@ def unseen(arguments: tuple) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
-    for value in arguments:
-        kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if value.is_meta:
-                return False
-        elif isinstance(value, Tensor):
+    for i in tensors:
+        value = arguments[i]
+        if value is not None and (type(value) not in PLAIN or value.is_meta):
             return False
     return True
 
 
 def direct(op: Callable) -> Callable:
     """A custom op as a function that skips PyTorch's dispatcher where nothing would see the op. No derivative."""
-    _, function, mutated = functions[op]
+    _, function, tensors, mutated = registered[op]
 
     def call(*arguments):
-        if not unseen(arguments):
+        if not unseen(arguments, tensors):
             return op(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher calls it: no views or versions are recorded
+        with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher calls it
             results = function(*arguments)
         for i in mutated:
             torch.autograd.graph.increment_version(arguments[i])
         return results
 
     return call
-
-
-functions: dict[Callable, tuple[str, Callable, list[int]]] = {}  # op -> (name, function, arguments that it writes)
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
@@ -108,7 +118,8 @@ def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
     """
 
     def register(function: Callable):
-        names = tuple(inspect.signature(function).parameters)
+        parameters = inspect.signature(function, eval_str=True).parameters
+        names = tuple(parameters)
 
         @functools.wraps(function)
         def run(*arguments):
@@ -121,7 +132,8 @@ def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable:
 
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         op = torch.library.custom_op(name, run, mutates_args=mutates_args, schema=schema)
-        functions[op] = name, function, [names.index(argument) for argument in mutates_args]
+        tensors = [i for i, p in enumerate(parameters.values()) if p.annotation in (Tensor, Optional[Tensor])]
+        registered[op] = Op(name, function, tensors, [names.index(argument) for argument in mutates_args])
         return op
 
     return register
@@ -245,7 +257,7 @@ def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
 
 def differentiable(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """Give a custom op its autograd formula; what is returned is called in place of the op."""
-    name, function, _ = functions[op]
+    name, function, tensors, _ = registered[op]
 
     def first_only(ctx, *grads):
         inputs = (*ctx.saved_tensors, *grads) if torch.is_grad_enabled() else ()
@@ -259,7 +271,7 @@ def differentiable(op: Callable, backward: Callable, setup_context: Callable) ->
     op.register_autograd(first_only, setup_context=setup)
 
     def call(*arguments):
-        if unseen(arguments):
+        if unseen(arguments, tensors):
             return alone.apply(*arguments) if torch.is_grad_enabled() else without_graph(*arguments)
         return functional.apply(*arguments) if transforms_active() else op(*arguments)
 

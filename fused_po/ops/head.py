@@ -79,7 +79,8 @@ class Head(NamedTuple):
             return hidden.shape, stats_dtype(self.logits_dtype)
         n_cols, gemm, rows = weight.shape[0], self.gemm(hidden.device), 0
         if self.keep == "basis":
-            rows = torch.sym_min(n_rows, self.rows_within_budget(self.shards.widest(n_cols), hidden.device))
+            within = self.rows_within_budget(self.shards.widest(n_cols), hidden.device)
+            rows = min(n_rows, within) if type(n_rows) is int else torch.sym_min(n_rows, within)
         return (rows, padded(n_cols, gemm)), gemm
 
     def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
@@ -252,10 +253,9 @@ class HeadForward:
 
 def clear_unused(kept: Tensor, n_rows: int, n_cols: int) -> None:
     """Zero what lies beyond kept[..., n_rows, n_cols]: an op's result must not hold what was in memory before."""
-    if kept.shape[-1] > n_cols:
-        kept[..., n_cols:] = 0
-    if kept.shape[-2] > n_rows:
-        kept[..., n_rows:, :] = 0
+    for dim, used in ((-1, n_cols), (-2, n_rows)):
+        if kept.shape[dim] > used:
+            kept.narrow(dim, used, kept.shape[dim] - used).zero_()
 
 
 @guarded

@@ -236,9 +236,10 @@ def make_head(
     dtype, device = compute_dtype(hidden, weight), hidden.device
     logits_dtype = schedule.logits_dtype_for(dtype)
     keep, budget = "nothing", 0
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in operands):
+    trained = [v is not None and v.requires_grad for v in operands]
+    if True in trained and torch.is_grad_enabled():
         entropy = bool(bits & 2) and schedule.entropy_grad
-        frozen = not any(v is not None and v.requires_grad for v in operands[1:])
+        frozen = True not in trained[1:]
         keep = "product" if frozen and not entropy else "basis"
         budget = logits_budget(schedule.logits_budget, device)
         bits |= 1  # the basis gives a gradient of entropy or lse with the log-prob beside it

@@ -100,13 +100,12 @@ def collected(blocks: list, n_rows: int, n_fields: int, norms: tuple[int, ...], 
     """
     if len(blocks) == 1 and blocks[0][1][0].numel() == n_rows:
         return blocks[0][1]
-    fields = [torch.zeros(n_rows, **new) for _ in range(n_fields)]
+    fields = torch.zeros(n_fields, n_rows, **new)
     for i in norms:
         fields[i].fill_(math.inf)
     for rows, values in blocks:
-        for field, value in zip(fields, values):
-            field[rows] = value
-    return fields
+        fields[:, rows] = torch.stack(values)
+    return [field.clone() for field in fields.unbind(0)]
 
 
 def scaled(x: Tensor, outer: float, inner: float | None) -> tuple[Tensor, Tensor | None]:
