@@ -1,4 +1,4 @@
-"""What a call costs on the host: microseconds of every public op beside its eager writing, and counts that do not wobble.
+"""What a call costs on the host: microseconds of every public op beside its eager writing, and counts.
 
     python benchmarks/overhead.py [--json FILE] [--device cpu|cuda] [--only TEXT] [--counts] [--profile OP]
 
@@ -163,7 +163,9 @@ def report_row(row: Row, device: str, turns: int, repeats: int) -> list[dict]:
         ours, eager = (counts(step(run, row.leaves, mode)) for run in (row.ours, row.eager))
         times = measure(row, mode, device, turns, repeats) if turns else {}
         counted = {"counts": ours._asdict(), "eager_counts": eager._asdict()}
-        found.append({"name": row.name, "kind": row.kind, "mode": mode, "limit": LIMITS.get(row.kind)} | times | counted)
+        found.append(
+            {"name": row.name, "kind": row.kind, "mode": mode, "limit": LIMITS.get(row.kind)} | times | counted
+        )
     return found
 
 
@@ -174,7 +176,11 @@ def line(entry: dict) -> str:
     if "ratio" in entry:
         low, high = entry["quartiles"]
         over = " *" if entry["limit"] and entry["ratio"] > entry["limit"] else ""
-        times = [f"{entry['ours_us']:.0f}", f"{entry['eager_us']:.0f}", f"{entry['ratio']:.2f} ({low:.2f}-{high:.2f}){over}"]
+        times = [
+            f"{entry['ours_us']:.0f}",
+            f"{entry['eager_us']:.0f}",
+            f"{entry['ratio']:.2f} ({low:.2f}-{high:.2f}){over}",
+        ]
     counted = [f"{ours[k]} / {eager[k]}" for k in ("ops", "python")] + [str(ours["syncs"])]
     mode = "fwd" if entry["mode"] == "forward" else "fwd+bwd"
     return "| " + " | ".join([entry["name"], mode, *times, *counted]) + " |"
@@ -225,7 +231,10 @@ def main() -> None:
             entries += found
             print("\n".join(map(line, found)), flush=True)
     over = [e for e in entries if e["limit"] and e.get("ratio", 0) > e["limit"]]
-    print(f"\n{len(entries)} lines, {len(over)} above their limit (*): linear {LIMITS['linear']}, logits {LIMITS['logits']}")
+    print(
+        f"\n{len(entries)} lines, {len(over)} above their limit (*): "
+        f"linear {LIMITS['linear']}, logits {LIMITS['logits']}"
+    )
     if options.json:
         about = {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
         options.json.write_text(json.dumps(about | {"rows": entries}, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,38 @@ from fused_po.ops import autograd, linear_logps, logps
 
 ROWS = {row.name: row for row in overhead_cases.rows("cpu")}
 # ATen ops and Python functions of one call: (forward), (forward and backward). A change may lower them.
-BOUNDS: dict[str, tuple[tuple[int, int], ...]] = {}
+BOUNDS: dict[str, tuple[tuple[int, int], ...]] = {
+    "linear_logps": ((38, 142), (80, 290)),
+    "linear_logps, a quarter ignored": ((63, 160), (112, 316)),
+    "linear_logps, head frozen": ((38, 142), (68, 244)),
+    "linear_logps, entropy": ((52, 146), (152, 325)),
+    "linear_logps, losses.grpo": ((63, 201), (151, 363)),
+    "linear_dpo, ref_logps": ((84, 203), (143, 391)),
+    "linear_dpo, ref_hidden, k3": ((158, 356), (244, 548)),
+    "linear_kl": ((60, 232), (137, 442)),
+    "linear_kl, labels": ((83, 235), (216, 490)),
+    "chunked_loss": ((57, 182), (121, 308)),
+    "logps_from_logits": ((29, 85), (60, 165)),
+    "logps_from_logits, a quarter ignored": ((48, 87), (93, 168)),
+    "logps_from_logits, entropy": ((43, 89), (97, 170)),
+    "dpo_from_logits, ref_logps": ((73, 106), (122, 184)),
+    "dpo_from_logits, ref_logits, k3": ((131, 134), (207, 216)),
+    "kl_from_logits": ((44, 119), (84, 204)),
+    "kl_from_logits, labels": ((67, 122), (133, 210)),
+    "policy_loss_from_logits": ((118, 180), (163, 260)),
+    "policy_loss_from_logits, k3": ((150, 195), (181, 274)),
+    "policy_loss_from_logits, in place": ((119, 185), (161, 251)),
+    "gae": ((67, 81),),
+    "sequence_logps": ((6, 19), (13, 25)),
+    "aggregate": ((8, 21), (15, 27)),
+    "token_weights": ((8, 20),),
+    "shift_labels": ((4, 12),),
+    "losses.dpo": ((9, 35), (18, 41)),
+    "losses.ppo_clip": ((27, 44), (64, 50)),
+    "losses.grpo": ((27, 68), (64, 74)),
+    "losses.kl_loss": ((17, 24), (45, 30)),
+    "modules.DPOLoss": ((15, 56), (24, 62)),
+}
 SLACK = 2, 6  # what other versions of torch may add to either
 CASES = [pytest.param(row, mode, id=f"{row.name}-{mode}") for row in ROWS.values() for mode in overhead.modes_of(row)]
 
@@ -252,7 +283,9 @@ def test_the_command_line(tmp_path):
     script = Path(overhead.__file__)
     to = tmp_path / "overhead.json"
     command = [sys.executable, script, "--json", to, "--only", "aggregate", "--turns", "3", "--repeats", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     entries = json.loads(to.read_text())["rows"]
     assert [(e["name"], e["mode"]) for e in entries] == [("aggregate", mode) for mode in overhead.MODES]
     assert all(e["ratio"] > 0 and e["counts"]["ops"] > 0 for e in entries)
