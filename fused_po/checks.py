@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,14 +33,14 @@ def floating(name: str, value: object) -> Tensor:
     return value
 
 
-def integer(name: str, value: object, shape: Iterable[int], device: torch.device, why: str) -> Tensor:
+def integer(name: str, value: object, shape: torch.Size, device: torch.device, why: str) -> Tensor:
     """`value` as int64 if it is an integer tensor of this shape and device."""
     if tensor(name, value).dtype not in INTEGERS:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype such as torch.int64")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}, {why}")
     same_device(name, value, device)
-    return value.long()
+    return value if value.dtype == torch.int64 else value.long()
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -242,7 +243,8 @@ def positive_like(name: str, value: object, like: Tensor, of: str) -> float | Te
 
 def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
     """Refuse NaN and infinities (where it counts), as far as values are looked at."""
-    if looked_at(value):
+    # A sum is finite only if every element is; one that is not may have overflowed.
+    if looked_at(value) and not math.isfinite(value.detach().sum().item()):
         bad = ~value.isfinite() if where is None else ~value.isfinite() & where
         if bool(bad.any()):
             at = int(bad.flatten().nonzero()[0])
@@ -292,10 +294,19 @@ def debug() -> bool:
     return os.environ.get("FUSED_PO_DEBUG") == "1"
 
 
+def none_ignored(labels: Tensor, ignore_index: int) -> bool:
+    """Whether it is known, without a sync on a GPU, that no label is ignore_index. Labels but that one are >= 0."""
+    return ignore_index < 0 and labels.device.type == "cpu" and labels.numel() > 0 and int(labels.min()) >= 0
+
+
 def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     """Refuse labels outside [0, n_cols). On a GPU the check costs a sync, so there FUSED_PO_DEBUG=1 switches it on."""
-    if not looked_at(labels):
+    if not looked_at(labels) or not labels.numel():
         return
+    for counted in (lambda: labels, lambda: labels.where(labels != ignore_index, 0)):  # most have no ignored ones
+        least, most = torch.aminmax(counted())
+        if int(least) >= 0 and int(most) < n_cols:
+            return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= n_cols))
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -19,6 +20,12 @@ def device_memory(device: torch.device) -> int:
     """Bytes of memory the device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    return host_memory()
+
+
+@functools.cache
+def host_memory() -> int:
+    """Bytes of memory the machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
@@ -109,7 +116,7 @@ class Schedule:
         """The one asked for, or the default."""
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: got {type(schedule).__name__}, expected a fused_po.Schedule, or None")
-        return schedule or Schedule()
+        return DEFAULT if schedule is None else schedule
 
     def tile_bytes_on(self, device: torch.device) -> int:
         """The tile's bound on this device."""
@@ -123,3 +130,6 @@ class Schedule:
             allowed = " and ".join(map(str, dict.fromkeys((default, dtype))))
             raise ValueError(f"logits_dtype: got {chosen}, allowed for {dtype} inputs: {allowed}")
         return chosen
+
+
+DEFAULT = Schedule()

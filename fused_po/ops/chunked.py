@@ -38,9 +38,12 @@ class _Task(NamedTuple):
 
 
 def chunks_of(groups: Tensor, weights: Tensor, limit: Optional[int]) -> list[Tensor]:
-    """Rows [N] in chunks of whole groups, none of more weight than `limit` unless it is one group; None: one chunk."""
+    """Rows [N] in chunks of whole groups, none of more weight than `limit` unless it is one group; None: one chunk.
+
+    weights: 1 where a token is scored, else 0. Few tokens are one chunk, which takes no sync.
+    """
     order = torch.argsort(groups, stable=True)
-    if limit is None or not order.numel():
+    if limit is None or order.numel() <= limit:  # weights are 0 or 1
         return [order]
     ends = torch.cat([groups[order].diff() != 0, groups.new_ones(1, dtype=torch.bool)]).nonzero().squeeze(1)
     total = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)[ends]])

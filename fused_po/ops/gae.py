@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, public
+from fused_po.ops.autograd import custom_op, direct, public
 from fused_po.reference import stats_dtype
 
 
@@ -40,6 +40,9 @@ def _gae(
 def _(rewards, values, mask, last_values, gamma, lam, backend):
     dtype = _dtype(rewards, values, last_values)
     return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
+
+
+_run = direct(_gae)
 
 
 @public
@@ -95,4 +98,4 @@ def gae(
         for name, x in (("gamma", gamma), ("lam", lam))
     )
     name = backends.resolve(backend, rewards.device, _dtype(rewards, values, last_values))
-    return _gae(rewards.detach(), values.detach(), mask, last_values, gamma, lam, name)
+    return _run(rewards.detach(), values.detach(), mask, last_values, gamma, lam, name)

@@ -54,12 +54,12 @@ def spans(begin: int, end: int, step: int) -> list[slice]:
 
 def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
     """Rows of the head as a GEMM takes them: rounded to compute_dtype (autocast's), held in dtype."""
-    return weight.to(compute_dtype).to(dtype)
+    return weight if weight.dtype == compute_dtype == dtype else weight.to(compute_dtype).to(dtype)
 
 
-def head_slices(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype, block: int) -> list[slice]:
-    """The head's rows in one piece, or, if `operand` would copy it, `block` at a time."""
-    return spans(0, weight.shape[0], weight.shape[0] if weight.dtype == compute_dtype == dtype else block)
+def take(value: Tensor, some: slice) -> Tensor:
+    """value[some]; the tensor itself if that is all of it."""
+    return value if some.start == 0 and some.stop == value.shape[0] else value[some]
 
 
 def project(
@@ -71,8 +71,12 @@ def project(
     With low [V, r], an operand already, hidden is [N, H + r]: [weight | low] without putting them side by side.
     """
     width = weight.shape[1]
-    for columns in head_slices(weight, compute_dtype, hidden.dtype, block):
-        mm(hidden[:, :width], operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
+    states = hidden if low is None else hidden[:, :width]
+    if weight.dtype == compute_dtype == hidden.dtype:
+        mm(states, weight.t(), out)
+    else:
+        for columns in spans(0, weight.shape[0], block):
+            mm(states, operand(weight[columns], compute_dtype, hidden.dtype).t(), out[:, columns])
     if low is not None:
         mm(hidden[:, width:], low.t(), out, add=True)
     if bias is not None:
@@ -89,10 +93,14 @@ def back_project(
     """
     width = weight.shape[1]
     factor = d.dtype if d.device.type == "cuda" else out.dtype  # see `mm`: a CPU would cast the whole head
-    if not weight.shape[0] and not add:
-        out.zero_()
-    for columns in head_slices(weight, compute_dtype, factor, block):
-        add_this = add or columns.start > 0  # (a name for the cast block would keep it into the next round)
-        mm(d[:, columns], operand(weight[columns], compute_dtype, factor), out[:, :width], add=add_this)
+    total = out if low is None else out[:, :width]
+    if weight.dtype == compute_dtype == factor:
+        mm(d, weight, total, add=add)
+    else:
+        if not weight.shape[0] and not add:
+            out.zero_()
+        for columns in spans(0, weight.shape[0], block):
+            add_this = add or columns.start > 0  # (a name for the cast block would keep it into the next round)
+            mm(d[:, columns], operand(weight[columns], compute_dtype, factor), total, add=add_this)
     if low is not None:
         mm(d, low, out[:, width:], add=add)

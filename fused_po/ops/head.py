@@ -20,6 +20,7 @@ being hidden A^T. All of the above holds with [weight | low] for the weight, whi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
@@ -27,8 +28,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, padded, project, room, spans
+from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, padded, project, room, spans, take
 from fused_po.ops.logps import fake_stats
 from fused_po.parallel import Shards, row_passes
 from fused_po.reference import stats_dtype
@@ -71,14 +73,20 @@ class Head(NamedTuple):
         gemm = self.gemm(device)
         return self.budget // (padded(n_cols, gemm) * gemm.itemsize)
 
-    def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
-        """Room for what is kept of n_rows scored tokens among hidden [N, H]."""
+    def kept_like(self, hidden: Tensor, n_rows, weight: Tensor) -> tuple[tuple, torch.dtype]:
+        """Shape and dtype of what is kept of n_rows scored tokens among hidden [N, H]."""
         if self.keep == "product":
-            return hidden.new_empty(hidden.shape, dtype=stats_dtype(self.logits_dtype))
-        n_cols = weight.shape[0]
-        gemm, widest = self.gemm(hidden.device), self.shards.widest(n_cols)
-        rows = torch.sym_min(n_rows, self.rows_within_budget(widest, hidden.device)) if self.keep == "basis" else 0
-        return hidden.new_empty(rows, padded(n_cols, gemm), dtype=gemm)
+            return hidden.shape, stats_dtype(self.logits_dtype)
+        n_cols, gemm, rows = weight.shape[0], self.gemm(hidden.device), 0
+        if self.keep == "basis":
+            within = self.rows_within_budget(self.shards.widest(n_cols), hidden.device)
+            rows = min(n_rows, within) if type(n_rows) is int else torch.sym_min(n_rows, within)
+        return (rows, padded(n_cols, gemm)), gemm
+
+    def empty_kept(self, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
+        """Room for it."""
+        shape, dtype = self.kept_like(hidden, n_rows, weight)
+        return hidden.new_empty(shape, dtype=dtype)
 
 
 class Saved(NamedTuple):
@@ -100,9 +108,10 @@ def guarded(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def guard(head: Head, tensors: Tensor | Saved, *arguments, **options):
-        device = (tensors if isinstance(tensors, Tensor) else tensors.hidden).device
+        device = (tensors if isinstance(tensors, Tensor) else tensors.hidden).device.type
+        cast = device != "meta" and torch.is_autocast_enabled(device)
         try:
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device, enabled=False) if cast else contextlib.nullcontext():
                 return run(head, tensors, *arguments, **options)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -119,6 +128,8 @@ def guarded(run: Callable) -> Callable:
 
 def scored_rows(labels: Tensor, ignore_index: int) -> Optional[Tensor]:
     """Numbers [n] of the rows that are not ignored, None if all are: the one host sync of a forward on a GPU."""
+    if checks.none_ignored(labels, ignore_index):
+        return None
     rows = (labels != ignore_index).nonzero().squeeze(1)
     return None if rows.numel() == labels.numel() else rows
 
@@ -138,7 +149,8 @@ class Buffers:
     def _tile(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
         if dtype not in self.made:
             self.made[dtype] = room(self.like, *self.shape, dtype)
-        return self.made[dtype][:n_rows, :n_cols]
+        made = self.made[dtype]
+        return made if made.shape == (n_rows, n_cols) else made[:n_rows, :n_cols]
 
     def logits(self, n_rows: int, n_cols: int) -> Tensor:
         return self._tile(self.head.logits_dtype, n_rows, n_cols)
@@ -170,52 +182,80 @@ def in_turns(run, pieces: list[slice], rooms: list) -> None:
 class HeadForward:
     """One forward: tiles are begun, then finished, where other ranks have a part in it one tile later."""
 
-    def __init__(self, head: Head, operands: tuple, labels: Tensor, rows: Optional[Tensor], results: tuple) -> None:
-        """operands: (hidden, weight, bias, low) and labels of the scored rows; results, the last is kept: of all."""
-        self.head, self.labels, self.rows = head, labels, rows
+    def __init__(self, head: Head, operands: tuple, labels: Tensor, rows: Optional[Tensor], kept: Tensor,
+                 n_all: int) -> None:  # fmt: skip
+        """operands: (hidden, weight, bias, low) and labels of the scored rows; kept: of n_all rows."""
+        self.head, self.labels, self.rows, self.kept, self.n_all = head, labels, rows, kept, n_all
         self.hidden, self.weight, self.bias, self.low = operands
-        *self.results, self.kept = results
-        self.run = row_passes(backends.get(head.backend), head.shards)
-        n_rows, device = len(self.hidden), self.hidden.device
-        self.step = head.tile_rows(head.shards.widest(len(self.weight)), device)
+        self.made: Optional[tuple[Tensor, ...]] = None
+        shards = head.shards
+        self.run = row_passes(backends.get(head.backend), shards)
+        n_rows, n_cols, device = self.hidden.shape[0], self.weight.shape[0], self.hidden.device
+        self.step = head.tile_rows(shards.widest(n_cols), device)
         self.block = head_block(n_rows, *self.weight.shape, head.tile_bytes)
-        shape = min(self.step, n_rows), len(self.weight)
+        shape = min(self.step, n_rows), n_cols
         # A tile whose basis is formed when other ranks have answered lies beside the next one.
         self.in_flight = 1 if head.group else 0
         turns = 2 if head.group and head.keep != "nothing" else 1
         self.buffers = [Buffers(head, self.hidden, *shape) for _ in range(turns)]
 
-    def fill(self) -> None:
-        """Every tile into the results."""
-        in_turns(self, spans(0, len(self.hidden), self.step), self.buffers)
+    def results(self) -> tuple[Tensor, ...]:
+        """(logps, entropy, lse, aux, saved) of all rows, once every tile is in them."""
+        in_turns(self, spans(0, self.hidden.shape[0], self.step), self.buffers)
+        return self.made or self.unscored()
+
+    def unscored(self) -> tuple[Tensor, ...]:
+        """Results of all rows before any tile is in them."""
+        made = fake_stats(self.hidden.new_empty(0, dtype=self.head.logits_dtype), self.n_all, self.head.outputs)
+        if self.rows is not None:
+            for result in made:
+                result.zero_()
+            made[4][1] = torch.inf
+        return made
 
     def begin(self, some: slice, buffers: Buffers) -> Tile:
         """Project some rows, and begin to score them."""
-        head, count, n_cols = self.head, some.stop - some.start, len(self.weight)
-        d = buffers.basis(count, n_cols) if head.keep == "product" else self.kept[some, :n_cols]
-        in_place = d.dtype == head.logits_dtype and len(d) == count
-        logits = d if in_place else buffers.logits(count, n_cols)
-        project(self.hidden[some], self.weight, self.bias, head.compute_dtype, logits, self.block, self.low)
-        basis, how = d[None] if len(d) == count else None, (head.outer, head.inner, head.ignore_index, head.outputs)
-        return Tile(some, logits, d, self.run.begin_score(logits[None], self.labels[some], *how, basis))
+        head, count, n_cols = self.head, some.stop - some.start, self.weight.shape[0]
+        d = self.kept  # of no rows where nothing is kept
+        if head.keep != "nothing":
+            d = buffers.basis(count, n_cols) if head.keep == "product" else d[some, :n_cols]
+        n_kept = d.shape[0]
+        logits = d if d.dtype == head.logits_dtype and n_kept == count else buffers.logits(count, n_cols)
+        states = take(self.hidden, some)
+        project(states, self.weight, self.bias, head.compute_dtype, logits, self.block, self.low)
+        scored = logits[None]
+        basis = None if n_kept != count else scored if d is logits else d[None]
+        how = head.outer, head.inner, head.ignore_index, head.outputs, basis
+        return Tile(some, logits, d, self.run.begin_score(scored, take(self.labels, some), *how))
 
     def finish(self, tile: Tile) -> None:
         """Store a tile's statistics, and what is kept of it."""
         head, (some, logits, d, stats) = self.head, tile
         stats, count = stats(), some.stop - some.start
-        if 0 < len(d) < count:  # the budget ends within this tile
+        if 0 < d.shape[0] < count:  # the budget ends within this tile
             part, saved = slice(some.start, some.start + len(d)), stats[4][:, : len(d)].contiguous()
             grads, scaling = (None, None, None), (head.outer, head.inner)
             self.run.gradient(logits[None, : len(d)], self.labels[part], saved, stats[1], *grads, *scaling, d[None])
-        where = some if self.rows is None else self.rows[some]
-        for result, value in zip(self.results, stats):
-            if result.numel():
-                result[..., where] = value
+        where = some if self.rows is None else take(self.rows, some)
+        if self.rows is None and count == self.n_all:
+            self.made = stats
+        else:
+            self.made = self.made or self.unscored()
+            for result, value in zip(self.made, stats):
+                if result.numel():
+                    result[..., where] = value
         if head.keep == "product":
-            product = self.kept[some] if self.rows is None else self.kept.new_empty(count, self.kept.shape[1])
+            product = take(self.kept, some) if self.rows is None else self.kept.new_empty(count, self.kept.shape[1])
             back_project(d, self.weight, head.compute_dtype, product, self.block, self.low)
             if self.rows is not None:
                 self.kept[where] = product
+
+
+def clear_unused(kept: Tensor, n_rows: int, n_cols: int) -> None:
+    """Zero what lies beyond kept[..., n_rows, n_cols]: an op's result must not hold what was in memory before."""
+    for dim, used in ((-1, n_cols), (-2, n_rows)):
+        if kept.shape[dim] > used:
+            kept.narrow(dim, used, kept.shape[dim] - used).zero_()
 
 
 @guarded
@@ -227,16 +267,13 @@ def forward(
 
     rows [n]: numbers of the rows that are scored, None for all. n_room: at least n, rows to hold room for in `kept`.
     """
-    results = fake_stats(hidden.new_empty(0, dtype=head.logits_dtype), labels.numel(), head.outputs)
-    kept = head.empty_kept(hidden, n_room, weight)
-    if head.keep == "basis":  # an op's result must not hold what was in memory before
-        kept[:, weight.shape[0] :], kept[labels.numel() if rows is None else rows.numel() :] = 0, 0
-    if rows is not None:
-        for result in (*results, kept) if head.keep == "product" else results:
-            result.zero_()
-        results[4][1] = torch.inf
+    n_all, kept = labels.numel(), head.empty_kept(hidden, n_room, weight)
+    if head.keep == "basis":
+        clear_unused(kept, n_all if rows is None else rows.numel(), weight.shape[0])
+    elif head.keep == "product" and rows is not None:
+        kept.zero_()
     factor = head.gemm(hidden.device)
     hidden = operand(take_rows(hidden, rows), head.compute_dtype, factor)
     low = None if low is None else operand(low, head.compute_dtype, factor)
-    HeadForward(head, (hidden, weight, bias, low), take_rows(labels, rows), rows, (*results, kept)).fill()
-    return *results, kept
+    run = HeadForward(head, (hidden, weight, bias, low), take_rows(labels, rows), rows, kept, n_all)
+    return *run.results(), kept

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po.ops import backend as backends
-from fused_po.ops.gemm import back_project, head_block, mm, operand, project, spans
+from fused_po.ops.gemm import back_project, head_block, mm, operand, project, spans, take
 from fused_po.ops.head import Buffers, Head, Saved, guarded, take_rows
 from fused_po.parallel import row_passes
 from fused_po.reference import stats_dtype
@@ -41,13 +41,20 @@ class Incoming(NamedTuple):
         """Whether each row's gradient is a multiple of its basis."""
         return self.g_entropy is None and self.g_lse is None
 
-    def masked(self, ignore_index: int) -> tuple[Incoming, Tensor]:
-        """(these rows, whether any gradient comes in); rows without one become ignored rows, and nothing reads them."""
-        live = torch.stack([g != 0 for g in self.grads if g is not None]).any(0) & (self.labels != ignore_index)
+    def live(self, ignore_index: int) -> Tensor:
+        """[N] whether any gradient comes in to a row that is scored."""
+        some = self.labels != ignore_index
+        first, *others = (g != 0 for g in self.grads if g is not None)
+        for g in others:
+            first.logical_or_(g)
+        return some.logical_and_(first)
+
+    def masked(self, live: Tensor, ignore_index: int) -> Incoming:
+        """These rows; those that are not live become ignored rows, and nothing reads them."""
         grads = [None if g is None else torch.where(live, g, 0) for g in self.grads]
         saved = torch.stack([self.saved[0], self.saved[1].masked_fill(~live, torch.inf), self.saved[2]])
         labels = self.labels.masked_fill(~live, ignore_index)
-        return Incoming(labels, saved, self.entropy, *grads), live
+        return Incoming(labels, saved, self.entropy, *grads)
 
 
 CPU_ROWS = 32  # of a product with few columns
@@ -74,7 +81,9 @@ class HeadBackward:
                  index: Optional[Tensor], n_kept: int, low: Optional[Tensor] = None) -> None:  # fmt: skip
         """hidden, low in the GEMMs' dtype. index [N]: numbers of the rows as the forward had them, None for all."""
         self.head, self.hidden, self.weight, self.bias, self.low = head, hidden, weight, bias, low
-        self.rows, self.kept, self.index, self.n_kept = rows, kept[:, : weight.shape[0]], index, n_kept
+        n_cols = weight.shape[0]
+        self.rows, self.index, self.n_kept = rows, index, n_kept
+        self.kept = kept if kept.shape[1] == n_cols else kept[:, :n_cols]
         self.kept_as_is = index is None or n_kept == len(kept)  # no kept row was dropped
         self.run = row_passes(backends.get(head.backend), head.shards)
         # A row's gradient is this many times its basis, if there is such a number.
@@ -94,7 +103,7 @@ class HeadBackward:
         if some.stop > self.n_kept:
             return self.recompute(some, columns, weight, buffers.logits(*shape), buffers.basis(*shape))
         if self.kept_as_is:
-            d = self.kept[some, columns]
+            d = self.kept if self.kept.shape == shape else self.kept[some, columns]
         else:
             d = torch.index_select(self.kept[:, columns], 0, self.index[some], out=buffers.basis(*shape))
         if self.multiples:
@@ -142,27 +151,30 @@ class HeadBackward:
 
         g = self.factors[:, None] if self.multiples else torch.ones_like(self.rows.logps)[:, None]
         scaled = (self.hidden * g).to(gemm) if (need_weight or need_low) and self.multiples else self.hidden
-        thin = torch.cat([g.to(gemm)[:, :need_bias], scaled[:, width if need_low else self.hidden.shape[1] :]], 1)
-        wide = torch.float64 if thin.device.type == "cpu" else sums
-        sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=wide)  # of the bias, and of low
+        with_thin = need_bias or need_low
+        if with_thin:
+            thin = torch.cat([g.to(gemm)[:, :need_bias], scaled[:, width if need_low else self.hidden.shape[1] :]], 1)
+            wide = torch.float64 if thin.device.type == "cpu" else sums
+            sum_thin = self.hidden.new_zeros(n_cols, thin.shape[1], dtype=wide)  # of the bias, and of low
+        states = scaled if scaled.shape[1] == width else scaled[:, :width]
         if not pieces and need_weight and not add:
             grads[1].zero_()
         room = None if own_sums else self.hidden.new_empty(min(columns_at_once, n_cols), width, dtype=sums)
         summed = []
         for columns in spans(0, n_cols, columns_at_once) or [slice(0, 0)]:
-            part = weight if own_sums else operand(weight[columns], head.compute_dtype, gemm)
+            part = weight if own_sums else operand(take(weight, columns), head.compute_dtype, gemm)
             low = None if self.low is None else self.low[columns]
             total = grads[1] if own_sums else room[: len(part)]
             for some in pieces:
                 d = self.tile(some, columns, part, buffers)
                 if need_hidden:
                     compute = head.compute_dtype if part is weight else gemm
-                    back_project(d, part, compute, grads[0][some], block, low, add=columns.start > 0)
+                    back_project(d, part, compute, take(grads[0], some), block, low, add=columns.start > 0)
                     if head.shards.adds_up and columns.stop == n_cols:  # under the GEMM of the head's
                         summed.append(head.shards.add_up(grads[0][some]))
                 if need_weight:
-                    mm(d.t(), scaled[some, :width], total, add=some.start > 0 or add)
-                if thin.shape[1]:
+                    mm(d.t(), take(states, some), total, add=some.start > 0 or add)
+                if with_thin:
                     add_product(d, thin[some], sum_thin[columns])
             if need_weight and not own_sums and pieces:
                 grads[1][columns] = total
@@ -193,18 +205,22 @@ def backward(
     if head.keep == "product" and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, hidden, (weight, low), incoming, kept), rows)
         return grad.to(hidden.dtype), *empty_gradients((None, weight, bias, low), [False] * len(needs))[1:]
-    incoming, live = incoming.at(rows).masked(head.ignore_index)
-    kept = kept[: len(live) if head.keep == "basis" and from_kept else 0]
-    n_kept, index = len(kept), None
+    incoming = incoming.at(rows)
+    live = incoming.live(head.ignore_index)
+    n_rows = live.numel()
+    kept = take(kept, slice(0, min(n_rows, kept.shape[0]) if head.keep == "basis" and from_kept else 0))
+    n_kept, index = kept.shape[0], None
     if skip_zero_rows or hidden.device.type == "cpu":
-        n_live, n_kept = torch.stack([live.sum(), live[:n_kept].sum()]).tolist()  # one sync on a GPU
-        if n_live < live.numel():
+        n_live, n_kept = counted(live, n_kept)
+        if n_live < n_rows:
             index = torch.nonzero_static(live, size=n_live).squeeze(1)
             incoming = incoming.at(index)
             rows = index if rows is None else rows[index]
+    else:
+        incoming = incoming.masked(live, head.ignore_index)
     h = operand(take_rows(hidden, rows), head.compute_dtype, head.gemm(hidden.device))
     wide = stats_dtype(head.logits_dtype)
-    sum_hidden = hidden.new_empty((len(h), hidden.shape[1]) if needs[0] else 0, dtype=wide)
+    sum_hidden = hidden.new_empty((h.shape[0], hidden.shape[1]) if needs[0] else 0, dtype=wide)
     grads = empty_gradients((None, weight, bias, low), needs)[1:] if sums is None else sums
     low = None if low is None else operand(low, head.compute_dtype, h.dtype)
     run = HeadBackward(head, h, weight, bias, incoming, kept, index, n_kept, low)
@@ -216,15 +232,24 @@ def backward(
     return sum_hidden.to(hidden.dtype), *grads
 
 
+def counted(live: Tensor, n_kept: int) -> tuple[int, int]:
+    """(how many rows are live, how many of the first n_kept): one sync on a GPU."""
+    if n_kept in (0, live.numel()):
+        n_live = int(torch.count_nonzero(live))
+        return n_live, n_live if n_kept else 0
+    n_live, n_kept = torch.stack([live.sum(), live[:n_kept].sum()]).tolist()
+    return n_live, n_kept
+
+
 def product_gradient(
     head: Head, hidden: Tensor, weights: tuple[Optional[Tensor], ...], rows: Incoming, product: Tensor
 ) -> Tensor:
     """This rank's part of hidden's gradient from product = basis @ weights: no GEMM. d lse = label's slope - d logp."""
     valid = rows.labels != head.ignore_index
-    zero = torch.zeros_like(rows.saved[0])
-    g_logps, g_lse = (zero if g is None else torch.where(valid, g, 0) for g in (rows.g_logps, rows.g_lse))
-    grad = product * (g_logps - g_lse)[:, None]
-    if rows.g_lse is not None:
+    g_logps, g_lse = (None if g is None else torch.where(valid, g, 0) for g in (rows.g_logps, rows.g_lse))
+    g = g_logps if g_lse is None else -g_lse if g_logps is None else g_logps - g_lse
+    grad = product * g[:, None]
+    if g_lse is not None:
         labels = rows.labels - head.shards.start()
         here = valid & (labels >= 0) & (labels < len(weights[0]))
         labels, g = torch.where(here, labels, 0), torch.where(here, head.outer * g_lse, 0)

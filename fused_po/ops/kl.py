@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, public
+from fused_po.ops.autograd import custom_op, differentiable, direct, public
 from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows
 from fused_po.parallel import ProcessGroupLike, Shards, row_passes
 from fused_po.reference import stats_dtype
@@ -194,9 +194,10 @@ def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
     if all(g is None for g in given):
         return nothing
     arguments = ref_logits, labels, tokens, stacked(tokens[0], *given), *ctx.how
-    return gradient_by("kl_bwd", ctx.inplace, logits, *arguments), *nothing[1:]
+    return gradient_by(_GRADIENT, ctx.inplace, logits, *arguments), *nothing[1:]
 
 
+_GRADIENT = direct(_backward), direct(_backward_)
 _compare = differentiable(_forward, _autograd, _setup_context)
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fused_po.ops import backend as backends
-from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans
-from fused_po.ops.head import Buffers, Head, guarded, in_turns, take_rows
-from fused_po.ops.head_backward import HeadBackward, Incoming, empty_gradients
+from fused_po.ops.gemm import back_project, gemm_dtype, head_block, operand, project, spans, take
+from fused_po.ops.head import Buffers, Head, clear_unused, guarded, in_turns, take_rows
+from fused_po.ops.head_backward import HeadBackward, Incoming, counted, empty_gradients
 from fused_po.parallel import row_passes
 from fused_po.reference import stats_dtype
 from fused_po.reference.divergence import ENTROPY, LOGP, NORM, SHIFT, TOKEN_FIELDS
@@ -70,8 +70,8 @@ class Side(NamedTuple):
 
 def empty_kept(head: Head, other: Other, hidden: Tensor, n_rows, weight: Tensor) -> Tensor:
     """Room [bases, rows, padded V or H] for what is kept of n_rows scored tokens among hidden [N, H]."""
-    one = head._replace(budget=head.budget // other.bases).empty_kept(hidden, n_rows, weight)
-    return one.new_empty(other.bases, *one.shape)
+    shape, dtype = head._replace(budget=head.budget // other.bases).kept_like(hidden, n_rows, weight)
+    return hidden.new_empty(other.bases, *shape, dtype=dtype)
 
 
 class _Tiles:
@@ -88,11 +88,11 @@ class _Tiles:
         logits, ref_logits = self.own.logits(*shape), self.theirs.logits(*shape)
         for side, part, compute, out in (
             (self.policy, weight, compute_dtype, logits),
-            (self.reference, self.reference.weight[columns], self.other.compute_dtype, ref_logits),
+            (self.reference, take(self.reference.weight, columns), self.other.compute_dtype, ref_logits),
         ):
-            bias = None if side.bias is None else side.bias[columns]
-            block = head_block(len(side.hidden), *side.weight.shape, self.head.tile_bytes)
-            project(side.hidden[some], part, bias, compute, out, block)
+            bias = None if side.bias is None else take(side.bias, columns)
+            block = head_block(side.hidden.shape[0], *side.weight.shape, self.head.tile_bytes)
+            project(take(side.hidden, some), part, bias, compute, out, block)
         return logits, ref_logits
 
     def bases(
@@ -146,11 +146,12 @@ class _Forward:
 
     def __init__(
         self, head: Head, other: Other, policy: Side, reference: Side, labels: Tensor, rows: Optional[Tensor],
-        results: tuple[Tensor, Tensor],
+        kept: Tensor, n_all: int,
     ) -> None:  # fmt: skip
-        """Both sides and labels of the rows that count; results (tokens, kept) of all."""
+        """Both sides and labels of the rows that count; kept: of n_all rows."""
         self.head, self.other, self.policy, self.labels, self.rows = head, other, policy, labels, rows
-        self.tokens, self.kept = results
+        self.kept, self.n_all = kept, n_all
+        self.tokens: Optional[Tensor] = None
         n_cols, device = policy.weight.shape[0], labels.device
         self.step = tile_rows(head, other, head.shards.widest(n_cols), device)
         both = head, other, policy, reference, min(self.step, labels.numel()), n_cols
@@ -158,23 +159,35 @@ class _Forward:
         self.tiles = [_Tiles(*both) for _ in range(1 + self.in_flight)]
         self.run = row_passes(backends.get(head.backend), head.shards)
 
-    def fill(self) -> None:
-        """Every tile into the results."""
+    def results(self) -> Tensor:
+        """The tokens [9, N] of all rows, once every tile is in them."""
         in_turns(self, spans(0, self.labels.numel(), self.step), self.tiles)
+        return self.unscored() if self.tokens is None else self.tokens
+
+    def unscored(self) -> Tensor:
+        """Tokens of all rows before any tile is in them."""
+        wide = stats_dtype(self.head.logits_dtype)
+        tokens = self.policy.hidden.new_zeros(TOKEN_FIELDS, self.n_all, dtype=wide)
+        tokens[NORM] = torch.inf
+        return tokens
 
     def begin(self, some: slice, tiles: _Tiles) -> Tile:
         """Project some rows of both sides, and begin to compare them."""
         head, other, weight = self.head, self.other, self.policy.weight
         logits = tiles.project(some, slice(0, weight.shape[0]), weight, head.compute_dtype)
         how = (head.outer, head.inner), (other.outer, other.inner), other.form, other.with_labels
-        return Tile(some, tiles, logits, self.run.begin_kl(*(v[None] for v in logits), self.labels[some], *how))
+        return Tile(some, tiles, logits, self.run.begin_kl(*(v[None] for v in logits), take(self.labels, some), *how))
 
     def finish(self, tile: Tile) -> None:
         """Store a tile's results, and what is kept of it."""
         (some, tiles, logits, tokens), head, weight = tile, self.head, self.policy.weight
-        tokens, part = tokens(), self.labels[some]
-        where = some if self.rows is None else self.rows[some]
-        self.tokens[:, where] = tokens
+        tokens, part = tokens(), take(self.labels, some)
+        where = some if self.rows is None else take(self.rows, some)
+        if self.rows is None and part.numel() == self.n_all:
+            self.tokens = tokens
+        else:
+            self.tokens = self.unscored() if self.tokens is None else self.tokens
+            self.tokens[:, where] = tokens
         if head.keep == "product":
             for i, d in enumerate(tiles.bases(*logits, part, tokens, None)):
                 product = self.kept.new_empty(len(part), self.kept.shape[2])
@@ -184,7 +197,9 @@ class _Forward:
         elif head.keep == "basis" and some.start < self.kept.shape[1]:
             within = self.kept[:, some.start : some.stop, : weight.shape[0]]
             n = within.shape[1]
-            tiles.bases(logits[0][:n], logits[1][:n], part[:n], tokens[:, :n].contiguous(), within)
+            if n < part.numel():
+                logits, part, tokens = [v[:n] for v in logits], part[:n], tokens[:, :n].contiguous()
+            tiles.bases(*logits, part, tokens, within)
 
 
 @guarded
@@ -197,18 +212,16 @@ def forward(
     rows [n]: numbers of the rows that count, None for all. n_room: at least n, rows to hold room for in `kept`.
     """
     device = hidden.device
-    tokens = hidden.new_zeros(TOKEN_FIELDS, labels.numel(), dtype=stats_dtype(head.logits_dtype))
-    tokens[NORM] = torch.inf
     kept = empty_kept(head, other, hidden, n_room, policy.weight)
     n_rows = labels.numel() if rows is None else rows.numel()
-    if head.keep == "basis":  # an op's result must not hold what was in memory before
-        kept[:, :, policy.weight.shape[0] :], kept[:, n_rows:] = 0, 0
+    if head.keep == "basis":
+        clear_unused(kept, n_rows, policy.weight.shape[0])
     elif rows is not None:
         kept.zero_()
     policy = policy.at(rows, head.compute_dtype, head.gemm(device))
     reference = reference.at(rows, other.compute_dtype, other.gemm(device))
-    _Forward(head, other, policy, reference, take_rows(labels, rows), rows, (tokens, kept)).fill()
-    return tokens, kept
+    run = _Forward(head, other, policy, reference, take_rows(labels, rows), rows, kept, labels.numel())
+    return run.results(), kept
 
 
 class _Backward(HeadBackward):
@@ -219,16 +232,16 @@ class _Backward(HeadBackward):
         active: list[bool], kept: Tensor, index: Optional[Tensor], n_kept: int,
     ) -> None:  # fmt: skip
         """grads [3, N], of which `active` come in at all; labels [N], tokens [9, N] like it."""
-        rows = Incoming(labels, saved_of(tokens), tokens[ENTROPY], *[None] * 3)
+        multiples = sum(active) == 1 and not active[2]
+        # Multiples of a basis read nothing of the policy's rows.
+        rows = Incoming(labels, tokens if multiples else saved_of(tokens), tokens[ENTROPY], *[None] * 3)
         super().__init__(head, policy.hidden, policy.weight, policy.bias, rows, kept[0], index, n_kept)
         self.other, self.policy, self.reference = other, policy, reference
         self.tokens, self.grads, self.active = tokens, grads, active
-        self.multiples = sum(active) == 1 and not active[2]
-        which = active.index(True)
-        self.factors = grads[which]
-        self.wanted = unit_gradients(tokens[0], which) if self.multiples else grads
+        self.multiples, self.which = multiples, active.index(True)
+        self.factors = grads[self.which]
         self.all_kept = kept[:, :, : policy.weight.shape[0]]
-        self.kept = self.all_kept[which if self.multiples else 0]
+        self.kept = self.all_kept[self.which if self.multiples else 0]
 
     def tile_rows(self, n_cols: int) -> int:
         """Rows of a tile of n_cols columns."""
@@ -269,7 +282,7 @@ class _Backward(HeadBackward):
         how = (head.outer, head.inner), (other.outer, other.inner), other.form, other.with_labels
         if len(weight) == len(self.weight) and not head.group:  # whole rows: score them anew
             tokens = self.run.begin_kl(logits[None], ref_logits[None], labels, *how)()
-        grads = self.wanted[:, some].contiguous()
+        grads = unit_gradients(tokens[0], self.which) if self.multiples else self.grads[:, some].contiguous()
         both = logits[None], ref_logits[None]
         self.run.kl_gradient(*both, labels - columns.start, tokens, grads, *how, out[None])
         return out
@@ -302,17 +315,18 @@ def backward(
     (hidden, weight, bias), reference, labels, rows, tokens, kept = saved
     active = [g is not None for g in grads]
     valid = labels >= 0
-    grads = torch.stack([torch.zeros_like(tokens[0]) if g is None else torch.where(valid, g, 0) for g in grads])
+    zero = torch.zeros_like(tokens[0])
+    grads = torch.where(valid, torch.stack([zero if g is None else g for g in grads]), 0)
     from_kept = head.inner is None or not active[2]  # the softcap's slope does not come back from the basis
     if head.keep == "product" and not active[2]:
         product = head.shards.sum_of_rows(sum(g[:, None] * u for g, u in zip(grads, kept)), rows)
         return product.to(hidden.dtype), *empty_gradients((None, weight, bias), [False] * 3)[1:]
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
-    live = (grads != 0).any(0)
-    kept = kept[:, : len(live) if head.keep == "basis" and from_kept else 0]
-    n_kept, index = kept.shape[1], None
+    live = grads.any(0)
+    n_kept = min(live.numel(), kept.shape[1]) if head.keep == "basis" and from_kept else 0
+    kept, index = kept if n_kept == kept.shape[1] else kept[:, :n_kept], None
     if skip_zero_rows or hidden.device.type == "cpu":
-        n_live, n_kept = torch.stack([live.sum(), live[:n_kept].sum()]).tolist()  # one sync on a GPU
+        n_live, n_kept = counted(live, n_kept)
         if n_live < live.numel():
             index = torch.nonzero_static(live, size=n_live).squeeze(1)
             labels, tokens, grads = (v[..., index].contiguous() for v in (labels, tokens, grads))
@@ -320,7 +334,7 @@ def backward(
     policy = Side(hidden, weight, bias).at(rows, head.compute_dtype, head.gemm(hidden.device))
     reference = reference.at(rows, other.compute_dtype, other.gemm(hidden.device))
     wide = stats_dtype(head.logits_dtype)
-    sum_hidden = hidden.new_empty((len(labels), hidden.shape[1]) if needs[0] else 0, dtype=wide)
+    sum_hidden = hidden.new_empty((labels.numel(), hidden.shape[1]) if needs[0] else 0, dtype=wide)
     out = empty_gradients((None, weight, bias), needs)[1:]
     run = _Backward(head, other, policy, reference, labels, tokens, grads, active, kept, index, n_kept)
     run.fill((sum_hidden, *out), needs, False)

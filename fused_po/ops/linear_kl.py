@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import kl_head
-from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, direct, public, transforms_active
 from fused_po.ops.head import Head, scored_rows
 from fused_po.ops.head_backward import empty_gradients
 from fused_po.ops.kl import (
@@ -96,10 +96,11 @@ def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
     if all(g is None for g in given):
         return (None,) * (8 + len(ctx.how))
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-    grads = torch.ops.fused_po.linear_kl_bwd(*ctx.saved_tensors, *given, *ctx.how, needs)
+    grads = _gradients(*ctx.saved_tensors, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (5 + len(ctx.how))
 
 
+_gradients = direct(_backward)
 _compare = differentiable(_forward, _autograd, _setup_context)
 
 

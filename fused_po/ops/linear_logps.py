@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, direct, public, transforms_active
 from fused_po.ops.head import Head, Saved, forward, scored_rows
 from fused_po.ops.head_backward import backward, empty_gradients
 from fused_po.ops.logps import (
@@ -88,10 +88,11 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     *tensors, saved, kept = ctx.saved_tensors
     stats, entropy = without_entropy(saved, ctx.how[3])
-    grads = torch.ops.fused_po.linear_logps_bwd(*tensors, stats, entropy, kept, *given, *ctx.how, needs)
+    grads = _gradients(*tensors, stats, entropy, kept, *given, *ctx.how, needs)
     return *(grad if need else None for grad, need in zip(grads, needs)), *(None,) * (2 + len(ctx.how))
 
 
+_gradients = direct(_backward)
 _score = differentiable(_forward, _autograd, _setup_context)
 
 
@@ -100,7 +101,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    if torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+    if weight.dtype != hidden.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
             f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's, or a lower precision; cast one of "
             "them, or run under torch.autocast"
@@ -235,9 +236,10 @@ def make_head(
     dtype, device = compute_dtype(hidden, weight), hidden.device
     logits_dtype = schedule.logits_dtype_for(dtype)
     keep, budget = "nothing", 0
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in operands):
+    trained = [v is not None and v.requires_grad for v in operands]
+    if True in trained and torch.is_grad_enabled():
         entropy = bool(bits & 2) and schedule.entropy_grad
-        frozen = not any(v is not None and v.requires_grad for v in operands[1:])
+        frozen = True not in trained[1:]
         keep = "product" if frozen and not entropy else "basis"
         budget = logits_budget(schedule.logits_budget, device)
         bits |= 1  # the basis gives a gradient of entropy or lse with the log-prob beside it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, public, transforms_active
+from fused_po.ops.autograd import custom_op, differentiable, direct, public, transforms_active
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, given, row_passes, shards_of
 from fused_po.reference import SAVED_FIELDS, stats_dtype
 
@@ -39,19 +40,23 @@ def output_bits(outputs: tuple[str, ...]) -> int:
     """The outputs' names as bits, in the order of TokenStats."""
     if isinstance(outputs, str):
         raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names such as ({outputs!r},)")
-    for name in (outputs := checks.several("outputs", outputs, "names")):
-        checks.choice("outputs", name, TokenStats._fields)
-    if not outputs:
+    bits, names = 0, TokenStats._fields
+    for name in checks.several("outputs", outputs, "names"):
+        if name not in names:
+            checks.choice("outputs", name, names)
+        bits |= 1 << names.index(name)
+    if not bits:
         raise ValueError(f"outputs: got none, allowed are {', '.join(map(repr, TokenStats._fields))}")
-    return sum(1 << TokenStats._fields.index(name) for name in set(outputs))
+    return bits
 
 
 def token_stats(results: tuple[Tensor, ...], bits: int, shape: torch.Size) -> TokenStats:
     """An op's (logps, entropy, lse, aux) as TokenStats."""
     logps, entropy, lse, aux = results
-    asked = [bool(bits >> i & 1) for i in range(6)]
-    fields = [value.view(shape) if ask else None for value, ask in zip((logps, entropy, lse), asked)]
-    fields += [aux[i].detach().clone().view(shape) if asked[3 + i] else None for i in range(3)]
+    fields = [value.view(shape) if bits >> i & 1 else None for i, value in enumerate((logps, entropy, lse))]
+    if not bits & 56:
+        return TokenStats(*fields)
+    fields += [aux[i].detach().clone().view(shape) if bits >> 3 + i & 1 else None for i in range(3)]
     fields[4] = None if fields[4] is None else fields[4] > 0.5
     return TokenStats(*fields)
 
@@ -94,8 +99,8 @@ def fake_with_entropy(results: tuple[Tensor, ...], outputs: int) -> tuple[Tensor
 
 
 def without_entropy(saved: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """(saved [SAVED_FIELDS, N], entropy); a row of saved stands for an entropy that nothing reads."""
-    return saved[:SAVED_FIELDS], saved[SAVED_FIELDS] if outputs & 2 else saved[0]
+    """(saved [SAVED_FIELDS, N], entropy); saved stands for an entropy that nothing reads."""
+    return (saved[:SAVED_FIELDS], saved[SAVED_FIELDS]) if outputs & 2 else (saved, saved)
 
 
 @custom_op("fused_po::logps_fwd", mutates_args=())
@@ -124,7 +129,7 @@ def dense(g: Optional[Tensor]) -> Optional[Tensor]:
 def on_rows(write, logits: Tensor, out: Tensor) -> None:
     """write(rows of logits, rows of out), of one shape; out is logits itself, or contiguous."""
     rows = as_rows(logits)
-    target = rows if out is logits else out.view(rows.shape)
+    target = rows if out is logits else out if out.shape == rows.shape else out.view(rows.shape)
     write(rows, target)
     if out is logits and rows.data_ptr() != logits.data_ptr():  # the rows had to be copied
         logits.copy_(rows.view(logits.shape))
@@ -168,13 +173,19 @@ def requested(grads: tuple[Optional[Tensor], ...], bits: int) -> tuple[Optional[
     return tuple(g if bits >> i & 1 else None for i, g in enumerate(grads))
 
 
-def gradient_by(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
-    """The gradient by a backward op; in place, by that with an underscore, over the logits (not in torch.func)."""
+Ops = tuple[Callable, Callable]  # one that returns the gradient, one that writes it over the logits
+
+
+def gradient_by(ops: Ops, inplace: bool, logits: Tensor, *arguments) -> Tensor:
+    """The gradient by a backward op; in place, by the second of the two, over the logits (not in torch.func)."""
     if not inplace or transforms_active():
-        return getattr(torch.ops.fused_po, op)(logits, *arguments)
+        return ops[0](logits, *arguments)
     grad = logits.detach()
-    getattr(torch.ops.fused_po, f"{op}_")(grad, *arguments)
+    ops[1](grad, *arguments)
     return grad
+
+
+GRADIENT = direct(_backward), direct(_backward_)
 
 
 def _setup_context(ctx, inputs, output):
@@ -191,7 +202,7 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, g_aux, g_saved):
     logits, labels, saved = ctx.saved_tensors
     saved, entropy = without_entropy(saved, ctx.outputs)
     arguments = (labels, saved, entropy, *grads, ctx.outer, ctx.inner, ctx.backend, ctx.first_col)
-    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 9
+    return gradient_by(GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 9
 
 
 score = differentiable(_forward, _autograd, _setup_context)

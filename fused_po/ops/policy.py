@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable
-from fused_po.ops.logps import as_rows, dense, gradient_by
+from fused_po.ops.autograd import custom_op, differentiable, direct
+from fused_po.ops.logps import GRADIENT, as_rows, dense, gradient_by
 from fused_po.reference import stats_dtype
 from fused_po.reference.policy import ENTROPY, LOGP, LOSS, NORM, SHIFT, SLOPE, TOKEN_FIELDS, Form, Given
 from fused_po.reference.preference import times
@@ -31,7 +31,12 @@ def _run(logits, labels, given, form, outer, ignore_index, backend, overwrite):
     return times(given.weights, tokens[LOSS]).sum(), tokens
 
 
-SAVED = SHIFT, NORM, LOGP, ENTROPY, SLOPE  # rows of tokens that the backward reads, copied: the others go to callers
+N_SAVED = len((SHIFT, NORM, LOGP, ENTROPY, SLOPE))  # rows of tokens that the backward reads
+
+
+def _saved(tokens: Tensor) -> Tensor:
+    """A copy of the rows that the backward reads: the others go to callers."""
+    return torch.cat((tokens[: ENTROPY + 1], tokens[SLOPE:]))
 
 
 def _fake(logits, labels, *rows):
@@ -49,12 +54,12 @@ def forward(
     form = kind, low, high, bound, kl, kl_coef, kl_times_ratio, entropy_coef
     checks.overwritable(logits, inplace_backward)
     loss, tokens = _run(logits, labels, given, form, outer, ignore_index, backend, False)
-    return loss, tokens, torch.stack([tokens[i] for i in SAVED])
+    return loss, tokens, _saved(tokens)
 
 
 @forward.register_fake
 def _(logits, labels, *others):
-    return _fake(logits, labels, TOKEN_FIELDS, len(SAVED))
+    return _fake(logits, labels, TOKEN_FIELDS, N_SAVED)
 
 
 def _context(ctx, inputs, output):
@@ -71,7 +76,7 @@ def _autograd(ctx, g_loss, *g_others):
     g_entropy = weights * (-ctx.entropy_coef * g_loss) if ctx.entropy_coef else None
     grads = slope * g_loss, g_entropy, None
     arguments = labels, saved[:3], entropy, *grads, ctx.outer, None, ctx.backend, 0
-    return gradient_by("logps_bwd", ctx.inplace, logits, *arguments), *(None,) * 17
+    return gradient_by(GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 17
 
 
 losses = differentiable(forward, _autograd, _context)
@@ -120,8 +125,10 @@ def _link_autograd(ctx, g_loss):
     if g_loss is None:
         return None, None, None
     grad = ctx.saved_tensors[0].detach()
-    torch.ops.fused_po.policy_scale_(grad, g_loss, ctx.backend)
+    _scale(grad, g_loss, ctx.backend)
     return grad, None, None
 
 
+_scale = direct(_scale_)
+write_forward = direct(forward_)
 link = differentiable(_link, _link_autograd, _link_context)

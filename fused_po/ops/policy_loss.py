@@ -130,7 +130,7 @@ def token_level(
     at_once = inplace and logits.requires_grad and torch.is_grad_enabled() and not transforms_active()
     if at_once and logits.dtype != torch.float16:
         grad = logits.detach()
-        loss, tokens = ops.forward_(grad, labels.flatten(), *flat, *form, outer, IGNORE, backend)
+        loss, tokens = ops.write_forward(grad, labels.flatten(), *flat, *form, outer, IGNORE, backend)
         return ops.link(logits, loss, backend), tokens
     return ops.losses(logits, labels.flatten(), *flat, *form, outer, IGNORE, inplace, backend)[:2]
 
@@ -253,8 +253,10 @@ def policy_loss_from_logits(
         return answer_level(*arguments)
     loss, tokens = token_level(*arguments)
 
+    fields = tokens.detach().view(tokens.shape[0], *labels.shape)  # -1 would be ambiguous without tokens
+
     def field(index: int, wanted: bool = True) -> Optional[Tensor]:
-        return tokens[index].detach().clone().view(labels.shape) if wanted else None
+        return fields[index].clone() if wanted else None
 
     with_ratio = loss_type not in WITHOUT_RATIO
     return PolicyOutput(

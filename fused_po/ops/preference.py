@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable
+from fused_po.ops.autograd import custom_op, differentiable, direct
 from fused_po.ops.logps import as_rows, dense, gradient_by, on_rows
 from fused_po.reference import preference as buffers
 from fused_po.reference import stats_dtype
@@ -23,16 +23,17 @@ def _finish(run, tokens, labels, ref_sums, beta, label_smoothing, kl, kl_coef, i
     """From per-token log-probs to Results: those for callers lie apart from those that the backward reads."""
     sums = run.dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index)
     losses, sequences, pairs, kl_tokens = sums
-    weights = losses.new_full((2,), 1.0 / max(1, losses.numel()))
-    loss, mean_kl = losses.sum() * weights[0], losses.new_zeros(())
+    share = 1.0 / max(1, losses.numel())
+    weights = losses.new_full((2,), share)
+    loss, mean_kl = losses.sum().mul_(share), losses.new_zeros(())
     if kl is not None:
         count = pairs[buffers.TOKENS].sum().clamp(min=1)
         weights[1] = kl_coef / count
         mean_kl = pairs[buffers.KL_SUM].sum() / count
         if kl_coef:  # 0 times an infinite KL would be NaN
             loss = loss + kl_coef * mean_kl
-    halves = (half.clone() for half in sequences.chunk(2))
-    metrics = (pairs[i].clone() for i in METRICS)
+    halves, fields = (half.clone() for half in sequences.chunk(2)), pairs.unbind(0)
+    metrics = (fields[i].clone() for i in METRICS)
     return loss, losses, *halves, mean_kl, kl_tokens, *metrics, pairs, tokens, weights
 
 
@@ -139,9 +140,10 @@ def _logits_autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
         return (None,) * 13
     logits, labels, tokens, pairs, weights = ctx.saved_tensors
     arguments = (labels, tokens, pairs, weights, *grads, ctx.kl, ctx.outer, ctx.inner, ctx.backend)
-    return gradient_by("dpo_logits_bwd", ctx.inplace, logits, *arguments), *(None,) * 12
+    return gradient_by(_GRADIENT, ctx.inplace, logits, *arguments), *(None,) * 12
 
 
+_GRADIENT = direct(_logits_backward), direct(_logits_backward_)
 from_logits = differentiable(logits_forward, _logits_autograd, _logits_context)
 
 
@@ -189,8 +191,9 @@ def _autograd(ctx, g_loss, g_losses, g_chosen, g_rejected, *g_detached):
     if all(g is None for g in grads):
         return (None,) * 9
     labels, tokens, pairs, weights = ctx.saved_tensors
-    grad = torch.ops.fused_po.dpo_bwd(labels, tokens, pairs, weights, *grads, ctx.kl)
+    grad = _token_gradient(labels, tokens, pairs, weights, *grads, ctx.kl)
     return grad, *(None,) * 8
 
 
+_token_gradient = direct(_backward)
 from_logps = differentiable(forward, _autograd, _context)

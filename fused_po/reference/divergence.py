@@ -7,43 +7,62 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import FLOOR, clear_rows, log_norm, row_blocks, scaled, stats_dtype, without_label
+from fused_po.reference.rows import (
+    FLOOR,
+    norm_of,
+    put_rows,
+    row_blocks,
+    rows_of,
+    scaled,
+    set_labels,
+    sheets,
+    stats_dtype,
+)
 
 # Rows of tokens[TOKEN_FIELDS, N]: results, then what the backward needs.
 KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
 TOKEN_FIELDS = 9
 
 
-def _normaliser(z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(shift, norm) [rows] of z [rows, V]; from a label's log-prob on, that is exact: see rows.py."""
+def _log_probs(
+    z: Tensor, label: Tensor | None, side: list[Tensor] | None, room: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """(log p [rows, V], [shift, norm] [rows, 1]) of z; from a label's log-prob on, the norm is exact: see rows.py.
+
+    side: shift and norm where they are known. room: like z, for exponentials, where they are not.
+    """
+    if side is not None:
+        return (z - side[0]).sub_(side[1]), side
     shift = z.amax(1, keepdim=True)
-    e = (z - shift).exp_()
-    norm = (
-        e.sum(1, keepdim=True).log()
-        if label is None
-        else log_norm(*without_label(e, label), z.gather(1, label) - shift)
-    )
-    return shift[:, 0], norm[:, 0]
+    u = z - shift
+    e = torch.exp(u, out=room)
+    if label is None:
+        norm = e.sum(1, keepdim=True).log_()
+    else:
+        norm, _ = norm_of(e.scatter_(1, label, 0).sum(1, keepdim=True), u.gather(1, label))
+    return u.sub_(norm), [shift, norm]
 
 
 def _both_sides(
-    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: Tensor | None = None, label: Tensor | None = None
-) -> tuple:
-    """(log p, log q, sides, slope of a softcap or None) of logits x, y [rows, V]; sides[4, rows]: shifts, norms.
+    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: list[Tensor] | None = None,
+    label: Tensor | None = None,
+) -> tuple:  # fmt: skip
+    """(log p, log q, sides, slope of a softcap or None, room) of logits x, y [rows, V].
 
-    label [rows, 1]: whose log-probs are to be exact, or None.
+    sides: 4 shifts and norms [rows, 1]. label [rows, 1]: whose log-probs are to be exact, or None. room: memory of
+    [rows, V] that nothing needs any more.
     """
     (z, t), (other, _) = scaled(x, *scaling), scaled(y, *ref_scaling)
-    other = other.to(z.dtype)
-    if sides is None:
-        sides = torch.stack([*_normaliser(z, label), *_normaliser(other, label)])
-    logs = ((v - s[:, None]).sub_(n[:, None]) for v, s, n in ((z, sides[0], sides[1]), (other, sides[2], sides[3])))
-    return *logs, sides, None if t is None else (1 - t * t) * scaling[1]
+    other = other if other.dtype == z.dtype else other.to(z.dtype)
+    known, room = (None, None) if sides is None else (sides[:2], sides[2:]), torch.empty_like(z)
+    log_p, own = _log_probs(z, label, known[0], room)
+    log_q, theirs = _log_probs(other, label, known[1], room)
+    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1], room
 
 
 def _weighed(p: Tensor, apart: Tensor) -> Tensor:
-    """p times a difference of logs, 0 where p is 0."""
-    return torch.where(p > 0, p * apart, p)
+    """p times a difference of logs, which is overwritten; 0 where p is 0."""
+    return apart.mul_(p).masked_fill_(p == 0, 0)
 
 
 def _above_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -71,23 +90,32 @@ def kl(
 
     direction: "reverse" KL(p || q), "forward" KL(q || p), or the weight w of w KL(q || m) + (1 - w) KL(p || m).
     """
-    tokens = torch.zeros(9, labels.numel(), dtype=stats_dtype(logits.dtype), device=logits.device)
-    tokens[NORM] = math.inf
-    for rows, where, x in row_blocks(logits, labels >= 0):
-        label = labels[rows][:, None] if with_labels else None
-        log_p, log_q, sides, _ = _both_sides(x, ref_logits[where], scaling, ref_scaling, label=label)
-        tokens[SHIFT:CENTER, rows] = sides
-        p = log_p.exp()
-        if direction == "reverse":
-            tokens[KL, rows] = tokens[CENTER, rows] = _weighed(p, log_p - log_q).sum(1)
-        elif direction == "forward":
-            tokens[KL, rows] = _weighed(log_q.exp(), log_q - log_p).sum(1)
-        else:
-            of_p, of_q = _mixture_sums(log_p, log_q, direction)
-            tokens[CENTER, rows], tokens[KL, rows] = of_p, direction * of_q + (1 - direction) * of_p
+    n_rows, blocks = labels.numel(), []
+    new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
+    for rows, pick, (x, y) in row_blocks(labels >= 0, sheets(logits, ref_logits)):
+        x, y = rows_of(x, pick), rows_of(y, pick)
+        label = labels[rows, None] if with_labels else None
+        log_p, log_q, sides, _, room = _both_sides(x, y, scaling, ref_scaling, label=label)
+        p, none = torch.exp(log_p, out=room), torch.zeros_like(sides[0])
+        of_label = [none, none, none]
         if with_labels:
-            tokens[LOGP, rows], tokens[REF_LOGP, rows] = (v.gather(1, label)[:, 0] for v in (log_p, log_q))
-            tokens[ENTROPY, rows] = -log_p.clamp(min=FLOOR).mul_(p).sum(1)
+            entropy = (log_p.clamp(min=FLOOR)).mul_(p).sum(1, keepdim=True).neg_()
+            of_label = [log_p.gather(1, label), log_q.gather(1, label), entropy]
+        if direction == "reverse":
+            value = center = _weighed(p, log_p.sub_(log_q)).sum(1, keepdim=True)
+        elif direction == "forward":
+            value, center = _weighed(log_q.exp(), log_q.sub_(log_p)).sum(1, keepdim=True), none
+        else:
+            center, of_q = (v[:, None] for v in _mixture_sums(log_p, log_q, direction))
+            value = direction * of_q + (1 - direction) * center
+        blocks.append((rows, torch.stack([value, *of_label, *sides, center]).squeeze(2)))
+    if len(blocks) == 1 and blocks[0][1].shape[1] == n_rows:
+        tokens = blocks[0][1]
+    else:
+        tokens = torch.zeros(TOKEN_FIELDS, n_rows, **new)
+        tokens[NORM] = math.inf
+        for rows, fields in blocks:
+            tokens[:, rows] = fields
     tokens[KL].clamp_(min=0)  # rounding; NaN stays
     return tokens
 
@@ -100,8 +128,9 @@ def mixture(
     tokens: of whole rows, of which V may be a part.
     """
     sums = torch.zeros_like(tokens[:2])
-    for rows, where, x in row_blocks(logits, tokens[NORM] != math.inf):
-        log_p, log_q, *_ = _both_sides(x, ref_logits[where], scaling, ref_scaling, tokens[SHIFT:CENTER, rows])
+    for rows, pick, (x, y) in row_blocks(tokens[NORM] != math.inf, sheets(logits, ref_logits)):
+        x, y = rows_of(x, pick), rows_of(y, pick)
+        log_p, log_q, *_ = _both_sides(x, y, scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None].unbind(0))
         sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
     return sums
 
@@ -116,31 +145,32 @@ def kl_gradient(
 
     grads[3, N]: of the KL, and, read only with labels, of the log-prob and the entropy.
     """
-    live = (tokens[NORM] != math.inf) & (grads != 0).any(0)
-    clear_rows(out, ~live)
-    for rows, where, x in row_blocks(logits, live):
-        sides = tokens[SHIFT:CENTER, rows]
-        log_p, log_q, _, slope = _both_sides(x, ref_logits[where], scaling, ref_scaling, sides)
-        (g_kl, g_logp, g_entropy), center = grads[:, rows, None], tokens[CENTER, rows, None]
+    live = (tokens[NORM] != math.inf).logical_and_(grads.any(0))
+    with_logp, with_entropy = grads[1:].any(1).tolist() if with_labels and logits.shape[2] else (False, False)
+    for rows, pick, (x, y, into) in row_blocks(live, sheets(logits, ref_logits, out), 2):
+        x, y = rows_of(x, pick), rows_of(y, pick)
+        _, logp, ref_logp, entropy, *sides, center = tokens[:, rows, None].unbind(0)
+        log_p, log_q, _, slope, room = _both_sides(x, y, scaling, ref_scaling, sides)
+        g_kl, g_logp, g_entropy = (grads if scaling[0] == 1 else grads * scaling[0])[:, rows, None].unbind(0)
         if with_labels:
-            label = labels[rows]
-            here = ((label >= 0) & (label < logits.shape[2])).nonzero().squeeze(1)
-            of_label = tokens[LOGP, rows][here], tokens[REF_LOGP, rows][here]
-            log_p[here, label[here]], log_q[here, label[here]] = of_label
-        p = log_p.exp()
+            label = labels[rows, None]
+            set_labels(log_p, label, logp)
+            set_labels(log_q, label, ref_logp)
+        p = torch.exp(log_p, out=room)
         if direction == "reverse":
-            dz = g_kl * (_weighed(p, log_p - log_q) - p * center)
+            dz = _weighed(p, torch.sub(log_p, log_q, out=log_q)).addcmul_(p, center, value=-1).mul_(g_kl)
         elif direction == "forward":
-            dz = g_kl * (p - log_q.exp())
+            dz = torch.sub(p, log_q.exp_(), out=log_q).mul_(g_kl)
         else:
             p_above, _ = _above_mixture(log_p, log_q, direction)
-            dz = g_kl * (1 - direction) * (_weighed(p, p_above) - p * center)
-        if with_labels:
-            at_label = dz[here, label[here]]
+            dz = _weighed(p, p_above).addcmul_(p, center, value=-1).mul_(g_kl * (1 - direction))
+        if with_labels and (with_logp or direction == "forward") and logits.shape[2]:
             if direction == "forward":
-                at_label = g_kl[here, 0] * (torch.expm1(of_label[0]) - torch.expm1(of_label[1]))
-            at_label = at_label - g_logp[here, 0] * torch.expm1(of_label[0])
-            dz.sub_(g_logp * p)[here, label[here]] = at_label
-            dz.sub_(g_entropy * p * (log_p.clamp(min=FLOOR) + tokens[ENTROPY, rows, None]))
-        dz *= scaling[0]
-        out[where] = (dz if slope is None else dz.mul_(slope)).to(out.dtype)
+                at_label = g_kl * (torch.expm1(logp) - torch.expm1(ref_logp))
+            else:
+                at_label = dz.gather(1, label.clamp(0, logits.shape[2] - 1))
+            dz.addcmul_(p, g_logp, value=-1)
+            set_labels(dz, label, at_label - g_logp * torch.expm1(logp))
+        if with_entropy:
+            dz.addcmul_(log_p.clamp_(min=FLOOR).add_(entropy).mul_(p), g_entropy, value=-1)
+        put_rows(into, pick, dz if slope is None else dz.mul_(slope))

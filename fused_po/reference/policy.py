@@ -45,16 +45,21 @@ class Given(NamedTuple):
 
 def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its derivative in the log-prob, clipped) without KL and entropy; slope is that of the ratio."""
-    above, below = (ratio > form.high) & (a > 0), (ratio < form.low) & (a < 0)
-    clipped = above.to(logp.dtype) - below.to(logp.dtype)
+    if form.kind != "gate":
+        negative, minus_a = a < 0, -a
+        above, below = (ratio > form.high).logical_and_(a > 0), (ratio < form.low).logical_and_(negative)
+        clipped = above.to(logp.dtype).sub_(below.to(logp.dtype))
     if form.kind == "clip":
-        bounded = (ratio > form.bound) & (a < 0)
-        held = torch.where(above, form.high, torch.where(below, form.low, ratio.clamp(max=form.bound)))
-        loss = -a * torch.where(bounded | above | below, held, ratio)
-        return loss, torch.where(above | below | bounded, 0, -a * slope), clipped
+        held = torch.where(above, form.high, torch.where(below, form.low, ratio))
+        flat = above.logical_or_(below)
+        if form.bound != math.inf:
+            bounded = (ratio > form.bound).logical_and_(negative)
+            held, flat = torch.where(bounded, form.bound, held), flat.logical_or_(bounded)
+        return minus_a * held, torch.where(flat, 0, minus_a * slope), clipped
     if form.kind == "weight":
         weight = ratio.clamp(form.low, form.high)
-        return -times(weight * a, logp), -weight * a, clipped
+        slope = weight * minus_a
+        return times(slope, logp), slope, clipped
     tau = torch.where(a > 0, form.low, torch.full_like(a, form.high))
     u = tau * (ratio - 1)
     gate, closed = torch.sigmoid(u), torch.sigmoid(-u)
@@ -74,7 +79,9 @@ def token_terms(logp: Tensor, entropy: Tensor, given: Given, form: Form) -> list
             kl, kl_slope = kl * ratio, kl_slope * ratio + times(ratio_slope, kl)
         if form.kl_coef:  # 0 times an infinite KL would be NaN
             loss, slope = loss + form.kl_coef * kl, slope + form.kl_coef * kl_slope
-    return [loss - form.entropy_coef * entropy, kl, ratio, clipped, times(given.weights, slope)]
+    if form.entropy_coef:
+        loss = loss - form.entropy_coef * entropy
+    return [loss, kl, ratio, clipped, times(given.weights, slope)]
 
 
 def policy(
@@ -85,11 +92,12 @@ def policy(
     The gradient is that of sum weights * loss.
     """
     logps, entropy, _, _, saved = statistics(logits, labels, outer, None, ignore_index, 3)
-    terms = [torch.where(labels != ignore_index, term, 0) for term in token_terms(logps, entropy, given, form)]
+    tokens = torch.stack([*saved.unbind(0), entropy, *token_terms(logps, entropy, given, form)])
+    tokens[LOSS:].masked_fill_(labels == ignore_index, 0)
     if overwrite:
         g_entropy = -form.entropy_coef * given.weights if form.entropy_coef else None
-        gradient(logits, labels, saved, entropy, terms[-1], g_entropy, None, outer, None, logits)
-    return torch.stack([*saved, entropy, *terms])
+        gradient(logits, labels, saved, entropy, tokens[SLOPE], g_entropy, None, outer, None, logits)
+    return tokens
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:

@@ -53,19 +53,25 @@ def dpo(
     ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
     """
     valid = labels != ignore_index
-    policy, reference = (torch.where(valid, tokens[i].view_as(labels), 0) for i in (LOGP, REF_LOGP))
-    sequences = policy.sum(1)
-    rewards = beta * (sequences - (reference.sum(1) if ref_sums is None else ref_sums))
+    both = torch.where(valid, tokens[LOGP:].view(2, *labels.shape), 0)
+    sequences, of_reference = both.sum(2).unbind(0)
+    rewards = (sequences - (of_reference if ref_sums is None else ref_sums)).mul_(beta)
     chosen_reward, rejected_reward = rewards.chunk(2)
     h = chosen_reward - rejected_reward
-    losses = -(1 - label_smoothing) * torch.nn.functional.logsigmoid(h)
+    losses = torch.nn.functional.logsigmoid(h) * (label_smoothing - 1)
+    slope = torch.sigmoid(-h).mul_(beta * (label_smoothing - 1))
     if label_smoothing:  # 0 times an infinite loss would be NaN
         losses = losses - label_smoothing * torch.nn.functional.logsigmoid(-h)
-    slope = beta * (label_smoothing * torch.sigmoid(h) - (1 - label_smoothing) * torch.sigmoid(-h))
-    kl_tokens = torch.where(valid, kl_estimate(policy - reference, kl)[0], 0) if kl else policy.new_zeros(0)
-    kl_sums = kl_tokens.sum(1) if kl else torch.zeros_like(sequences)
-    per_pair = [torch.stack(v.to(h.dtype).chunk(2)).sum(0) for v in (kl_sums, valid.sum(1))]
-    pairs = torch.stack([slope, chosen_reward, rejected_reward, h, (h > 0).to(h.dtype), *per_pair])
+        slope = slope + beta * label_smoothing * torch.sigmoid(h)
+    n_pairs = h.shape[0]
+    counts = valid.sum(1, dtype=h.dtype).view(2, n_pairs).sum(0)
+    if kl:
+        kl_tokens = torch.where(valid, kl_estimate(both[0] - both[1], kl)[0], 0)
+        kl_sums = kl_tokens.sum(1).view(2, n_pairs).sum(0)
+    else:
+        kl_tokens, kl_sums = h.new_empty(0), torch.zeros_like(h)
+    accuracy = (h > 0).to(h.dtype)
+    pairs = torch.stack([slope, chosen_reward, rejected_reward, h, accuracy, kl_sums, counts])
     return losses, sequences, pairs, kl_tokens.flatten()
 
 

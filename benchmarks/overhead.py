@@ -1,0 +1,244 @@
+"""What a call costs on the host: microseconds of every public op beside its eager writing, and counts.
+
+    python benchmarks/overhead.py [--json FILE] [--device cpu|cuda] [--only TEXT] [--counts] [--profile OP]
+
+Both sides are compared first, values and gradients, and then run in turns. A ratio is the median of the turns' ratios,
+with its quartiles. Counted of one call: ATen ops dispatched (inside custom ops too), Python functions called, and host
+syncs (a value or a size that Python reads from a tensor).
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from counting import run_inside
+from overhead_cases import LIMITS, Row, rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MODES = ("forward", "forward+backward")
+SYNCS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::is_nonzero")
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the ATen ops of a call, and those that make the host wait for a device; inside custom operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "fused_po":
+            name = func._schema.name
+            self.names[name] = self.names.get(name, 0) + 1
+        return run_inside(self, func, args, kwargs or {})
+
+    @property
+    def ops(self) -> int:
+        return sum(self.names.values())
+
+    @property
+    def syncs(self) -> int:
+        return sum(self.names.get(name, 0) for name in SYNCS)
+
+
+class Counts(NamedTuple):
+    """Of one call."""
+
+    ops: int
+    syncs: int
+    python: int  # Python functions called
+
+
+def step(run: Callable, leaves: tuple, mode: str) -> Callable[[], None]:
+    """One call: without gradients, or with a backward."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        run()[0].backward()
+
+    return forward if mode == "forward" else both
+
+
+def modes_of(row: Row) -> tuple[str, ...]:
+    """Without anything that requires grad there is no backward."""
+    return MODES if row.leaves else MODES[:1]
+
+
+def python_calls(call: Callable[[], None]) -> int:
+    """How many Python functions a call runs through, in this thread."""
+    count = 0
+
+    def seen(frame, event, argument) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(seen)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def counts(call: Callable[[], None]) -> Counts:
+    """Counts of one call, after two that fill caches."""
+    call(), call()
+    python = python_calls(call)
+    with Dispatched() as dispatched:
+        call()
+    return Counts(dispatched.ops, dispatched.syncs, python)
+
+
+def results(run: Callable, row: Row, backward: bool) -> list[torch.Tensor]:
+    """The loss, what else is compared, and the gradients."""
+    for leaf in row.leaves:
+        leaf.grad = None
+    loss, others = run()
+    if backward and row.leaves:
+        loss.backward()
+    grads = [leaf.grad for leaf in row.leaves] if backward else []
+    return [loss.detach(), *(v.detach() for v in others), *grads]
+
+
+def verify(row: Row) -> None:
+    """Both sides give the same numbers, to fp32's rounding."""
+    for ours, eager in zip(results(row.ours, row, True), results(row.eager, row, True), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=2e-5, msg=lambda text: f"{row.name}: {text}")
+
+
+def timed(call: Callable[[], None], repeats: int, device: str) -> float:
+    """Microseconds per call; on a CPU of this process's own time, so that other programs cost nothing."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = clock()
+    for _ in range(repeats):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (clock() - begin) * 1e6 / repeats
+
+
+def measure(row: Row, mode: str, device: str, turns: int, repeats: int) -> dict:
+    """One row and mode: medians of microseconds, and of the ratio with its quartiles."""
+    sides = [step(run, row.leaves, mode) for run in (row.ours, row.eager)]
+    for side in sides:
+        timed(side, repeats, device)
+    pairs = []
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(turns):
+            order = (0, 1) if turn % 2 else (1, 0)
+            took = {i: timed(sides[i], repeats, device) for i in order}
+            pairs.append((took[0], took[1]))
+    finally:
+        gc.enable()
+    low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+    ours, eager = (statistics.median(side) for side in zip(*pairs))
+    return {"ours_us": ours, "eager_us": eager, "ratio": ratio, "quartiles": [low, high]}
+
+
+def report_row(row: Row, device: str, turns: int, repeats: int) -> list[dict]:
+    """All that is known of one row, by mode. No turns: counts alone."""
+    verify(row)
+    found = []
+    for mode in modes_of(row):
+        ours, eager = (counts(step(run, row.leaves, mode)) for run in (row.ours, row.eager))
+        times = measure(row, mode, device, turns, repeats) if turns else {}
+        counted = {"counts": ours._asdict(), "eager_counts": eager._asdict()}
+        found.append(
+            {"name": row.name, "kind": row.kind, "mode": mode, "limit": LIMITS.get(row.kind)} | times | counted
+        )
+    return found
+
+
+def line(entry: dict) -> str:
+    """One line of the table."""
+    ours, eager = entry["counts"], entry["eager_counts"]
+    times = ["", "", ""]
+    if "ratio" in entry:
+        low, high = entry["quartiles"]
+        over = " *" if entry["limit"] and entry["ratio"] > entry["limit"] else ""
+        times = [
+            f"{entry['ours_us']:.0f}",
+            f"{entry['eager_us']:.0f}",
+            f"{entry['ratio']:.2f} ({low:.2f}-{high:.2f}){over}",
+        ]
+    counted = [f"{ours[k]} / {eager[k]}" for k in ("ops", "python")] + [str(ours["syncs"])]
+    mode = "fwd" if entry["mode"] == "forward" else "fwd+bwd"
+    return "| " + " | ".join([entry["name"], mode, *times, *counted]) + " |"
+
+
+HEADER = (
+    "| op | | ours, us | eager, us | ratio (quartiles) | ATen ops | Python calls | syncs |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def profile(row: Row, device: str, repeats: int = 300) -> None:
+    """Where the host's time goes: cProfile, then torch's profiler, of forward and backward."""
+    call = step(row.ours, row.leaves, modes_of(row)[-1])
+    timed(call, repeats, device)
+    watch = cProfile.Profile()
+    watch.runcall(timed, call, repeats, device)
+    pstats.Stats(watch).sort_stats("tottime").print_stats(45)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        timed(call, repeats, device)
+    print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=40))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="rows whose names contain this text")
+    parser.add_argument("--turns", type=int, default=41)
+    parser.add_argument("--repeats", type=int, default=10, help="calls of one turn")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--counts", action="store_true", help="counts alone, no times")
+    parser.add_argument("--profile", metavar="OP", help="profile the row of this name instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    chosen = rows(options.device)
+    if options.profile:
+        for row in chosen:
+            if row.name == options.profile:
+                return profile(row, options.device)
+        parser.error(f"--profile: got {options.profile!r}, allowed are {', '.join(repr(r.name) for r in chosen)}")
+    entries = []
+    print(HEADER)
+    for row in chosen:
+        if options.only in row.name:
+            found = report_row(row, options.device, 0 if options.counts else options.turns, options.repeats)
+            entries += found
+            print("\n".join(map(line, found)), flush=True)
+    over = [e for e in entries if e["limit"] and e.get("ratio", 0) > e["limit"]]
+    print(
+        f"\n{len(entries)} lines, {len(over)} above their limit (*): "
+        f"linear {LIMITS['linear']}, logits {LIMITS['logits']}"
+    )
+    if options.json:
+        about = {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
+        options.json.write_text(json.dumps(about | {"rows": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
