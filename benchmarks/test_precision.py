@@ -1,5 +1,6 @@
 """How exact log-probs and gradients are at equal bf16 inputs, against float64: tables, kept in extra_info too."""
 
+import peers
 import providers
 import pytest
 import torch
@@ -47,7 +48,7 @@ SCORERS = {
     "fused_po, fp32 tiles": ours(None),
     "fused_po, bf16 tiles": ours(torch.bfloat16),
     "eager": graded(eager),
-    "TRL": graded(providers.trl),
+    "TRL": graded(peers.trl),
     "Liger": liger,
 }
 ABSENT = {p.name: p.absent() for p in providers.PROVIDERS if p.absent() is not None}

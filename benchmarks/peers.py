@@ -1,0 +1,252 @@
+"""The peers' own code: found, imported under guard, and called with the signatures of the releases named in `PEERS`.
+
+A score takes (hidden [n, H], weight [V, H], labels [n]) and returns log-probs [n], 0 where the label is IGNORE. What
+differs between a peer's definition and this one is adapted here, and said in its docstring. A loss takes a Problem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from cases import BETA, IGNORE, Case, Problem
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Peer(NamedTuple):
+    """Where the code of a peer is. `tested`: the release whose source these calls were written from."""
+
+    package: str  # as a package index names it
+    module: str
+    tested: str
+    bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports what their kernels do not need
+    stand_ins: tuple[str, ...] = ()  # modules that the import names and the kernels do not use
+
+
+PEERS = {
+    "liger": Peer("liger-kernel", "liger_kernel.ops", "0.8.5"),
+    "liger losses": Peer("liger-kernel", "liger_kernel.chunked_loss", "0.8.5"),
+    "trl": Peer("trl", "trl.kernels.chunked_logprob", "1.16.0"),
+    "trl divergence": Peer("trl", "trl.kernels.chunked_divergence", "1.16.0", stand_ins=("pandas", "datasets")),
+    "cce": Peer("cut-cross-entropy", "cut_cross_entropy", "25.1.1"),
+    "quack": Peer("quack-kernels", "quack.linear_cross_entropy", "0.6.5"),
+    "unsloth": Peer(
+        "unsloth_zoo",
+        "unsloth_zoo.fused_losses.fused_linear",
+        "2026.10.9",
+        bare=("unsloth_zoo", "unsloth_zoo.fused_losses"),
+    ),
+    "verl": Peer("verl", "verl.utils.kernel.linear_cross_entropy", "0.9.1", bare=("verl", "verl.utils")),
+}
+
+
+def bare_package(name: str) -> None:
+    """Make `name` importable without running its __init__: its modules are found where they are."""
+    if name in sys.modules:
+        return
+    parent = name.rpartition(".")[0]
+    spec = importlib.machinery.PathFinder.find_spec(name, sys.modules[parent].__path__ if parent else None)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    package = ModuleType(name)
+    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
+    sys.modules[name] = package
+
+
+class StandIn(ModuleType):
+    """An empty module: every name in it is an empty class, which is enough for an annotation."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def standing_in(names: tuple[str, ...]) -> Iterator[None]:
+    """Stand-ins for those of `names` that are not installed, during an import."""
+    missing = [n for n in names if n not in sys.modules and importlib.machinery.PathFinder.find_spec(n) is None]
+    for name in missing:
+        module = StandIn(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+@functools.cache
+def imported(name: str) -> ModuleType | Exception:
+    """The module of PEERS[name], or what its import raised."""
+    peer = PEERS[name]
+    try:
+        for package in peer.bare:
+            bare_package(package)
+        with standing_in(peer.stand_ins):
+            return importlib.import_module(peer.module)
+    except Exception as error:  # a peer's import may raise anything
+        return error
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def absent(name: str) -> str | None:
+    """Why a peer cannot be called, in one line, or None."""
+    found, peer = imported(name), PEERS[name]
+    if not isinstance(found, Exception):
+        return None
+    top = peer.module.partition(".")[0]
+    if isinstance(found, ModuleNotFoundError) and found.name == top:
+        return f"{peer.package} is not installed"
+    return f"{peer.package} does not import: {first_line(found)}"
+
+
+def code(name: str) -> ModuleType:
+    """The module of PEERS[name]; raises what its import raised."""
+    found = imported(name)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; 'unknown' where it can be imported but has no metadata; None if it is absent."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    tops = {peer.module.partition(".")[0] for peer in PEERS.values() if peer.package == package}
+    found = any(importlib.machinery.PathFinder.find_spec(top) for top in tops)
+    return "unknown" if found else None
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's built-in head, as its models call it: on a GPU the prompt is dropped first, on a CPU it is not."""
+    scored = labels != IGNORE
+    compact = hidden.is_cuda
+    rows = (hidden[scored], labels[scored]) if compact else (hidden, labels.clamp(min=0))
+    logps = code("trl").ChunkedLogProbFunction.apply(rows[0], weight, None, rows[1], 1.0, 32768, None, 1.0, ())[0]
+    return logps.new_zeros(labels.shape).masked_scatter(scored, logps) if compact else logps * scored
+
+
+def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy; in chunks where its documentation says that they pay."""
+    options = torch.nn.LinearCrossEntropyOptions() if hidden.shape[0] >= hidden.shape[1] else None
+    return -F.linear_cross_entropy(hidden, weight, labels, reduction="none", ignore_index=IGNORE, options=options)
+
+
+def torch_refuses(case: Case, device: str) -> str | None:
+    """Before LinearCrossEntropyOptions it always made all logits."""
+    there = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if there else f"torch {torch.__version__} has no linear_cross_entropy with options"
+
+
+def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's LigerFusedLinearScaledCrossEntropyFunction: -log p of every row; it computes the ignored ones too."""
+    return -code("liger").LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, 1.0, IGNORE)
+
+
+def liger_scaled_refuses(case: Case, device: str) -> str | None:
+    """On compute capability 9.0 it takes a kernel in CuTe DSL, for bf16; elsewhere chunks of 512 rows in PyTorch."""
+    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return None
+    if case.dtype != "bf16":
+        return "its kernel for compute capability 9.0 takes bf16 alone"
+    try:
+        importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+    except Exception as error:  # nvidia-cutlass-dsl is absent, or of another release
+        return f"its kernel for compute capability 9.0 does not import: {first_line(error)}"
+    return None
+
+
+def liger_cross_entropy(p: Problem) -> Tensor:
+    """Liger's fused linear cross entropy in Triton: a mean, its gradients computed in the forward."""
+    function = code("liger").LigerFusedLinearCrossEntropyFunction
+    return function.apply(p.hidden, p.weight, p.labels, None, None, IGNORE, 0.0, 0.0, "mean")[0]
+
+
+def liger_cross_entropy_values(p: Problem) -> Tensor:
+    """The same with reduction "none", whose backward would compute the logits again."""
+    function = code("liger").LigerFusedLinearCrossEntropyFunction
+    return -function.apply(p.hidden, p.weight, p.labels, None, None, IGNORE, 0.0, 0.0, "none")[0]
+
+
+def liger_dpo(p: Problem) -> Tensor:
+    """Liger's chunked DPO with its reference's hidden states: one pair at a time, under torch.compile."""
+    loss = code("liger losses").LigerFusedLinearDPOLoss(ignore_index=IGNORE, beta=BETA)
+    return loss(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)[0]
+
+
+def liger_dpo_refuses(case: Case, device: str) -> str | None:
+    if case.task != "dpo":
+        return "its chunked losses are of pairs"
+    return None if case.reference == "live" else "its DPO takes no cached reference log-probs"
+
+
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor, filter_eps: str | None = "high") -> Tensor:
+    """Apple's cut-cross-entropy, per token; as it is by default, gradients below 2^-12 are left out."""
+    function = code("cce").linear_cross_entropy
+    return -function(hidden, weight, labels, ignore_index=IGNORE, reduction="none", filter_eps=filter_eps)
+
+
+def cut_unfiltered(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same with every gradient."""
+    return cut(hidden, weight, labels, None)
+
+
+def cut_refuses(case: Case, device: str) -> str | None:
+    if device != "cuda":
+        return "cut-cross-entropy needs a GPU"
+    return None if case.dtype == "bf16" else "its backward takes bf16 and fp16 alone"
+
+
+def quack(p: Problem) -> Tensor:
+    """quack's chunked linear cross entropy: a mean; on compute capability 9.0 in bf16 by its scaled exponentials."""
+    function = code("quack").chunked_linear_cross_entropy
+    return function(p.hidden, p.weight, p.labels, chunk_size=4096, ignore_index=IGNORE, reduction="mean")
+
+
+def quack_refuses(case: Case, device: str) -> str | None:
+    """Its GEMMs copy tiles of 16 bytes: sizes are multiples of 8."""
+    if device != "cuda":
+        return "quack needs a GPU"
+    if case.task != "logps":
+        return f"it has no {case.task} loss"
+    odd = [size for size in (case.tokens, case.vocabulary, case.width) if size % 8]
+    return f"it takes multiples of 8, not {odd[0]}" if odd else None
+
+
+def unsloth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """unsloth_zoo's fused_linear_logprobs: prompt rows are dropped; a frozen head's gradient is made in the forward."""
+    return code("unsloth").fused_linear_logprobs(hidden, weight, labels, mask=labels != IGNORE)
+
+
+def unsloth_cross_entropy(p: Problem) -> Tensor:
+    """unsloth_zoo's fused_linear_cross_entropy: a sum over a divisor, its gradients computed in the forward."""
+    function = code("unsloth").fused_linear_cross_entropy
+    divisor = (p.labels != IGNORE).sum()
+    return function(p.hidden, p.weight, None, p.labels, divisor=divisor, ignore_index=IGNORE)
+
+
+def verl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """verl's log-probs, of every row: it knows no label to ignore. Its entropy comes along, without a gradient."""
+    logps, _ = code("verl").linear_cross_entropy(hidden, weight, labels.clamp(min=0), 1.0, "none")
+    return logps * (labels != IGNORE)
+
+
+def verl_refuses(case: Case, device: str) -> str | None:
+    if device != "cuda":
+        return "verl needs a GPU"
+    return None if case.width % 128 == 0 else f"it takes multiples of 128 for the hidden size, not {case.width}"
