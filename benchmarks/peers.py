@@ -1,4 +1,4 @@
-"""The peers' own code: found, imported under guard, and called with the signatures of the releases named in `PEERS`.
+"""The peers' own code: found, imported under guard, and called with the signatures of the releases in peer_wheels.py.
 
 A score takes (hidden [n, H], weight [V, H], labels [n]) and returns log-probs [n], 0 where the label is IGNORE. What
 differs between a peer's definition and this one is adapted here, and said in its docstring. A loss takes a Problem.
@@ -23,29 +23,27 @@ from torch.nn import functional as F
 
 
 class Peer(NamedTuple):
-    """Where the code of a peer is. `tested`: the release whose source these calls were written from."""
+    """Where the code of a peer is."""
 
-    package: str  # as a package index names it
+    package: str  # as a package index names it, and peer_wheels.RELEASES
     module: str
-    tested: str
     bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports what their kernels do not need
     stand_ins: tuple[str, ...] = ()  # modules that the import names and the kernels do not use
 
 
 PEERS = {
-    "liger": Peer("liger-kernel", "liger_kernel.ops", "0.8.5"),
-    "liger losses": Peer("liger-kernel", "liger_kernel.chunked_loss", "0.8.5"),
-    "trl": Peer("trl", "trl.kernels.chunked_logprob", "1.16.0"),
-    "trl divergence": Peer("trl", "trl.kernels.chunked_divergence", "1.16.0", stand_ins=("pandas", "datasets")),
-    "cce": Peer("cut-cross-entropy", "cut_cross_entropy", "25.1.1"),
-    "quack": Peer("quack-kernels", "quack.linear_cross_entropy", "0.6.5"),
+    "liger": Peer("liger-kernel", "liger_kernel.ops"),
+    "liger losses": Peer("liger-kernel", "liger_kernel.chunked_loss"),
+    "trl": Peer("trl", "trl.kernels.chunked_logprob"),
+    "trl divergence": Peer("trl", "trl.kernels.chunked_divergence", stand_ins=("pandas", "datasets")),
+    "cce": Peer("cut-cross-entropy", "cut_cross_entropy"),
+    "quack": Peer("quack-kernels", "quack.linear_cross_entropy"),
     "unsloth": Peer(
         "unsloth_zoo",
         "unsloth_zoo.fused_losses.fused_linear",
-        "2026.10.9",
         bare=("unsloth_zoo", "unsloth_zoo.fused_losses"),
     ),
-    "verl": Peer("verl", "verl.utils.kernel.linear_cross_entropy", "0.9.1", bare=("verl", "verl.utils")),
+    "verl": Peer("verl", "verl.utils.kernel.linear_cross_entropy", bare=("verl", "verl.utils")),
 }
 
 

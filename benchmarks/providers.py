@@ -38,6 +38,7 @@ class Provider(NamedTuple):
     values: Callable[[Problem], Tensor] | None = None
     peer: str | None = None  # of peers.PEERS; its module is imported when it is first asked for
     refuses: Callable[[Case, str], str | None] = always
+    uncounted: bool = False  # on a GPU its own kernels multiply, whose FLOPs no counter sees
 
     def absent(self) -> str | None:
         """Why its code cannot be called here, or None."""
@@ -117,7 +118,13 @@ PROVIDERS = [
     Provider("F.linear_cross_entropy", **from_logps(peers.torch_fused), refuses=peers.torch_refuses),
     Provider("TRL", **from_logps(peers.trl), peer="trl"),
     Provider("Liger", peers.liger_dpo, peer="liger losses", refuses=peers.liger_dpo_refuses),
-    Provider("Liger, scaled CE", **from_logps(peers.liger_scaled), peer="liger", refuses=peers.liger_scaled_refuses),
+    Provider(
+        "Liger, scaled CE",
+        **from_logps(peers.liger_scaled),
+        peer="liger",
+        refuses=peers.liger_scaled_refuses,
+        uncounted=True,
+    ),
     Provider(
         "Liger, cross entropy",
         peers.liger_cross_entropy,
@@ -127,10 +134,16 @@ PROVIDERS = [
     ),
     Provider("unsloth", **from_logps(peers.unsloth), peer="unsloth"),
     Provider("unsloth, cross entropy", peers.unsloth_cross_entropy, peer="unsloth", refuses=logps_only),
-    Provider("cut-cross-entropy", **from_logps(peers.cut), peer="cce", refuses=peers.cut_refuses),
-    Provider("cut-cross-entropy, exact", **from_logps(peers.cut_unfiltered), peer="cce", refuses=peers.cut_refuses),
-    Provider("verl", **from_logps(peers.verl), peer="verl", refuses=peers.verl_refuses),
-    Provider("quack", peers.quack, peer="quack", refuses=peers.quack_refuses),
+    Provider("cut-cross-entropy", **from_logps(peers.cut), peer="cce", refuses=peers.cut_refuses, uncounted=True),
+    Provider(
+        "cut-cross-entropy, exact",
+        **from_logps(peers.cut_unfiltered),
+        peer="cce",
+        refuses=peers.cut_refuses,
+        uncounted=True,
+    ),
+    Provider("verl", **from_logps(peers.verl), peer="verl", refuses=peers.verl_refuses, uncounted=True),
+    Provider("quack", peers.quack, peer="quack", refuses=peers.quack_refuses, uncounted=True),
 ]
 
 
