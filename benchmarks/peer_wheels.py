@@ -1,12 +1,12 @@
 """The peers' wheels, to be carried to a machine without a network: `make peer-wheels`.
 
-    python benchmarks/peer_wheels.py fetch           # downloads them into wheels/peers, which git ignores
-    python benchmarks/peer_wheels.py unpack DIR      # extracts them into DIR, to be put on PYTHONPATH; no pip, no network
+    python benchmarks/peer_wheels.py fetch         # downloads them into wheels/peers, which git ignores
+    python benchmarks/peer_wheels.py unpack DIR    # extracts them into DIR, for PYTHONPATH; no pip, no network
 
 Only what peers.py calls is carried. Its modules need torch, Triton, packaging and, for TRL, transformers, which that
-machine has. verl and unsloth_zoo as whole packages need far more (ray, tensordict, datasets, ...); their kernels do not.
-TRL's trainers need datasets, pandas and pyarrow: 68 MB, over the limit. quack and Liger's kernel for compute capability
-9.0 need nvidia-cutlass-dsl: 92 MB for its compiler alone, over the limit too.
+machine has. verl and unsloth_zoo as whole packages need far more (ray, tensordict, datasets); their kernels do not.
+TRL's trainers need datasets, pandas and pyarrow: 68 MB, over the limit. quack and Liger's kernel for compute
+capability 9.0 need nvidia-cutlass-dsl: 92 MB for its compiler alone, over the limit too.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def check(folder: Path) -> None:
     for name, size in sorted(sizes.items()):
         print(f"{size / 2**20:7.2f} MiB  {name}")
     total = sum(sizes.values())
-    print(f"{total / 2**20:7.2f} MiB  of {LIMIT >> 20}")
+    print(f"{total / 2**20:7.2f} MiB  of {LIMIT >> 20} MiB")
     for package, reason in NOT_CARRIED.items():
         print(f"not carried: {package} {reason}")
     if total > LIMIT:
-        fail(f"{folder} is over {LIMIT >> 20} MiB; the largest is {max(sizes, key=sizes.get)}")
+        largest = max(sizes, key=sizes.get)
+        fail(f"{folder} holds {total / 2**20:.2f} MiB, over {LIMIT >> 20} MiB; the largest is {largest}")
 
 
 def unpack(target: Path, folder: Path = FOLDER) -> None:

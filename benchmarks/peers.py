@@ -164,8 +164,8 @@ def liger_scaled_refuses(case: Case, device: str) -> str | None:
         return "its kernel for compute capability 9.0 takes bf16 alone"
     try:
         importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
-    except Exception as error:  # nvidia-cutlass-dsl is absent, or of another release
-        return f"its kernel for compute capability 9.0 does not import: {first_line(error)}"
+    except Exception as error:  # absent, or of another release
+        return f"its kernel for compute capability 9.0 needs nvidia-cutlass-dsl: {first_line(error)}"
     return None
 
 
