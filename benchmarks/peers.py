@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from cases import BETA, IGNORE, Case, Problem
+from cases import BETA, GAMMA, IGNORE, PAIRED, Case, Problem
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -181,16 +181,28 @@ def liger_cross_entropy_values(p: Problem) -> Tensor:
     return -function.apply(p.hidden, p.weight, p.labels, None, None, IGNORE, 0.0, 0.0, "none")[0]
 
 
-def liger_dpo(p: Problem) -> Tensor:
-    """Liger's chunked DPO with its reference's hidden states: one pair at a time, under torch.compile."""
-    loss = code("liger losses").LigerFusedLinearDPOLoss(ignore_index=IGNORE, beta=BETA)
-    return loss(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)[0]
+def liger_pairs(p: Problem) -> Tensor:
+    """Liger's chunked losses, one pair at a time under torch.compile: DPO with its reference's hidden states, and
+    those without a reference, without the NLL of the chosen that they add by default."""
+    losses = code("liger losses")
+    if p.case.task == "dpo":
+        loss = losses.LigerFusedLinearDPOLoss(ignore_index=IGNORE, beta=BETA)
+        return loss(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)[0]
+    made = {
+        "cpo": (losses.LigerFusedLinearCPOLoss, {}),
+        "simpo": (losses.LigerFusedLinearSimPOLoss, {"gamma": GAMMA}),
+        "orpo": (losses.LigerFusedLinearORPOLoss, {}),
+    }
+    loss_class, options = made[p.case.task]
+    loss = loss_class(ignore_index=IGNORE, beta=BETA, compute_nll_loss=False, **options)
+    return loss(p.weight, p.hidden, p.labels)[0]
 
 
-def liger_dpo_refuses(case: Case, device: str) -> str | None:
-    if case.task != "dpo":
+def liger_pairs_refuses(case: Case, device: str) -> str | None:
+    if case.task not in PAIRED:
         return "its chunked losses are of pairs"
-    return None if case.reference == "live" else "its DPO takes no cached reference log-probs"
+    cached = case.task == "dpo" and case.reference != "live"
+    return "its DPO takes no cached reference log-probs" if cached else None
 
 
 def cut(hidden: Tensor, weight: Tensor, labels: Tensor, filter_eps: str | None = "high") -> Tensor:

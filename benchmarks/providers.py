@@ -7,7 +7,7 @@ How each peer is imported and called is in peers.py. What the peers return diffe
 - One mean: "Liger, cross entropy", "unsloth, cross entropy", quack. They compute the gradients in the forward, with or
   without a backward to come, so their forward's time is for both. quack and unsloth return no log-probs to check: what
   is checked of them is the gradients.
-- One loss of pairs: "Liger", its chunked DPO.
+- One loss of pairs: "Liger", its chunked DPO, CPO, SimPO and ORPO.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import peers
 import torch
-from cases import BETA, IGNORE, Case, Problem, loss_of
+from cases import BETA, GAMMA, IGNORE, Case, Problem, loss_of, sequences
 from torch import Tensor
 
 import fused_po
@@ -75,6 +75,9 @@ def ours(name: str, **knobs) -> Provider:
     def loss(p: Problem) -> Tensor:
         if p.case.task == "logps":
             return loss_of(p, logps(p))
+        if p.case.task != "dpo":
+            options = {"simpo": {"gamma": GAMMA}, "orpo": {"nll_coef": 0.0}}.get(p.case.task, {})
+            return getattr(fused_po.losses, p.case.task)(*sequences(p, logps(p)), beta=BETA, **options).mean()
         how = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight, ref_logps=p.ref_logps)
         return fused_po.linear_dpo(p.hidden, p.weight, p.labels, **how, beta=BETA, schedule=schedule(p)).loss
 
@@ -117,7 +120,7 @@ PROVIDERS = [
     Provider("torch.compile", **from_logps(compiled_eager)),
     Provider("F.linear_cross_entropy", **from_logps(peers.torch_fused), refuses=peers.torch_refuses),
     Provider("TRL", **from_logps(peers.trl), peer="trl"),
-    Provider("Liger", peers.liger_dpo, peer="liger losses", refuses=peers.liger_dpo_refuses),
+    Provider("Liger", peers.liger_pairs, peer="liger losses", refuses=peers.liger_pairs_refuses),
     Provider(
         "Liger, scaled CE",
         **from_logps(peers.liger_scaled),

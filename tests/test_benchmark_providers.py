@@ -306,6 +306,19 @@ def test_a_download_that_fails_names_the_package(tmp_path, monkeypatch, capsys):
     assert end.value.code == 1 and "could not download" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["cpo", "simpo", "orpo"])
+def test_pairs_without_a_reference_are_the_zoos_losses(task):
+    """The cases' definition, of which the truth is made, against fused_po's own."""
+    p = cases.problem(cases.Case(96, 500, 32, task=task, prompt=0.5), "cpu")
+    assert p.case.name.startswith(f"{task}-N96") and p.ref_logps is p.ref_hidden is None
+    values = NAMED["eager"].values(p).view(p.labels.shape)
+    torch.testing.assert_close(NAMED["fused_po"].loss(p), cases.loss_of(p, values), rtol=1e-5, atol=1e-6)
+    truth = cases.exact(p)
+    errors, _ = measure.errors_of(NAMED["fused_po"], p, truth)
+    assert measure.wrong(errors, measure.plain_errors(p, truth), torch.finfo(torch.float32).eps) is None, errors
+    assert NAMED["Liger"].refuses(p.case, "cuda") is None
+
+
 def test_git_ignores_the_wheels():
     assert "wheels/" in (ROOT / ".gitignore").read_text().splitlines()
     assert peer_wheels.FOLDER == ROOT / "wheels" / "peers"
