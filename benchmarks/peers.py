@@ -28,13 +28,14 @@ class Peer(NamedTuple):
     package: str  # as a package index names it, and peer_wheels.RELEASES
     module: str
     bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports what their kernels do not need
-    stand_ins: tuple[str, ...] = ()  # modules that the import names and the kernels do not use
+    stand_ins: tuple[str, ...] = ()  # modules that the imports name and the kernels do not use
+    later: tuple[str, ...] = ()  # modules that are imported at the first call, brought forward to this import
 
 
 PEERS = {
     "liger": Peer("liger-kernel", "liger_kernel.ops"),
     "liger losses": Peer("liger-kernel", "liger_kernel.chunked_loss"),
-    "trl": Peer("trl", "trl.kernels.chunked_logprob"),
+    "trl": Peer("trl", "trl.kernels.chunked_logprob", stand_ins=("pandas", "datasets"), later=("trl.trainer.utils",)),
     "trl divergence": Peer("trl", "trl.kernels.chunked_divergence", stand_ins=("pandas", "datasets")),
     "cce": Peer("cut-cross-entropy", "cut_cross_entropy"),
     "quack": Peer("quack-kernels", "quack.linear_cross_entropy"),
@@ -85,21 +86,26 @@ def standing_in(names: tuple[str, ...]) -> Iterator[None]:
 
 
 @functools.cache
-def imported(name: str) -> ModuleType | Exception:
-    """The module of PEERS[name], or what its import raised."""
-    peer = PEERS[name]
+def imported(key: str) -> ModuleType | Exception:
+    """The module of PEERS[key], or what its import raised."""
+    peer = PEERS[key]
     try:
         for package in peer.bare:
             bare_package(package)
         with standing_in(peer.stand_ins):
-            return importlib.import_module(peer.module)
+            module = importlib.import_module(peer.module)
+            for name in peer.later:
+                importlib.import_module(name)
+        return module
     except Exception as error:  # a peer's import may raise anything
         return error
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    """An exception in one line: its first, and the second where the first only announces it."""
+    lines = str(error).strip().splitlines()
+    words = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def absent(name: str) -> str | None:

@@ -60,6 +60,15 @@ def test_a_peer_that_does_not_import_says_why_in_one_line(install, kind):
         peers.code("some")
 
 
+@pytest.mark.parametrize("message, line", [
+    ("no such card\nmore", "RuntimeError: no such card"),
+    ("the compiler raised:\nno such type\nmore", "RuntimeError: the compiler raised: no such type"),
+    ("", "RuntimeError"),
+])  # fmt: skip
+def test_an_error_is_given_in_one_line(message, line):
+    assert peers.first_line(RuntimeError(message)) == line
+
+
 def test_a_peer_that_does_not_import_leaves_the_case_to_the_others(install):
     install("some", peers.Peer("some-peer", "some_peer"), {"some_peer.py": "raise OSError('libsome.so is missing')"})
     broken = providers.Provider("broken", lambda p: peers.code("some").loss(p), peer="some")
@@ -87,6 +96,14 @@ def test_stand_ins_are_for_what_is_missing_and_gone_after_the_import(install):
     assert peers.absent("some") is None
     assert peers.code("some").f(None) == 5
     assert "some_absent" not in sys.modules and "some_there" in sys.modules
+
+
+def test_what_a_peer_imports_at_its_first_call_is_imported_under_the_stand_ins(install):
+    files = {"some_peer/__init__.py": "", "some_peer/head.py": "def f(): from some_peer.utils import X; return X"}
+    files |= {"some_peer/utils.py": "import some_absent\nX = 5"}
+    peer = peers.Peer("some-peer", "some_peer.head", stand_ins=("some_absent",), later=("some_peer.utils",))
+    install("some", peer, files)
+    assert peers.code("some").f() == 5
 
 
 def test_every_peer_has_a_release_and_every_release_a_peer():
