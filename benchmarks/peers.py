@@ -27,7 +27,7 @@ class Peer(NamedTuple):
 
     package: str  # as a package index names it, and peer_wheels.RELEASES
     module: str
-    bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports what their kernels do not need
+    bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports or patches what the kernels do not need
     stand_ins: tuple[str, ...] = ()  # modules that the imports name and the kernels do not use
     later: tuple[str, ...] = ()  # modules that are imported at the first call, brought forward to this import
 
@@ -42,7 +42,7 @@ PEERS = {
     "unsloth": Peer(
         "unsloth_zoo",
         "unsloth_zoo.fused_losses.fused_linear",
-        bare=("unsloth_zoo", "unsloth_zoo.fused_losses"),
+        bare=("unsloth_zoo", "unsloth_zoo.fused_losses", "unsloth_zoo.temporary_patches"),
     ),
     "verl": Peer("verl", "verl.utils.kernel.linear_cross_entropy", bare=("verl", "verl.utils")),
 }
