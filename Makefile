@@ -26,8 +26,8 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers lint gpu-check rehearse clean \
-	own-packages
+.PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers peer-wheels lint gpu-check \
+	rehearse clean own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,9 @@ bench: $(READY) ## forward and backward against PyTorch and the peers that are i
 
 peers: $(READY) ## install Liger too, for `make bench` to measure
 	$(RUN) -m pip install $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[bench]'
+
+peer-wheels: $(READY) ## download the wheels of the peers that a machine without a network can take: wheels/peers
+	$(RUN) benchmarks/peer_wheels.py fetch
 
 lint: $(READY) ## formatting and lints
 	$(RUN) -m ruff format --check .

@@ -12,6 +12,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORE = -100
 PAIRS = 4
 BETA = 0.1
+GAMMA = 0.5  # SimPO's margin
+PAIRED = ("dpo", "cpo", "simpo", "orpo")
 JS_WEIGHT = 0.25  # the reference's; not 0.5, where nobody would notice two sides mixed up
 
 
@@ -24,18 +26,18 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     head: str = "trainable"  # or "frozen"
     prompt: float = 0.0
-    task: str = "logps"  # mean negative log-prob; or "dpo": PAIRS pairs; or "kl": mean exact KL, always "live"
+    task: str = "logps"  # mean negative log-prob; or of PAIRED: PAIRS pairs; or "kl": mean exact KL, always "live"
     reference: str = "cached"  # for "dpo": its log-probs are there; or "live": its hidden states and head
     direction: str = "reverse"  # for "kl"; or "forward", or "js" with JS_WEIGHT
 
     @property
     def name(self) -> str:
-        task = {"logps": "logps", "dpo": f"dpo-{self.reference}", "kl": f"kl-{self.direction}"}[self.task]
+        task = {"dpo": f"dpo-{self.reference}", "kl": f"kl-{self.direction}"}.get(self.task, self.task)
         return f"{task}-N{self.tokens}-V{self.vocabulary}-H{self.width}-{self.dtype}-{self.head}-prompt{self.prompt:g}"
 
 
 class Problem(NamedTuple):
-    """The tensors of a case. Leading shape [2 PAIRS, T] for "dpo", else [N]."""
+    """The tensors of a case. Leading shape [2 PAIRS, T] for pairs, else [N]."""
 
     case: Case
     hidden: Tensor
@@ -61,7 +63,7 @@ def problem(case: Case, device: str) -> Problem:
     """
     torch.manual_seed(0)
     n, v, h, dtype = case.tokens, case.vocabulary, case.width, DTYPES[case.dtype]
-    shape = (2 * PAIRS, n // (2 * PAIRS)) if case.task == "dpo" else (n,)
+    shape = (2 * PAIRS, n // (2 * PAIRS)) if case.task in PAIRED else (n,)
 
     def heads():
         weight = (torch.randn(v, h, device=device) / h**0.5).to(dtype)
@@ -86,11 +88,29 @@ def problem(case: Case, device: str) -> Problem:
 
 def loss_of(p: Problem, values: Tensor, ref_logps: Tensor | None = None) -> Tensor:
     """The task's loss from log-probs (or KLs) shaped like the labels, 0 at the prompt; for who has no loss."""
-    if p.case.task != "dpo":
+    if p.case.task not in PAIRED:
         return (values.sum() if p.case.task == "kl" else -values.sum()) / p.scored
     scored = p.labels != IGNORE
+    if p.case.task != "dpo":
+        return without_reference(p.case.task, *sequences(p, values))
     chosen, rejected = (scored * (values - ref_logps)).sum(-1).chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def sequences(p: Problem, values: Tensor) -> tuple[Tensor, ...]:
+    """(chosen, rejected): the log-probs of sequences as the task takes them, sums for CPO, else means over tokens."""
+    scored = p.labels != IGNORE
+    sums = (scored * values.view(p.labels.shape)).sum(-1)
+    return (sums if p.case.task == "cpo" else sums / scored.sum(-1)).chunk(2)
+
+
+def without_reference(task: str, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The mean preference loss of pairs, without an NLL of the chosen, which every one of them may add."""
+    if task == "orpo":
+        chosen, rejected = (x - torch.log1p(-x.exp()) for x in (chosen, rejected))
+        return -BETA * torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    margin = GAMMA if task == "simpo" else 0.0
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected) - margin).mean()
 
 
 class Exact(NamedTuple):
@@ -186,7 +206,8 @@ def suite(name: str) -> list[Case]:
     """The cases of a suite: "cpu", ten minutes on two cores; "gpu", under ten on one GPU; "tiny", seconds."""
     if name == "tiny":
         heads = [Case(96, 500, 32, head=head, prompt=share) for head in ("trainable", "frozen") for share in (0.0, 0.5)]
-        return [*heads, Case(96, 500, 32, task="dpo"), Case(96, 500, 32, task="dpo", reference="live")]
+        pairs = [Case(96, 500, 32, task=task, prompt=0.5) for task in ("cpo", "simpo", "orpo")]
+        return [*heads, Case(96, 500, 32, task="dpo"), Case(96, 500, 32, task="dpo", reference="live"), *pairs]
     if name == "cpu":
         main = Case(2048, 32000, 896)
         cases = [main, main._replace(head="frozen"), main._replace(tokens=512), main._replace(tokens=512, prompt=0.5)]

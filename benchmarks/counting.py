@@ -15,6 +15,7 @@ aten = torch.ops.aten
 FACTORS = {
     aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten._addmm_activation: (1, 2),
     aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten.baddbmm_: (1, 2), aten._scaled_mm: (0, 1),
+    aten.matmul: (0, 1),  # seen whole inside a custom operator, where autograd has not taken it apart
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class FlopCounter(TorchDispatchMode):
         at = FACTORS.get(func.overloadpacket)
         if at is not None:
             a, b = (args[i] for i in at)
-            self.flops += 2 * a.numel() * b.shape[-1]
+            self.flops += 2 * a.numel() * (b.shape[-1] if b.ndim > 1 else 1)
         return run_inside(self, func, args, kwargs)
 
 

@@ -5,16 +5,17 @@ The peers' beta is the weight of the teacher, our `js_weight` of the reference; 
 
 - TRL's also returns the policy's entropy, always. We do with labels: "fused_po, with log-probs", which returns the
   log-probs of the labels under both models besides. Nobody's gradients but the KL's are taken.
-- Liger's return a mean, no KL of each token: what is checked of them is the gradients. They compute the gradients, of a
-  frozen head too, in the forward, with or without a backward to come: their time for a forward is for both.
+- Liger's and unsloth's return a mean, no KL of each token: what is checked of them is the gradients. They compute the
+  gradients, of a frozen head too, in the forward, with or without a backward to come: their time for a forward is for
+  both.
 - Liger's chunked loss takes the softmax in the dtype of the projection, bf16 for bf16, as nobody else does.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 
+import peers
 import torch
 from cases import IGNORE, JS_WEIGHT, Case, Problem, loss_of
 from providers import Provider, cuda_only
@@ -80,7 +81,7 @@ def plain(function) -> dict:
 
 def trl(p: Problem) -> Tensor:
     """TRL's ChunkedDivergenceFunction as its trainer calls it: on a GPU the prompt is dropped first, on a CPU not."""
-    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    function = peers.code("trl divergence").ChunkedDivergenceFunction
     scored = p.labels != IGNORE
     compact = p.hidden.is_cuda
     hidden, ref_hidden = (h[scored] if compact else h for h in (p.hidden, p.ref_hidden))
@@ -90,16 +91,24 @@ def trl(p: Problem) -> Tensor:
 
 def liger(p: Problem) -> Tensor:
     """Liger's chunked distillation loss, without its cross entropy."""
-    loss_class = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
+    loss_class = peers.code("liger losses").LigerFusedLinearJSDLoss
     loss = loss_class(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta(p.case), ignore_index=IGNORE)
     return loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels)
 
 
 def liger_triton(p: Problem) -> Tensor:
-    """Liger's fused linear JSD in Triton. Written from its source, not run yet."""
-    loss_class = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD
-    loss = loss_class(jsd_beta=beta(p.case), ignore_index=IGNORE)
-    return loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels)
+    """Liger's fused linear JSD in Triton: a mean over the labels that count."""
+    function = peers.code("liger").LigerFusedLinearJSDFunction
+    return function.apply(
+        p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels, beta(p.case), IGNORE, 1.0, None, None, None
+    )
+
+
+def unsloth(p: Problem) -> Tensor:
+    """unsloth_zoo's fused_linear_jsd: a mean over the labels that count, its gradients computed in the forward."""
+    function = peers.code("unsloth").fused_linear_jsd
+    inputs = p.hidden, p.weight, p.ref_hidden, p.ref_weight
+    return function(*inputs, labels=p.labels, ignore_index=IGNORE, beta=beta(p.case))
 
 
 KL_PROVIDERS = [
@@ -108,7 +117,8 @@ KL_PROVIDERS = [
     ours("fused_po, with log-probs", labels=True),
     Provider("eager", **plain(eager_kl)),
     Provider("torch.compile", **plain(compiled_eager_kl)),
-    Provider("TRL", **from_values(trl), package="trl"),
-    Provider("Liger", liger, package="liger-kernel"),
-    Provider("Liger, Triton", liger_triton, package="liger-kernel", refuses=cuda_only),
+    Provider("TRL", **from_values(trl), peer="trl divergence"),
+    Provider("Liger", liger, peer="liger losses"),
+    Provider("Liger, Triton", liger_triton, peer="liger", refuses=cuda_only),
+    Provider("unsloth", unsloth, peer="unsloth"),
 ]

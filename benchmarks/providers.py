@@ -1,16 +1,24 @@
-"""Who is measured: fused_po, plain PyTorch, and the peers that are installed, behind one signature."""
+"""Who is measured: fused_po, plain PyTorch, and the peers that are installed, behind one signature.
+
+How each peer is imported and called is in peers.py. What the peers return differs:
+
+- Log-probs of tokens, from which any loss follows: TRL, torch, unsloth, cut-cross-entropy, verl, Liger's scaled cross
+  entropy. They serve every task.
+- One mean: "Liger, cross entropy", "unsloth, cross entropy", quack. They compute the gradients in the forward, with or
+  without a backward to come, so their forward's time is for both. quack and unsloth return no log-probs to check: what
+  is checked of them is the gradients.
+- One loss of pairs: "Liger", its chunked DPO, CPO, SimPO and ORPO.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
+import peers
 import torch
-from cases import BETA, IGNORE, Case, Problem, loss_of
+from cases import BETA, GAMMA, IGNORE, Case, Problem, loss_of, sequences
 from torch import Tensor
-from torch.nn import functional as F
 
 import fused_po
 from fused_po import Schedule
@@ -28,18 +36,13 @@ class Provider(NamedTuple):
     name: str
     loss: Callable[[Problem], Tensor]
     values: Callable[[Problem], Tensor] | None = None
-    package: str | None = None
+    peer: str | None = None  # of peers.PEERS; its module is imported when it is first asked for
     refuses: Callable[[Case, str], str | None] = always
+    uncounted: bool = False  # on a GPU its own kernels multiply, whose FLOPs no counter sees
 
     def absent(self) -> str | None:
-        """Why it cannot be measured here, or None."""
-        if self.package is None:
-            return None
-        try:
-            importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{self.package} is not installed"
-        return None
+        """Why its code cannot be called here, or None."""
+        return None if self.peer is None else peers.absent(self.peer)
 
 
 def from_logps(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict:
@@ -72,6 +75,9 @@ def ours(name: str, **knobs) -> Provider:
     def loss(p: Problem) -> Tensor:
         if p.case.task == "logps":
             return loss_of(p, logps(p))
+        if p.case.task != "dpo":
+            options = {"simpo": {"gamma": GAMMA}, "orpo": {"nll_coef": 0.0}}.get(p.case.task, {})
+            return getattr(fused_po.losses, p.case.task)(*sequences(p, logps(p)), beta=BETA, **options).mean()
         how = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight, ref_logps=p.ref_logps)
         return fused_po.linear_dpo(p.hidden, p.weight, p.labels, **how, beta=BETA, schedule=schedule(p)).loss
 
@@ -94,66 +100,16 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 compiled_eager = torch.compile(eager, dynamic=False)
 
 
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """TRL's built-in head, as its models call it: on a GPU the prompt is dropped first, on a CPU it is not."""
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    scored = labels != IGNORE
-    compact = hidden.is_cuda
-    rows = (hidden[scored], labels[scored]) if compact else (hidden, labels.clamp(min=0))
-    logps = function.apply(rows[0], weight, None, rows[1], 1.0, 32768, None, 1.0, ())[0]
-    return logps.new_zeros(labels.shape).masked_scatter(scored, logps) if compact else logps * scored
-
-
-def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """torch.nn.functional.linear_cross_entropy; in chunks where its documentation says that they pay."""
-    options = torch.nn.LinearCrossEntropyOptions() if hidden.shape[0] >= hidden.shape[1] else None
-    return -F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
-
-
-def liger_loss(p: Problem) -> Tensor:
-    """Liger's fused DPO; and, where there are Triton kernels for it, its fused linear cross entropy."""
-    if p.case.task == "dpo":
-        loss_class = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss
-        return loss_class(beta=BETA)(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)[0]
-    loss_class = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
-    return loss_class()(p.weight, p.hidden, p.labels)
-
-
-def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Apple's cut-cross-entropy, per token. Written from its documentation, not run yet."""
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return -function(hidden, weight, labels, ignore_index=IGNORE, reduction="none")
-
-
-def quack(p: Problem) -> Tensor:
-    """quack's chunked linear cross entropy. Written from its documentation, not run yet."""
-    function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return function(p.hidden, p.weight, p.labels, chunk_size=4096, ignore_index=IGNORE)
-
-
-def only(task: str = "logps", cuda: bool = False) -> Callable[[Case, str], str | None]:
-    """Refuses other tasks, and CPUs where it has kernels for GPUs alone."""
-
-    def refuses(case: Case, device: str) -> str | None:
-        if cuda and device != "cuda":
-            return "it needs a GPU"
-        return None if case.task == task else f"it has no {case.task} loss"
-
-    return refuses
-
-
-def liger_refuses(case: Case, device: str) -> str | None:
-    if case.task == "dpo":
-        return None if case.reference == "live" else "its DPO takes no cached reference log-probs"
-    return None if device == "cuda" else "its cross entropy needs a GPU"
-
-
-def torch_refuses(case: Case, device: str) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else "this torch has no linear_cross_entropy"
+def logps_only(case: Case, device: str) -> str | None:
+    return None if case.task == "logps" else f"it has no {case.task} loss"
 
 
 def cuda_only(case: Case, device: str) -> str | None:
     return None if device == "cuda" else "it needs a GPU"
+
+
+def cuda_logps_only(case: Case, device: str) -> str | None:
+    return cuda_only(case, device) or logps_only(case, device)
 
 
 PROVIDERS = [
@@ -162,20 +118,39 @@ PROVIDERS = [
     ours("fused_po, none kept", logits_budget=0),
     Provider("eager", **from_logps(eager)),
     Provider("torch.compile", **from_logps(compiled_eager)),
-    Provider("F.linear_cross_entropy", **from_logps(torch_fused), refuses=torch_refuses),
-    Provider("TRL", **from_logps(trl), package="trl"),
-    Provider("Liger", liger_loss, package="liger-kernel", refuses=liger_refuses),
-    Provider("cut-cross-entropy", **from_logps(cut), package="cut-cross-entropy", refuses=cuda_only),
-    Provider("quack", quack, package="quack-kernels", refuses=only(cuda=True)),
+    Provider("F.linear_cross_entropy", **from_logps(peers.torch_fused), refuses=peers.torch_refuses),
+    Provider("TRL", **from_logps(peers.trl), peer="trl"),
+    Provider("Liger", peers.liger_pairs, peer="liger losses", refuses=peers.liger_pairs_refuses),
+    Provider(
+        "Liger, scaled CE",
+        **from_logps(peers.liger_scaled),
+        peer="liger",
+        refuses=peers.liger_scaled_refuses,
+        uncounted=True,
+    ),
+    Provider(
+        "Liger, cross entropy",
+        peers.liger_cross_entropy,
+        peers.liger_cross_entropy_values,
+        peer="liger",
+        refuses=cuda_logps_only,
+    ),
+    Provider("unsloth", **from_logps(peers.unsloth), peer="unsloth"),
+    Provider("unsloth, cross entropy", peers.unsloth_cross_entropy, peer="unsloth", refuses=logps_only),
+    Provider("cut-cross-entropy", **from_logps(peers.cut), peer="cce", refuses=peers.cut_refuses, uncounted=True),
+    Provider(
+        "cut-cross-entropy, exact",
+        **from_logps(peers.cut_unfiltered),
+        peer="cce",
+        refuses=peers.cut_refuses,
+        uncounted=True,
+    ),
+    Provider("verl", **from_logps(peers.verl), peer="verl", refuses=peers.verl_refuses, uncounted=True),
+    Provider("quack", peers.quack, peer="quack", refuses=peers.quack_refuses, uncounted=True),
 ]
 
 
 def versions() -> dict[str, str | None]:
     """Of torch, Triton and the peers; None for what is absent."""
-    found = {"fused_po": fused_po.__version__}
-    for package in ("torch", "triton", *(p.package for p in PROVIDERS if p.package)):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    packages = ("torch", "triton", *dict.fromkeys(peer.package for peer in peers.PEERS.values()))
+    return {"fused_po": fused_po.__version__} | {package: peers.version(package) for package in packages}

@@ -1,5 +1,6 @@
 """How exact log-probs and gradients are at equal bf16 inputs, against float64: tables, kept in extra_info too."""
 
+import peers
 import providers
 import pytest
 import torch
@@ -47,10 +48,11 @@ SCORERS = {
     "fused_po, fp32 tiles": ours(None),
     "fused_po, bf16 tiles": ours(torch.bfloat16),
     "eager": graded(eager),
-    "TRL": graded(providers.trl),
+    "TRL": graded(peers.trl),
     "Liger": liger,
 }
-ABSENT = {p.name: p.absent() for p in providers.PROVIDERS if p.absent() is not None}
+PEERS = {"TRL", "Liger"}
+ABSENT = {p.name: p.absent() for p in providers.PROVIDERS if p.name in PEERS and p.absent() is not None}
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +84,19 @@ def truth(hidden, weight, labels):
 
 def test_precision(head, device, circumstances, benchmark, capsys):
     """Our log-probs with fp32 tiles within a quarter of TRL's error; gradients nowhere worse than plain PyTorch's."""
-    table = {}
+    table, absent = {}, dict(ABSENT)
     for p in TARGETS:
         hidden, labels = confident_rows(head, p)
         exact_logps, exact_grad = truth(hidden, head, labels)
-        for name in sorted(SCORERS.keys() - ABSENT.keys()):
-            logps, grad = SCORERS[name](hidden, head, labels)
+        for name in sorted(SCORERS.keys() - absent.keys()):
+            try:
+                logps, grad = SCORERS[name](hidden, head, labels)
+            except Exception as error:  # one peer's failure must not take the table from the others
+                if name not in PEERS:
+                    raise
+                absent[name] = f"failed: {peers.first_line(error)}"
+                table.pop(name, None)
+                continue
             logps_error = (logps.double() - exact_logps).square().mean().sqrt().item()
             grad_error = (
                 ((grad.double() - exact_grad).norm(dim=1) / exact_grad.norm(dim=1)).square().mean().sqrt().item()
@@ -101,7 +110,7 @@ def test_precision(head, device, circumstances, benchmark, capsys):
             print("| | " + " | ".join(map(str, TARGETS)) + " |\n|" + "---|" * (1 + len(TARGETS)))
             for name, row in table.items():
                 print(f"| {name} | " + " | ".join(f"{row[p][which]:.1e}" for p in TARGETS) + " |")
-        print("".join(f"\n{name}: {reason}" for name, reason in ABSENT.items() if name in SCORERS))
+        print("".join(f"\n{name}: {reason}" for name, reason in absent.items()))
     mine, plain = table["fused_po, fp32 tiles"], table["eager"]
     for p in TARGETS:
         assert mine[p][0] <= plain[p][0] / 4, (p, mine[p], plain[p])
