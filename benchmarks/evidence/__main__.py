@@ -132,13 +132,14 @@ def no_device(args: argparse.Namespace, reason: str) -> int:
 
 def run(args: argparse.Namespace, began: float) -> int:
     open_folder(args.out, args.before)
-    real = args.device == "cuda" and os.environ.get("FUSED_PO_REHEARSAL") != "1"
-    if real and os.environ.get("TRITON_INTERPRET") not in (None, "", "0"):
+    rehearsal = os.environ.get("FUSED_PO_REHEARSAL") == "1"
+    if args.device == "cuda" and not rehearsal and os.environ.get("TRITON_INTERPRET") not in (None, "", "0"):
         raise Unusable("TRITON_INTERPRET is set: kernels would be interpreted, not run on the GPU; unset it")
     found = probe(args.device)
     if not found["device"]:
         return no_device(args, found["reason"])
     about = about_of(found, args)
+    real = args.device == "cuda" and not about["rehearsal"]
     units = plan_units(args.stages, args.suite == "tiny")
     state = State(args.out, about)
     if args.retry:
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace, began: float) -> int:
     machine = prices.MACHINES["H200" if "H200" in about["device"] else "H100"]
     settings = Settings(
         machine, args.budget, args.device, args.keep_going, args.jobs, about["memory"] or 1 << 60,
-        1.0 if about["evidence"] else PATIENCE,
+        real, 1.0 if real else PATIENCE,
     )  # fmt: skip
     runner = Runner(units, state, settings, peers=peers, began=began, say=lambda text: print(text, flush=True))
     runner.run()

@@ -133,3 +133,18 @@ def lines(units: dict) -> list[tuple[str, str, str, str]]:
             said = format(worst[1], goal.form) + ("" if goal.met(worst[1]) else ", missed")
             found.append((goal.name, bound, said, worst[0]))
     return found
+
+
+def steps(units: dict) -> list[tuple[str, str, str, str, str]]:
+    """(model, who, tokens a second, peak, longest sequence) of the training steps as text."""
+    found = []
+    for _, result in results(units, "step/"):
+        case = result["training"]
+        name = case["label"] or f"V={case['vocabulary']} H={case['width']} L={case['layers']}"
+        for who, report in result["reports"].items():
+            if "tokens a second" in report:
+                more = " or more" * (report["longest"] == (case["longest"] or 8 * case["length"]))
+                numbers = f"{report['tokens a second']:.0f}", f"{report['peak bytes'] / 2**30:.2f} GiB"
+                longest = f"{report['longest']}{more} in {case['memory'] / 2**30:.2f} GiB"
+                found.append((name, who, *numbers, longest))
+    return found

@@ -15,6 +15,10 @@ from evidence.timing import turns
 from fused_po.planner.devices import copy_bandwidth
 
 
+def fp32_inputs(case: cases.Case, device: str) -> str | None:
+    return "its tiles are of the inputs' dtype or fp32" if case.dtype == "fp32" else None
+
+
 def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
     """Of the case's providers those that `who` names, and for a head ours with bf16 tiles.
 
@@ -23,14 +27,14 @@ def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
     found = list(kl_providers.KL_PROVIDERS if case.task == "kl" else providers.PROVIDERS)
     if case.task != "kl" and not any("bf16 tiles" in p.name for p in found):
         tiles = providers.ours("fused_po, bf16 tiles", logits_dtype=torch.bfloat16)
-        found.insert(1, tiles._replace(refuses=providers.always))
+        found.insert(1, tiles._replace(refuses=fp32_inputs))
     names = cases.WHO[who]
     return [p for p in found if p.name in names or any(p.name.startswith(n) for n in names if n != "fused_po")]
 
 
 def case(args: argparse.Namespace) -> dict:
     """One case: checked against float64, then timed in turns. As `measure.compare`, without pytest-benchmark."""
-    (wanted,) = (c for c, _ in cases.evidence(args.suite) if c.name == args.words[0])
+    wanted = next(c for c, _ in cases.evidence(args.suite) if c.name == args.words[0])
     p, reports, able = measure.prepare(wanted, args.device, chosen(wanted, args.who))
     timed = measure.Turns(p, able)
     rounds = measure.ROUNDS[args.device]

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evidence import prices
-from evidence.stages import ROOT, STAGES, Stage, Unit
+from evidence.stages import REAL, ROOT, STAGES, Stage, Unit
 from evidence.state import State, read_json
 
-GRACE = 12.0  # seconds past the budget after which what still runs is killed: the caller's own limit is near
+GRACE = 8.0  # seconds past the budget after which what still runs is killed: the caller's own limit is near
 PAUSE = 0.05
 TOOLS = {
     "nvcc": "no nvcc on PATH and no CUDA_HOME; set CUDA_HOME to the folder of a CUDA toolkit",
@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     keep_going: bool = False
     jobs: int = 1  # at most, of the stages that allow several
     memory: int = 1 << 60  # bytes of the GPU
+    real: bool = True  # a GPU, not a rehearsal
     patience: float = 1.0  # times a unit's limit: more where the GPU is not a real one
 
 
@@ -127,7 +128,9 @@ class Runner:
 
     def obstacle(self, unit: Unit) -> str | None:
         """Why a unit cannot run here, or None."""
-        missing = [TOOLS[name] for name in unit.needs if find_tool(name) is None]
+        missing = [TOOLS[name] for name in unit.needs if name in TOOLS and find_tool(name) is None]
+        if REAL in unit.needs and not self.settings.real:
+            missing.append("a rehearsal or a CPU runs no machine code of a GPU")
         if missing:
             return "; ".join(missing)
         if unit.memory > self.settings.memory:

@@ -46,11 +46,14 @@ STAGES = {
 }
 
 
+REAL = "GPU"  # among what a unit needs: a GPU that runs machine code; a rehearsal or a CPU does not
+
+
 class Unit(NamedTuple):
     """One process. Its result is what it writes as JSON; it is not run again once it has ended well.
 
     arguments: of `python -m evidence.unit`. price: seconds expected on a machine. needs: programs of the CUDA toolkit
-    without which it cannot run. memory: bytes of the GPU. alone: nothing else runs meanwhile.
+    without which it cannot run, and REAL. memory: bytes of the GPU. alone: nothing else runs meanwhile.
     """
 
     stage: str
@@ -102,7 +105,7 @@ SELFCHECK_CHECKS = 20
 
 
 def selfcheck_units(tiny: bool) -> list[Unit]:
-    words = ("--quick", "--vocab", "211", "--hidden", "16") if tiny else ()
+    words = ("--suite", "tiny") if tiny else ()
     dtypes = ("fp32",) if tiny else ("fp32", "bf16", "fp16")
     return [
         Unit(
@@ -162,7 +165,7 @@ SANITIZED = {"from_logits": 10, "linear": 8, "merge": 3}  # and how many checks 
 def sanitized(stage: str, group: str, checks: int, size: tuple[str, ...], *needs: str) -> list[Unit]:
     """memcheck and racecheck of a group of ops."""
     price = lambda m: prices.SANITIZED_START + checks * prices.SANITIZED_CHECK  # noqa: E731
-    needs = ("compute-sanitizer", *needs)
+    needs = (REAL, "compute-sanitizer", *needs)
     return [
         Unit(stage, f"{tool}-{group}", ("sanitizer", tool, group, *size), price, needs, 4 * prices.GIB)
         for tool in ("memcheck", "racecheck")
@@ -174,7 +177,7 @@ def tool_units(stage: str, tiny: bool) -> list[Unit]:
     if stage == "ncu":
         price = lambda n: lambda m: prices.START + n * (prices.FORM + prices.NCU_FORM)  # noqa: E731
         return [
-            Unit(stage, group, ("ncu", group, *size), price(count), ("ncu",), 8 * prices.GIB)
+            Unit(stage, group, ("ncu", group, *size), price(count), (REAL, "ncu"), 8 * prices.GIB)
             for group, count in NCU_GROUPS.items()
         ]
     return [u for group, count in SANITIZED.items() for u in sanitized(stage, group, count, size)]
@@ -184,12 +187,12 @@ def cuda_units(tiny: bool) -> list[Unit]:
     size = ("--suite", "tiny") if tiny else ()
     timed = 3 * 8  # vocabularies, ways
     return [
-        Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, ("nvcc",)),
-        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 102) / 2, ("nvcc",)),
-        Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, ("nvcc",), 4 * prices.GIB),
+        Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, (REAL, "nvcc")),
+        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 102) / 2, (REAL, "nvcc")),
+        Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, (REAL, "nvcc"), 4 * prices.GIB),
         Unit(
             "cuda", "one-read", ("one-read", *size), lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,
-            ("nvcc",), 10 * LOGITS,
+            (REAL, "nvcc"), 10 * LOGITS,
         ),
         *sanitized("cuda", "cuda", 2, size, "nvcc"),
     ]  # fmt: skip

@@ -93,14 +93,16 @@ def peers_that_failed(units: dict) -> dict[str, str]:
 
 
 def troubles(units: list[Unit], state: State) -> list[str]:
-    """A line for each unit that failed or cannot run, and for each peer that raised."""
-    lines = []
+    """A line for each reason why units failed or cannot run, and for each peer that raised."""
+    found: dict[str, list[str]] = {}
     for unit in units:
         known = state.units.get(unit.key, {})
         if known.get("status") in ("failed", "cannot"):
-            lines.append(f"{unit.key}: {'failed' if known['status'] == 'failed' else 'not run'}: {known['reason']}")
+            said = f"{'failed' if known['status'] == 'failed' else 'not run'}: {known['reason']}"
+            found.setdefault(said, []).append(unit.key)
         elif state.given_up(unit.key):
-            lines.append(f"{unit.key}: given up after {known['attempts']} tries: {known['reason']}")
+            found.setdefault(f"given up after {known['attempts']} tries: {known['reason']}", []).append(unit.key)
+    lines = [f"{', '.join(keys)}: {said}" for said, keys in found.items()]
     return lines + [f"peer {name}: {reason}" for name, reason in peers_that_failed(state.units).items()]
 
 
@@ -111,6 +113,9 @@ def summary(units: list[Unit], state: State, stopped: str | None) -> str:
     parts = [f"{about['device']}{kind}; code {state.code}", columns(counts(units, state))]
     rows = [("goal", "bound", "measured", "worst at"), *goals.lines(state.units)]
     parts.append(columns(rows))
+    steps = goals.steps(state.units)
+    if steps:
+        parts.append(columns([("step", "by", "tokens a second", "peak beyond weights", "longest sequence"), *steps]))
     old = [key for key, unit in state.units.items() if unit.get("code") not in (None, state.code)]
     if old:
         parts.append(f"with other code than today's: {', '.join(old)}")

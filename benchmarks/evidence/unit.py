@@ -81,6 +81,8 @@ def fused_po_selfcheck(device: str, *words: str) -> dict:
     except ValueError:
         print(done.stdout[-5000:])
         return {"reason": f"selfcheck ended with status {done.returncode} and no result"}
+    if "results" not in found:
+        return {"reason": f"selfcheck: {found}"}
     print(json.dumps(found["failed"], indent=1))
     bad = [r for r in found["results"] if not r["passed"]]
     return found | ({"reason": "; ".join(f"{r['check']} {r['dtype']} {r['note']}" for r in bad[:5])} if bad else {})
@@ -94,6 +96,8 @@ def selfcheck(args: argparse.Namespace) -> dict:
 def shapes(args: argparse.Namespace) -> dict:
     """benchmarks/launch_shapes.py, which times some launch shapes of each kernel."""
     script = ROOT / "benchmarks" / "launch_shapes.py"
+    if args.device == "cpu":
+        return {"reason": "launch shapes are timed on a GPU alone"}
     if not script.exists():
         return {"reason": "benchmarks/launch_shapes.py is not here"}
     with tempfile.TemporaryDirectory() as folder:
