@@ -4,7 +4,7 @@
     python benchmarks/evidence --plan H100         # what it is expected to take; needs no GPU
 
 Exit status: 0 all is done; 1 something failed or could not run, named in the last lines; 2 wrong usage; 3 the time is
-used and units are left: call it again.
+used and units are left: call it again. make turns each of them but 0 into 2; the last line says which it was.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def no_device(args: argparse.Namespace, reason: str) -> int:
     """Every stage says that it has no GPU: nothing runs on the CPU instead."""
     for name in args.stages:
         print(f"{name}: not run: {reason}")
-    print(f"\nno evidence: {reason}")
+    print(f"\nno evidence: {reason} (exit status {EXIT_FAILED})")
     return EXIT_FAILED
 
 
@@ -165,6 +165,7 @@ def run(args: argparse.Namespace, began: float) -> int:
         ending, code = f"{len(left)} left: call it again with the same OUT (or FROM=)", EXIT_LEFT
     else:
         ending, code = "all done", 0
+    ending += f" (exit status {code})"
     print(f"\n{said}\n\n{ending}", flush=True)
     (args.out / "table.txt").write_text(f"{said}\n\n{ending}\n", encoding="utf-8")
     return code

@@ -104,7 +104,7 @@ def dirty(units: dict) -> Iterator[tuple[str, float]]:
 
 
 GOALS = (
-    Goal("statistics, of copy bandwidth", 0.90, kernel("statistics")),
+    Goal("statistics, of copy bandwidth", 0.90, kernel("statistics, log-probs")),
     Goal("gradient, of copy bandwidth", 0.93, kernel("gradient")),
     Goal("trainable head, of the 3G floor, bf16 tiles", 0.94, of_floor("trainable", "fused_po, bf16 tiles")),
     Goal("trainable head, of the 3G floor, fp32 tiles", 0.91, of_floor("trainable", "fused_po")),
