@@ -19,12 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a folder
+if not __package__:  # run as a folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from evidence import prices, table  # noqa: E402
-from evidence.runner import Runner, Settings, environment  # noqa: E402
-from evidence.stages import ROOT, STAGES, plan_units  # noqa: E402
-from evidence.state import State, Unusable, open_folder, read_json  # noqa: E402
+from evidence import prices, table
+from evidence.runner import Runner, Settings, environment
+from evidence.stages import ROOT, STAGES, plan_units
+from evidence.state import State, Unusable, open_folder, read_json
 
 PROBE_LIMIT = 180.0  # seconds until a machine has said what it is
 PATIENCE = 20.0  # of a rehearsal, in which kernels are interpreted

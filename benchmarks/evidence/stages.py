@@ -5,6 +5,7 @@ The order is that of value for the minute: is it right, how fast is it, why, is 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,14 +79,30 @@ TESTS = {
     "autograd": 334, "autograd_transforms": 443, "inplace_memory": 78, "opinfo": 5, "faults_backend": 16,
     "faults_memory": 44, "planner": 88, "planner_peers": 36, "benchmarks": 22,
 }  # fmt: skip
+ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another stage
+    "cuda_host": "in the stage cuda", "faults_process": "processes", "interpreter": "Triton's interpreter",
+    "integrations_verl": "verl", "planner_parallel": "gloo processes", "evidence": "this runner",
+}  # fmt: skip
+UNCOUNTED = 40  # tests of a file that is not in TESTS yet
 LARGE = ("large", 28)  # tensors of more than 2^31 elements: alone
 SHARD = 120  # tests of a unit at most, so that units end within a minute
 TINY_TESTS = {"sure_tokens": 59, "chunked": 40}
 
 
+def device_tests() -> dict[str, int]:
+    """TESTS, and after them every other file of tests that imports DEVICE from helpers."""
+    others = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        name, text = path.stem.removeprefix("test_"), path.read_text(encoding="utf-8")
+        known = name in TESTS or name in ELSEWHERE or name == LARGE[0]
+        if not known and re.search(r"^from helpers import (?:\([^)]*|.*)\bDEVICE\b", text, re.M):
+            others.append(name)
+    return TESTS | dict.fromkeys(others, UNCOUNTED)
+
+
 def test_units(tiny: bool) -> list[Unit]:
     units = []
-    for name, count in (TINY_TESTS if tiny else TESTS).items():
+    for name, count in (TINY_TESTS if tiny else device_tests()).items():
         parts = -(-count // SHARD)
         for part in range(parts):
             label = name if parts == 1 else f"{name}-{part + 1}of{parts}"

@@ -76,6 +76,12 @@ def ncu(args: argparse.Namespace) -> dict:
     return {"kernels": found}
 
 
+def errors_in(text: str) -> int | None:
+    """Errors and hazards that compute-sanitizer counted, or None if it has not come so far."""
+    found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazard)", text)
+    return sum(map(int, found)) if found else None
+
+
 def sanitizer(args: argparse.Namespace) -> dict:
     """memcheck or racecheck on small problems of a group of ops, which must be right besides."""
     tool, group = args.words
@@ -97,15 +103,13 @@ def sanitizer(args: argparse.Namespace) -> dict:
     done = subprocess.run([*words, *inside], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
     text = done.stdout + done.stderr
     print(text)
-    counted = [
-        int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text) for n in n if n
-    ]
-    if not counted:
+    counted = errors_in(text)
+    if counted is None:
         last = (text.strip().splitlines() or ["no output"])[-1]
         return {"reason": f"{tool} gave no summary (status {done.returncode}): {last[:200]}"}
-    found = {"errors": sum(counted)}
-    if sum(counted):
-        return found | {"reason": f"{tool} found {sum(counted)} errors"}
+    found = {"errors": counted}
+    if counted:
+        return found | {"reason": f"{tool} found {counted} errors"}
     return found | ({"reason": f"clean, but the checks ended with status {done.returncode}"} if done.returncode else {})
 
 
