@@ -210,8 +210,8 @@ def suite(name: str) -> list[Case]:
     return cases
 
 
-# Who runs beside us in a case of `evidence`: names of providers, or how they begin. Those whose kernels take long to
-# compile, or that could take the others' process down, have units of their own.
+# Who runs beside us in a case of `evidence`: names of providers, or how they begin; in "rest" whoever else is there.
+# Those whose kernels take long to compile, or that could end the others' process, are apart.
 WHO = {
     "main": ("fused_po", "fused_po, all kept", "fused_po, none kept", "fused_po, bf16 tiles", "eager", "TRL"),
     "dpo": ("fused_po", "eager", "TRL", "Liger", "unsloth"),
@@ -227,7 +227,15 @@ def evidence(name: str) -> list[tuple[Case, str]]:
         main = Case(96, 500, 32)
         dpo = Case(96, 500, 32, prompt=0.5, task="dpo", reference="live")
         frozen = main._replace(head="frozen")
-        return [(main, "main"), (frozen, "main"), (dpo, "dpo"), (main, "liger"), (kl_suite("tiny")[0], "main")]
+        return [
+            (main, "main"),
+            (frozen, "main"),
+            (dpo, "dpo"),
+            (main, "liger"),
+            (main, "quack"),
+            (main, "rest"),
+            (kl_suite("tiny")[0], "main"),
+        ]
     main, wide = Case(8192, 128256, 4096, "bf16"), Case(16384, 151936, 3584, "bf16")
     square = Case(4096, 131072, 4096, "bf16")
     dpo = main._replace(prompt=0.5, task="dpo", reference="live")

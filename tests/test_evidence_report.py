@@ -10,9 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from evidence import goals, publish, state, table, tools
 from evidence_units import ABOUT, unit
 from pipeline import ROOT
+from test_cuda_host import gpu, host  # noqa: F401 - fixtures
+
+from fused_po import selfcheck
 
 # ncu and the sanitizers, by stand-ins that write what these programs write.
 
@@ -54,6 +58,15 @@ def test_what_a_sanitizer_says(line, tmp_path, monkeypatch):
     found = tools.sanitizer(SimpleNamespace(words=["memcheck", "merge"], device="cuda", suite="tiny"))
     assert found.get("errors") == SUMMARIES[line]
     assert ("reason" in found) == (SUMMARIES[line] != 0)
+
+
+@pytest.mark.parametrize("name", tools.SERVED)
+def test_the_cuda_backend_serves_what_is_checked_of_it(gpu, name):  # noqa: F811
+    """By its arithmetic on the host."""
+    gpu(9)
+    (check,) = (c for c in selfcheck.checks("cuda") if c.name == name)
+    values = selfcheck.problem(selfcheck.Size(64, 37, 8), torch.float32, "cpu", 1)
+    assert selfcheck.compare(check, values, "fp32").share <= 2
 
 
 # Goals, table and report, from a recorded run.

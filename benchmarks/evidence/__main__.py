@@ -132,6 +132,7 @@ def no_device(args: argparse.Namespace, reason: str) -> int:
 
 
 def run(args: argparse.Namespace, began: float) -> int:
+    args.out = args.out.absolute()
     open_folder(args.out, args.before)
     rehearsal = os.environ.get("FUSED_PO_REHEARSAL") == "1"
     if args.device == "cuda" and not rehearsal and os.environ.get("TRITON_INTERPRET") not in (None, "", "0"):

@@ -19,17 +19,21 @@ def fp32_inputs(case: cases.Case, device: str) -> str | None:
     return "its tiles are of the inputs' dtype or fp32" if case.dtype == "fp32" else None
 
 
-def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
-    """Of the case's providers those that `who` names, and for a head ours with bf16 tiles.
+def named(provider: str, who: str) -> bool:
+    """Whether one of cases.WHO names a provider: as a whole, or, ours apart, by how its name begins."""
+    names = cases.WHO[who]
+    return provider in names or any(provider.startswith(name) for name in names if name != "fused_po")
 
-    A name fits the provider that has it, and those whose names go on after it, ours apart.
-    """
+
+def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
+    """Of the case's providers those that `who` names, for a head ours with bf16 tiles too; "rest": whom nobody names."""
     found = list(kl_providers.KL_PROVIDERS if case.task == "kl" else providers.PROVIDERS)
     if case.task != "kl" and not any("bf16 tiles" in p.name for p in found):
         tiles = providers.ours("fused_po, bf16 tiles", logits_dtype=torch.bfloat16)
         found.insert(1, tiles._replace(refuses=fp32_inputs))
-    names = cases.WHO[who]
-    return [p for p in found if p.name in names or any(p.name.startswith(n) for n in names if n != "fused_po")]
+    others = [name for name in cases.WHO if name not in ("rest", "dpo")]
+    rest = [p.name for p in found if not any(named(p.name, name) for name in others)]
+    return [p for p in found if named(p.name, who) or (who == "rest" and p.name in rest)]
 
 
 def case(args: argparse.Namespace) -> dict:

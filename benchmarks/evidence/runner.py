@@ -25,6 +25,7 @@ from evidence.state import State, read_json
 
 GRACE = 8.0  # seconds past the budget after which what still runs is killed: the caller's own limit is near
 PAUSE = 0.05
+PR_SET_PDEATHSIG = 1
 TOOLS = {
     "nvcc": "no nvcc on PATH and no CUDA_HOME; set CUDA_HOME to the folder of a CUDA toolkit",
     "ncu": "no ncu on PATH; it is part of the CUDA toolkit (Nsight Compute)",
@@ -46,9 +47,9 @@ class Settings(NamedTuple):
 
 
 def die_with_parent() -> None:
-    """In a child before it starts: it is killed when the runner is."""
+    """In a child before it starts: SIGTERM when the runner is killed. A unit then kills all that it has started."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def find_tool(name: str) -> str | None:

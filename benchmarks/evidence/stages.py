@@ -175,7 +175,7 @@ def shapes_units(tiny: bool) -> list[Unit]:
     return [Unit("shapes", "all", words, lambda m: prices.START + 50 * prices.FORM, memory=8 * prices.GIB)]
 
 
-NCU_GROUPS = {"statistics": 4, "gradient": 4, "kl": 4, "policy": 2}  # and how many kernels each has
+NCU_GROUPS = {"statistics": 5, "gradient": 6, "kl": 6, "policy": 2}  # and how many launches ncu sees of each
 SANITIZED = {"from_logits": 10, "linear": 8, "merge": 3}  # and how many checks each has
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from evidence.runner import find_tool
 from evidence.stages import ROOT
-from evidence.unit import fused_po_selfcheck
 
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats",
@@ -28,6 +27,10 @@ KEPT = (  # metrics of the details page that go into the JSON; the log has all
     "Duration", "DRAM Throughput", "Memory Throughput", "Compute (SM) Throughput", "L2 Hit Rate", "Achieved Occupancy",
     "Theoretical Occupancy", "Registers Per Thread", "Executed Ipc Active", "Max Bandwidth",
     "Warp Cycles Per Issued Instruction", "Block Limit Registers", "Block Limit Shared Mem", "Grid Size", "Block Size",
+)  # fmt: skip
+SERVED = (  # checks of selfcheck whose every launch the CUDA backend has
+    "policy_loss_from_logits", "policy_loss_from_logits, in place", "logps_from_logits", "logps_from_logits, in place",
+    "linear_logps, none kept", "linear_logps, head frozen", "linear_logps, low rank", "chunked_loss",
 )  # fmt: skip
 FORBIDDEN = "ERR_NVGPUCTRPERM"
 FOUND = 77  # the sanitizers' exit status if they found errors
@@ -133,10 +136,15 @@ def build(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> dict:
     """The ops that backend 'cuda' serves against float64."""
-    found: dict[str, list] = {"results": []}
-    for only in ("policy_loss_from_logits", "linear_logps"):
-        part = fused_po_selfcheck(args.device, "--quick", "--backend", "cuda", "--only", only)
-        if "reason" in part:
-            return part
-        found["results"] += part["results"]
-    return found
+    from fused_po import selfcheck
+    from fused_po.__main__ import QUICK
+
+    found = []
+    for name in SERVED:
+        for _, _, result in selfcheck.run(QUICK, ("fp32", "bf16"), args.device, 0, "cuda", name):
+            if result.check == name:
+                found.append(result)
+    print(selfcheck.table(found))
+    bad = [f"{r.check} {r.dtype} {r.note}" for r in found if not r.passed]
+    rows = [r._asdict() for r in found]
+    return {"results": rows} | ({"reason": "; ".join(bad[:5])} if bad else {})
