@@ -13,6 +13,7 @@ import pytest
 import torch
 from evidence import goals, publish, state, table, tools
 from evidence_units import ABOUT, unit
+from helpers import DEVICE
 from pipeline import ROOT
 from test_cuda_host import gpu, host  # noqa: F401 - fixtures
 
@@ -62,10 +63,10 @@ def test_what_a_sanitizer_says(line, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", tools.SERVED)
 def test_the_cuda_backend_serves_what_is_checked_of_it(gpu, name):  # noqa: F811
-    """By its arithmetic on the host."""
+    """By its arithmetic on the host; on a GPU by itself."""
     gpu(9)
     (check,) = (c for c in selfcheck.checks("cuda") if c.name == name)
-    values = selfcheck.problem(selfcheck.Size(64, 37, 8), torch.float32, "cpu", 1)
+    values = selfcheck.problem(selfcheck.Size(64, 37, 8), torch.float32, DEVICE, 1)
     assert selfcheck.compare(check, values, "fp32").share <= 2
 
 

@@ -26,7 +26,7 @@ def named(provider: str, who: str) -> bool:
 
 
 def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
-    """Of the case's providers those that `who` names, for a head ours with bf16 tiles too; "rest": whom nobody names."""
+    """Of the case's providers those that `who` names; "rest": those that nobody names. A head has bf16 tiles too."""
     found = list(kl_providers.KL_PROVIDERS if case.task == "kl" else providers.PROVIDERS)
     if case.task != "kl" and not any("bf16 tiles" in p.name for p in found):
         tiles = providers.ours("fused_po, bf16 tiles", logits_dtype=torch.bfloat16)

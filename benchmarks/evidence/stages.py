@@ -81,7 +81,7 @@ TESTS = {
 }  # fmt: skip
 ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another stage
     "cuda_host": "in the stage cuda", "faults_process": "processes", "interpreter": "Triton's interpreter",
-    "integrations_verl": "verl", "planner_parallel": "gloo processes", "evidence": "this runner",
+    "integrations_verl": "verl", "planner_parallel": "gloo processes", "evidence_report": "in the stage cuda",
 }  # fmt: skip
 UNCOUNTED = 40  # tests of a file that is not in TESTS yet
 LARGE = ("large", 28)  # tensors of more than 2^31 elements: alone
