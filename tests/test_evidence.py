@@ -122,9 +122,25 @@ def test_failures_are_named_and_run_again_on_demand_alone(tmp_path):
 
 
 def test_a_unit_that_hangs_is_ended(tmp_path):
-    run, _ = call(tmp_path, [unit("hangs", "time.sleep(600)"), unit("next")], patience=0.005)
-    assert status(run) == {"hangs": "failed", "next": "done"}
+    units = [unit("test", "time.sleep(600)", "tests"), unit("hangs", "time.sleep(600)"), unit("next")]
+    run, _ = call(tmp_path, units, patience=0.005, keep_going=True)
+    assert status(run) == {"test": "interrupted", "hangs": "failed", "next": "done"}
     assert "its limit" in run.state.units["benchmark/hangs"]["reason"]
+    assert ran(tmp_path) == ["test", "test", "hangs", "next"] and run.state.given_up("tests/test")
+
+
+def test_a_unit_takes_what_it_has_started_with_it():
+    words = (
+        "import signal, subprocess, sys; from evidence import unit; signal.signal(signal.SIGTERM, unit.end_all)\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    how = {"stdout": subprocess.PIPE, "text": True, "env": env, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", words], **how) as process:
+        child = int(process.stdout.readline())
+        process.terminate()
+    until(lambda: not alive(child))
 
 
 def test_a_unit_begins_only_if_it_fits(tmp_path):

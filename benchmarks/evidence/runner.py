@@ -200,7 +200,7 @@ class Runner:
         result.unlink(missing_ok=True)
         stage = STAGES.get(unit.stage, Stage(unit.stage, "", ""))
         argv = self.argv(unit, self.settings, self.state.out, result)
-        limit = max(3 * price, price + 60) * self.settings.patience
+        limit = (4 * price + 60) * self.settings.patience
         self.running.append(Running(unit, argv, result, environment(stage, self.peers), limit))
 
     def end(self, r: Running, status: str | None = None, reason: str | None = None) -> None:
@@ -235,7 +235,9 @@ class Runner:
                     if r.process.poll() is not None:
                         self.end(r)
                     elif r.seconds > r.limit:
-                        self.end(r, "failed", f"stopped after {r.limit:.0f} s, its limit")
+                        # tests go on where they were stopped; others would only take as long again
+                        again = r.unit.stage in STAGES and STAGES[r.unit.stage].gate
+                        self.end(r, "interrupted" if again else "failed", f"stopped after {r.limit:.0f} s, its limit")
                     elif self.elapsed() > self.settings.budget + GRACE:
                         self.end(r, "interrupted", "stopped with the call's time")
                 unit = self.choose()
