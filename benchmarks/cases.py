@@ -245,3 +245,7 @@ def evidence(name: str) -> list[tuple[Case, str]]:
         (wide._replace(head="frozen"), "main"), (main._replace(prompt=0.5), "main"), (square, "quack"), (kl, "main"),
         (square, "rest"), (main._replace(vocabulary=32000), "main"),
     ]  # fmt: skip
+
+
+# Tokens, width, vocabulary of the bare products that `make gpu-evidence` times as ceilings.
+PRODUCTS = {"gpu": [(8192, 4096, 128256), (16384, 3584, 151936), (4096, 4096, 131072)], "tiny": [(96, 32, 500)]}

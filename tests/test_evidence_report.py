@@ -1,5 +1,6 @@
 """What ncu, the sanitizers and a recorded run say: goals, table, report, and what of it is committed."""
 
+import importlib
 import json
 import os
 import re
@@ -11,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evidence import goals, publish, state, table, tools
+from evidence import goals, publish, rows, stages, state, table, tools
 from evidence_units import ABOUT, unit
-from helpers import DEVICE
+from helpers import DEVICE, count_launches
 from pipeline import ROOT
 from test_cuda_host import gpu, host  # noqa: F401 - fixtures
 
@@ -56,9 +57,29 @@ def test_what_ncu_says(tmp_path, monkeypatch):
 def test_what_a_sanitizer_says(line, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "compute-sanitizer", f"#!/bin/sh\necho '{line}'\n")
-    found = tools.sanitizer(SimpleNamespace(words=["memcheck", "merge"], device="cuda", suite="tiny"))
+    found = tools.sanitizer(SimpleNamespace(words=["memcheck", "parts"], device="cuda", suite="tiny"))
     assert found.get("errors") == SUMMARIES[line]
     assert ("reason" in found) == (SUMMARIES[line] != 0)
+
+
+@pytest.mark.slow
+def test_every_kernel_has_a_sanitized_case(monkeypatch):
+    """The Triton kernels that selfcheck and `parts` launch, as if there were multiprocessors to split rows for."""
+    statistics = importlib.import_module("fused_po.kernels.triton.statistics")
+    folder = ROOT / "kernels" / "triton"
+    every = {
+        name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    if DEVICE == "cpu":
+        monkeypatch.setattr(statistics, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(rows, "backend_on", lambda device: "triton")
+    groups = [name for name in stages.SANITIZED if name != "parts"]
+    with count_launches() as launched:
+        rows.parts(SimpleNamespace(device=DEVICE))
+        for group in groups:
+            for _ in selfcheck.run(selfcheck.Size(64, 37, 8), ("fp32",), DEVICE, 0, "triton", group):
+                pass
+    assert set(launched) >= every, every - set(launched)
 
 
 @pytest.mark.parametrize("name", tools.SERVED)
@@ -108,7 +129,7 @@ def recorded() -> dict:
         "tests/logps": {"passed": 3, "skipped": 0, "failed": []},
         "benchmark/rows-bf16": {"rows": rows, "dtype": "bf16"},
         "benchmark/a.main": head(4096, 1.05), "benchmark/b.main": head(2048, 1.5),
-        "benchmark/c.main": head(4096, 1.04, vocabulary=32000), "sanitizer/memcheck-merge": {"errors": 0},
+        "benchmark/c.main": head(4096, 1.04, vocabulary=32000), "sanitizer/memcheck-parts": {"errors": 0},
         "step/trl-llama-1b": {"training": training, "reports": {"TRL": step}},
         "ncu/kl": {"kernels": [{"kernel": "kl_kernel", "Duration": "1 us"}]},
     }  # fmt: skip

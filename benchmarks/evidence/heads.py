@@ -53,9 +53,6 @@ def case(args: argparse.Namespace) -> dict:
     return found if "seconds" in ours else found | {"reason": f"fused_po: {ours.get('wrong') or ours.get('not run')}"}
 
 
-SHAPES = {"gpu": [(8192, 4096, 128256), (16384, 3584, 151936), (4096, 4096, 131072)], "tiny": [(96, 32, 500)]}
-
-
 def products(shape: tuple[int, int, int], device: str, out_dtype: torch.dtype) -> dict:
     """The three products of a head of this shape, into buffers: scores, gradient of hidden, gradient of the head."""
     n, h, v = shape
@@ -71,7 +68,7 @@ def products(shape: tuple[int, int, int], device: str, out_dtype: torch.dtype) -
 def ceilings(args: argparse.Namespace) -> dict:
     """A large copy, and FLOPs a second of bare products of the cases' shapes, into the factors' dtype and into fp32."""
     found = {"copy GB/s": copy_bandwidth(torch.device(args.device)) / 1e9, "products": {}}
-    for shape in SHAPES[args.suite]:
+    for shape in cases.PRODUCTS[args.suite]:
         for out in (torch.bfloat16, torch.float32) if args.device == "cuda" else (torch.float32,):
             calls = products(shape, args.device, out)
             times = turns(calls, args.device)

@@ -104,9 +104,8 @@ def step(machine: Machine, case, ways: int, lengths: int) -> float:
     """Steps of a model: losses compared in fp32, steps timed in turns, and the longest sequence looked for."""
     weights = case.parameters
 
-    def seconds(
-        length: int, fp32: bool = False
-    ) -> float:  # policy forward and backward, reference forward: 8 x weights
+    def seconds(length: int, fp32: bool = False) -> float:
+        """The policy's forward and backward and the reference's forward: 8 FLOPs a weight and token."""
         dense = 8.0 * weights * 2 * length
         attention = 8.0 * 2 * case.layers * length**2 * case.width
         return (dense + attention) / (machine.fp32 if fp32 else 0.4 * machine.bf16)

@@ -191,16 +191,22 @@ def profile(args: argparse.Namespace) -> dict:
     return {"kernels": ran}
 
 
-def merge(args: argparse.Namespace) -> dict:
-    """Small, under the sanitizers: the kernels that merge parts of a vocabulary, and the scan of GAE."""
-    of, r, n = backends.get(backend_on(args.device)), 4, 37
-    owner = torch.randint(-1, r, (n,), device=args.device)
+def parts(args: argparse.Namespace) -> dict:
+    """Small, under the sanitizers, what selfcheck's sizes do not reach: rows in parts, vocabularies cut over ranks."""
+    device, (r, n, v) = args.device, (4, 37, 40_001)
+    of, scaling = backends.get(backend_on(device)), (1.0, None)
+    x, y = (torch.randn(1, 3, v, device=device).bfloat16() for _ in range(2))
+    labels = torch.randint(0, v, (3,), device=device)
+    for outputs in (1, 63):  # few long rows: parts of them, and their merge
+        of.statistics(x, labels, 1.0, None, IGNORE, outputs)
+    of.mixture(x, y, of.kl(x, y, labels, scaling, scaling, 0.25, True), scaling, scaling, 0.25)
+    owner = torch.randint(-1, r, (n,), device=device)
     for fields, outputs in ((3, 1), (7, 63)):
-        parts = torch.randn(r, fields, n, device=args.device).abs()
-        of.merge_scores(parts, owner, 1000, outputs)
-    for direction, fields in (("reverse", 5), ("forward", 8), ("reverse", 8)):
-        of.merge_kl(torch.randn(r, fields, n, device=args.device).abs(), owner, direction)
-    of.gae(*(torch.randn(3, 1100, device=args.device) for _ in range(2)), None, None, 0.99, 0.95)
-    if args.device == "cuda":
+        of.merge_scores(torch.randn(r, fields, n, device=device).abs(), owner, 1000, outputs)
+    for direction, fields in (("reverse", 5), ("forward", 8), ("js", 8)):
+        of.merge_kl(torch.randn(r, fields, n, device=device).abs(), owner, 0.25 if direction == "js" else direction)
+    of.gae(*(torch.randn(3, 1100, device=device) for _ in range(2)), None, None, 0.99, 0.95)
+    of.scale(x.clone(), torch.full((), 0.5, device=device))
+    if device == "cuda":
         torch.cuda.synchronize()
-    return {"launched": 6}
+    return {"launched": 10}

@@ -153,6 +153,8 @@ LOGITS = 1 << 30  # numbers in the logits of a row pass: 2 GiB in bf16, far more
 
 
 def benchmark_units(tiny: bool) -> list[Unit]:
+    from cases import PRODUCTS
+
     size = ("--suite", "tiny") if tiny else ()
 
     def rows(dtype: str, itemsize: int, vocabularies: tuple[int, ...]) -> Unit:
@@ -161,10 +163,8 @@ def benchmark_units(tiny: bool) -> list[Unit]:
         price = lambda m: prices.rows(m, forms, LOGITS, itemsize)  # noqa: E731
         return Unit("benchmark", f"rows-{dtype}", words, price, memory=7 * LOGITS * itemsize)
 
-    shapes = [(8192, 4096, 128256), (16384, 3584, 151936), (4096, 4096, 131072)]
-    ceilings = Unit(
-        "benchmark", "ceilings", ("ceilings", *size), lambda m: prices.gemms(m, shapes), memory=16 * prices.GIB
-    )
+    price = lambda m: prices.gemms(m, PRODUCTS["gpu"])  # noqa: E731
+    ceilings = Unit("benchmark", "ceilings", ("ceilings", *size), price, memory=16 * prices.GIB)
     rest = case_units(tiny)
     few = (500,) if tiny else VOCABULARIES
     return [ceilings, rows("bf16", 2, few), *rest, rows("fp32", 4, few[:1])]
@@ -176,7 +176,7 @@ def shapes_units(tiny: bool) -> list[Unit]:
 
 
 NCU_GROUPS = {"statistics": 5, "gradient": 6, "kl": 6, "policy": 2}  # and how many launches ncu sees of each
-SANITIZED = {"from_logits": 10, "linear": 8, "merge": 3}  # and how many checks each has
+SANITIZED = {"from_logits": 10, "linear": 8, "parts": 6}  # and how many checks each has
 
 
 def sanitized(stage: str, group: str, checks: int, size: tuple[str, ...], *needs: str) -> list[Unit]:

@@ -46,7 +46,7 @@ def pack(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -
 def plan(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -> str:
     """Seconds a unit and a stage, and how they fit into calls."""
     rows: list[tuple] = [("unit", "seconds", "GiB", "needs")]
-    sums: list[tuple] = [("stage", "units", "seconds", "minutes")]
+    sums: list[tuple] = [("stage", "units", "seconds", "minutes", "what")]
     for stage in STAGES.values():
         mine = [u for u in units if u.stage == stage.name]
         if not mine:
@@ -55,10 +55,10 @@ def plan(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -
             rows.append((u.key, f"{u.price(machine):.0f}", f"{u.memory / prices.GIB:.0f}", ", ".join(u.needs)))
         taken = sum(pack(mine, machine, 1e9, jobs)) - prices.CALL
         beside = f", {min(stage.jobs, jobs)} at once" if min(stage.jobs, jobs) > 1 else ""
-        sums.append((stage.name + beside, f"{len(mine)}", f"{taken:.0f}", f"{taken / 60:.1f}"))
+        sums.append((stage.name + beside, f"{len(mine)}", f"{taken:.0f}", f"{taken / 60:.1f}", stage.about))
     calls = pack(units, machine, budget, jobs)
     total = sum(calls)
-    sums.append(("all, with the start of each call", f"{len(units)}", f"{total:.0f}", f"{total / 60:.1f}"))
+    sums.append(("all, with the start of each call", f"{len(units)}", f"{total:.0f}", f"{total / 60:.1f}", ""))
     said = ", ".join(f"{seconds:.0f}" for seconds in calls)
     return (
         f"expected on one {machine.name}; none of this is measured (benchmarks/evidence/prices.py)\n\n"

@@ -91,8 +91,8 @@ def sanitizer(args: argparse.Namespace) -> dict:
     program = find_tool("compute-sanitizer")
     if program is None:
         return {"reason": "no compute-sanitizer on PATH"}
-    if group == "merge":
-        inside = unit("merge", "--device", args.device)
+    if group == "parts":
+        inside = unit("parts", "--device", args.device)
     else:
         name, more = (group, []) if group != "cuda" else ("policy_loss_from_logits", ["--backend", "cuda"])
         inside = [

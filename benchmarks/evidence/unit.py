@@ -116,10 +116,10 @@ def measured(kind: str, args: argparse.Namespace) -> dict:
         from evidence import heads
 
         return heads.case(args) if kind == "case" else heads.ceilings(args)
-    if kind in ("rows", "one-read", "profile", "merge"):
+    if kind in ("rows", "one-read", "profile", "parts"):
         from evidence import rows
 
-        return {"rows": rows.share, "one-read": rows.one_read, "profile": rows.profile, "merge": rows.merge}[kind](args)
+        return {"rows": rows.share, "one-read": rows.one_read, "profile": rows.profile, "parts": rows.parts}[kind](args)
     from evidence import steps
 
     return steps.trl(args) if kind == "step-trl" else steps.example(args)
@@ -133,7 +133,7 @@ def toolkit(kind: str, args: argparse.Namespace) -> dict:
 
 
 KINDS = {"probe": probe, "tests": tests, "selfcheck": selfcheck, "shapes": shapes}
-MEASURED = ("case", "ceilings", "rows", "one-read", "profile", "merge", "step-trl", "step-example")
+MEASURED = ("case", "ceilings", "rows", "one-read", "profile", "parts", "step-trl", "step-example")
 TOOLKIT = ("ncu", "sanitizer", "cuda-build", "cuda-check")
 
 
