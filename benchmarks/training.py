@@ -177,28 +177,39 @@ def rounding(case: Training) -> float:
     return 4 * 0.1 * torch.finfo(torch.float32).eps * case.length / 2 * math.log(case.vocabulary) / math.log(2)
 
 
+def checked(case: Training) -> Training:
+    """The case whose losses are compared: in fp32, and not longer than need be."""
+    return case._replace(bf16=False, length=min(case.length, CHECKED)) if case.bf16 else case
+
+
+def examine(case: Training, device: str, name: str, trainer, inputs: dict, stock: list[float]) -> dict:
+    """What is known of a provider without a clock: how far its losses are from TRL's, peak bytes, longest sequence."""
+    alike = checked(case)
+    off = max(abs(a - b) / abs(b) for a, b in zip(losses(alike, device, name), stock))
+    if not off <= rounding(alike):
+        return {"loss off by": off, "wrong": f"losses differ from TRL's by {off:.1e}"}
+
+    def fits(length: int) -> bool:
+        trainer.optimizer.zero_grad()  # a step that the memory did not allow leaves gradients
+        of = batch(case, length, device)
+        return peak_within(lambda: step(trainer, of), case.memory, device)
+
+    with provided(name):
+        peak = counting.peak_bytes(lambda: step(trainer, inputs), device)
+        return {"loss off by": off, "peak bytes": peak, "longest": longest(fits, case.most, case.grain)}
+
+
 def compare(case: Training, device: str) -> dict[str, dict]:
     """By provider: how far its losses are from TRL's, seconds a step, peak bytes, longest sequence within memory."""
-    checked = case._replace(bf16=False, length=min(case.length, CHECKED)) if case.bf16 else case
-    stock = losses(checked, device, "TRL")
+    stock = losses(checked(case), device, "TRL")
     trainer = dpo_trainer(case, device)
     inputs = batch(case, case.length, device)
     reports: dict[str, dict] = {}
     for name in PROVIDERS:
-        off = max(abs(a - b) / abs(b) for a, b in zip(losses(checked, device, name), stock))
-        reports[name] = {"loss off by": off}
-        if not off <= rounding(checked):
-            reports[name]["wrong"] = f"losses differ from TRL's by {off:.1e}"
-            continue
-
-        def fits(length: int) -> bool:
-            trainer.optimizer.zero_grad()  # a step that the memory did not allow leaves gradients
-            of = batch(case, length, device)
-            return peak_within(lambda: step(trainer, of), case.memory, device)
-
-        with provided(name):
-            reports[name]["peak bytes"] = counting.peak_bytes(lambda: step(trainer, inputs), device)
-            reports[name]["longest"] = longest(fits, case.most, case.grain)
+        try:
+            reports[name] = examine(case, device, name, trainer, inputs, stock)
+        except Exception as error:  # one provider's failure must not take the others' figures
+            reports[name] = {"wrong": f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"}
     able = [name for name in PROVIDERS if "wrong" not in reports[name]]
     times: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(ROUNDS):  # in turns, so that drift hits all alike

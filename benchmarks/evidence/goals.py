@@ -143,7 +143,10 @@ def lines(units: dict) -> list[tuple[str, str, str, str]]:
 def steps(units: dict) -> list[tuple[str, str, str, str, str]]:
     """(model, who, tokens a second, peak, longest sequence) of the training steps as text."""
     found = []
-    for _, result in results(units, "step/"):
+    for key, unit in units.items():
+        result = unit.get("result") or {}
+        if not key.startswith("step/") or "training" not in result:
+            continue
         case = result["training"]
         name = case["label"] or f"V={case['vocabulary']} H={case['width']} L={case['layers']}"
         for who, report in result["reports"].items():
