@@ -6,6 +6,8 @@
 #   make test-arithmetic TIMES=3         each instruction set three times, with 1 and 2 threads in turns
 #   make install PYTHON=python3.12       another interpreter (`make clean` first if .venv is there)
 #   make install PIP_INSTALL="--no-index --find-links=wheels"      flags for pip
+#   make gpu-evidence PLAN=H100          what it is expected to take, without running it
+#   make gpu-evidence OUT=out FROM=runs/evidence STAGES="tests ncu" BUDGET=570 RETRY=1 KEEP_GOING=1 SUITE=tiny
 #   make test NO_VENV=1 PYTHON=python3   no .venv and no downloads: that interpreter's own torch, pytest and setuptools
 
 PYTHON ?= python3
@@ -27,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-arithmetic fuzz integrations bench peers peer-wheels lint gpu-check \
-	rehearse clean own-packages
+	gpu-evidence rehearse clean own-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -90,6 +92,13 @@ rehearse: .rehearsal/installed ## the GPU's tests without a GPU, by a stand-in d
 	.rehearsal/bin/python -m pip install $(PIP_INSTALL) -c .rehearsal/constraints.txt --no-build-isolation -e '.[dev]'
 	.rehearsal/bin/python tests/support/rehearsal/build.py
 	touch $@
+
+EVIDENCE := $(if $(OUT),--out "$(OUT)") $(if $(FROM),--from "$(FROM)") $(if $(STAGES),--stages "$(STAGES)") \
+	$(if $(BUDGET),--budget $(BUDGET)) $(if $(SUITE),--suite $(SUITE)) $(if $(RETRY),--retry) \
+	$(if $(KEEP_GOING),--keep-going) $(if $(PLAN),--plan $(PLAN))
+
+gpu-evidence: $(READY) ## all that a GPU has to show, resumable, in calls of under ten minutes: OUT=, PLAN=H100
+	@$(RUN) benchmarks/evidence $(EVIDENCE) $(ARGS)
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv .rehearsal .peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

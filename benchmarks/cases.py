@@ -229,3 +229,44 @@ def suite(name: str) -> list[Case]:
         for reference in ("cached", "live"):
             cases += [Case(8192, 128256, 4096, "bf16", head, share, "dpo", reference) for share in (0.0, 0.5)]
     return cases
+
+
+# Who runs beside us in a case of `evidence`: names of providers, or how they begin; in "rest" whoever else is there.
+# Those whose kernels take long to compile, or that could end the others' process, are apart.
+WHO = {
+    "main": ("fused_po", "fused_po, all kept", "fused_po, none kept", "fused_po, bf16 tiles", "eager", "TRL"),
+    "dpo": ("fused_po", "eager", "TRL", "Liger", "unsloth"),
+    "liger": ("fused_po", "eager", "Liger", "Liger, scaled"),
+    "quack": ("fused_po", "quack", "cut-cross-entropy"),
+    "rest": ("fused_po", "torch.compile", "F.linear_cross_entropy", "unsloth", "verl"),
+}
+
+
+def evidence(name: str) -> list[tuple[Case, str]]:
+    """What `make gpu-evidence` measures of heads and KLs, in the order of its value, and by which of WHO."""
+    if name == "tiny":
+        main = Case(96, 500, 32)
+        dpo = Case(96, 500, 32, prompt=0.5, task="dpo", reference="live")
+        frozen = main._replace(head="frozen")
+        return [
+            (main, "main"),
+            (frozen, "main"),
+            (dpo, "dpo"),
+            (main, "liger"),
+            (main, "quack"),
+            (main, "rest"),
+            (kl_suite("tiny")[0], "main"),
+        ]
+    main, wide = Case(8192, 128256, 4096, "bf16"), Case(16384, 151936, 3584, "bf16")
+    square = Case(4096, 131072, 4096, "bf16")
+    dpo = main._replace(prompt=0.5, task="dpo", reference="live")
+    kl = Case(8192, 151936, 4096, "bf16", task="kl", reference="live")
+    return [
+        (main, "main"), (main._replace(head="frozen"), "main"), (dpo, "dpo"), (square, "liger"), (wide, "main"),
+        (wide._replace(head="frozen"), "main"), (main._replace(prompt=0.5), "main"), (square, "quack"), (kl, "main"),
+        (square, "rest"), (main._replace(vocabulary=32000), "main"),
+    ]  # fmt: skip
+
+
+# Tokens, width, vocabulary of the bare products that `make gpu-evidence` times as ceilings.
+PRODUCTS = {"gpu": [(8192, 4096, 128256), (16384, 3584, 151936), (4096, 4096, 131072)], "tiny": [(96, 32, 500)]}

@@ -1,8 +1,13 @@
-"""Tables and plots from the JSON of `pytest benchmarks --benchmark-json=FILE`.
+"""Tables and plots from the JSON of `pytest benchmarks --benchmark-json=FILE`, or of `make gpu-evidence OUT=FOLDER`.
 
     python benchmarks/report.py FILE [FILE ...] -o DIRECTORY
 
 writes report.md, and time.png and memory.png where the cases make a curve: against vocabulary, tokens, prompt share.
+
+    python benchmarks/report.py FOLDER
+
+writes benchmarks/results/<gpu>/ (the JSON as the machine wrote it, report.md, charts), and README.md's marked lines.
+With -o it writes a report there and nothing else: the way to read a rehearsal or a dry run.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import json
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+from evidence import publish
 
 MODE = "forward+backward"
 COLUMNS = (
@@ -158,9 +165,18 @@ def markdown(found: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="file", help="what --benchmark-json wrote")
-    parser.add_argument("-o", "--output", type=Path, default=Path(), help="a directory; made if need be")
+    what = "what --benchmark-json wrote, or OUT of `make gpu-evidence`"
+    parser.add_argument("files", type=Path, nargs="+", metavar="file", help=what)
+    parser.add_argument("-o", "--output", type=Path, help="a directory; made if need be")
     args = parser.parse_args()
+    if all(map(publish.is_evidence, args.files)):
+        try:
+            print("\n".join(publish.publish(args.files, args.output)))
+        except publish.Refused as error:
+            print(f"report.py: {error}", file=sys.stderr)
+            sys.exit(2)
+        return
+    args.output = args.output or Path()
     files = [load(path) for path in args.files]
     found = [info for infos in files for info in infos]
     args.output.mkdir(parents=True, exist_ok=True)

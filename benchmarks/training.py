@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import tempfile
@@ -16,10 +17,11 @@ import torch
 PROVIDERS = ("TRL", "fused_po", "fused_po, none kept")
 ROUNDS = 5
 GRAIN = 64  # tokens: how finely the longest sequence is looked for
+CHECKED = 512  # tokens a sequence of the steps in fp32 whose losses are compared before steps in bf16 are timed
 
 
 class Training(NamedTuple):
-    """DPO with a live reference on one pair, half of each sequence prompt."""
+    """DPO with a live reference on one pair, half of each sequence prompt; a Llama of this shape, random weights."""
 
     vocabulary: int
     width: int
@@ -27,19 +29,41 @@ class Training(NamedTuple):
     length: int  # tokens a sequence, of which a step is timed
     memory: int  # bytes a step may take beyond weights, for the longest sequence
     adapters: bool = False  # LoRA: the head frozen, the reference the model without it
+    heads: tuple[int, int] = (4, 2)  # of attention, and of its keys and values
+    intermediate: int | None = None  # width of the MLP; 3 times the model's if left out
+    tied: bool = False  # the LM head is the embedding
+    bf16: bool = False  # autocast
+    longest: int | None = None  # tokens: how long the longest sequence may be; 8 times the length if left out
+    grain: int = GRAIN
+    label: str | None = None
 
     @property
     def name(self) -> str:
         kind = "lora" if self.adapters else "full"
-        return f"dpo-V{self.vocabulary}-H{self.width}-L{self.layers}-T{self.length}-{kind}"
+        return self.label or f"dpo-V{self.vocabulary}-H{self.width}-L{self.layers}-T{self.length}-{kind}"
+
+    @property
+    def most(self) -> int:
+        return self.longest or 8 * self.length
+
+    @property
+    def parameters(self) -> int:
+        attention = 2 * self.width**2 * (1 + self.heads[1] / self.heads[0])
+        layer = attention + 3 * self.width * (self.intermediate or 3 * self.width)
+        return int(self.vocabulary * self.width * (1 if self.tied else 2) + self.layers * layer)
 
 
 def suite(name: str) -> list[Training]:
-    """tiny: for the tests."""
+    """tiny: for the tests; gpu: SmolLM2-135M's shape and that of a Llama with 1.2 billion weights."""
     if name == "tiny":
         return [Training(500, 16, 1, 64, 3 << 20)]
-    cases = [Training(32000, 256, 2, 256, 1 << 29), Training(32000, 256, 2, 256, 1 << 29, adapters=True)]
-    return cases if name == "cpu" else [Training(128256, 2048, 8, 4096, 16 << 30)]
+    if name == "cpu":
+        return [Training(32000, 256, 2, 256, 1 << 29), Training(32000, 256, 2, 256, 1 << 29, adapters=True)]
+    more = dict(tied=True, bf16=True, longest=32768, grain=1024)
+    return [
+        Training(49152, 576, 30, 4096, 24 << 30, heads=(9, 3), intermediate=1536, label="smollm2-135m", **more),
+        Training(128256, 2048, 16, 4096, 40 << 30, heads=(32, 8), intermediate=8192, label="llama-1b", **more),
+    ]
 
 
 def absent() -> str | None:
@@ -62,35 +86,40 @@ def provided(provider: str) -> Iterator[None]:
         yield
 
 
+def model(case: Training, device: str, seed: int):
+    """A Llama of the case's shape, made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=case.vocabulary, hidden_size=case.width, num_hidden_layers=case.layers,
+        intermediate_size=case.intermediate or 3 * case.width, num_attention_heads=case.heads[0],
+        num_key_value_heads=case.heads[1], max_position_embeddings=1 << 17, tie_word_embeddings=case.tied,
+    )  # fmt: skip
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(device)
+
+
 def dpo_trainer(case: Training, device: str):
     """The trainer, its weights the same in every call."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
-
-    def model(seed: int) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        shape = dict(num_hidden_layers=case.layers, num_attention_heads=4, num_key_value_heads=2)
-        config = LlamaConfig(
-            vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=3 * case.width,
-            max_position_embeddings=1 << 17, **shape,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).to(device)
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     args = DPOConfig(
-        output_dir=tempfile.gettempdir(), report_to=[], bf16=False, use_cpu=device == "cpu", optim="sgd",
+        output_dir=tempfile.gettempdir(), report_to=[], bf16=case.bf16, use_cpu=device == "cpu", optim="sgd",
         gradient_checkpointing=False, disable_tqdm=True, max_length=None,
     )  # fmt: skip
-    more = {"ref_model": None if case.adapters else model(1)}
+    more = {"ref_model": None if case.adapters else model(case, device, 1)}
     if case.adapters:
         from peft import LoraConfig
 
         more["peft_config"] = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     rows = Dataset.from_list([{"prompt": "<unk>", "chosen": " <unk>", "rejected": " <unk>"}])
-    trainer = DPOTrainer(model(0), args=args, train_dataset=rows, processing_class=tokenizer, **more)
+    trainer = DPOTrainer(model(case, device, 0), args=args, train_dataset=rows, processing_class=tokenizer, **more)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     return trainer
@@ -115,13 +144,25 @@ def step(trainer, inputs: dict[str, torch.Tensor]) -> float:
     return loss.item()
 
 
-def longest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest multiple of GRAIN up to `most` that fits, 0 if none does; what fits is taken to be monotonic."""
-    low, high = 0, most // GRAIN
+def longest(fits: Callable[[int], bool], most: int, grain: int = GRAIN) -> int:
+    """The largest multiple of `grain` up to `most` that fits, 0 if none does; what fits is taken to be monotonic."""
+    low, high = 0, most // grain
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * GRAIN) else (low, middle - 1)
-    return low * GRAIN
+        low, high = (middle, high) if fits(middle * grain) else (low, middle - 1)
+    return low * grain
+
+
+def peak_within(call: Callable[[], object], memory: int, device: str) -> bool:
+    """Whether a call takes at most so many bytes; a device that is full says no."""
+    try:
+        return counting.peak_bytes(call, device) <= memory
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        if device != "cpu":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def losses(case: Training, device: str, provider: str) -> list[float]:
@@ -136,27 +177,39 @@ def rounding(case: Training) -> float:
     return 4 * 0.1 * torch.finfo(torch.float32).eps * case.length / 2 * math.log(case.vocabulary) / math.log(2)
 
 
+def checked(case: Training) -> Training:
+    """The case whose losses are compared: in fp32, and not longer than need be."""
+    return case._replace(bf16=False, length=min(case.length, CHECKED)) if case.bf16 else case
+
+
+def examine(case: Training, device: str, name: str, trainer, inputs: dict, stock: list[float]) -> dict:
+    """What is known of a provider without a clock: how far its losses are from TRL's, peak bytes, longest sequence."""
+    alike = checked(case)
+    off = max(abs(a - b) / abs(b) for a, b in zip(losses(alike, device, name), stock))
+    if not off <= rounding(alike):
+        return {"loss off by": off, "wrong": f"losses differ from TRL's by {off:.1e}"}
+
+    def fits(length: int) -> bool:
+        trainer.optimizer.zero_grad()  # a step that the memory did not allow leaves gradients
+        of = batch(case, length, device)
+        return peak_within(lambda: step(trainer, of), case.memory, device)
+
+    with provided(name):
+        peak = counting.peak_bytes(lambda: step(trainer, inputs), device)
+        return {"loss off by": off, "peak bytes": peak, "longest": longest(fits, case.most, case.grain)}
+
+
 def compare(case: Training, device: str) -> dict[str, dict]:
     """By provider: how far its losses are from TRL's, seconds a step, peak bytes, longest sequence within memory."""
-    most = 8 * case.length
-    stock = losses(case, device, "TRL")
+    stock = losses(checked(case), device, "TRL")
     trainer = dpo_trainer(case, device)
     inputs = batch(case, case.length, device)
     reports: dict[str, dict] = {}
     for name in PROVIDERS:
-        off = max(abs(a - b) / abs(b) for a, b in zip(losses(case, device, name), stock))
-        reports[name] = {"loss off by": off}
-        if not off <= rounding(case):
-            reports[name]["wrong"] = f"losses differ from TRL's by {off:.1e}"
-            continue
-
-        def peak(length: int) -> int:
-            of = batch(case, length, device)
-            return counting.peak_bytes(lambda: step(trainer, of), device)
-
-        with provided(name):
-            reports[name]["peak bytes"] = peak(case.length)
-            reports[name]["longest"] = longest(lambda n: peak(n) <= case.memory, most)
+        try:
+            reports[name] = examine(case, device, name, trainer, inputs, stock)
+        except Exception as error:  # one provider's failure must not take the others' figures
+            reports[name] = {"wrong": f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"}
     able = [name for name in PROVIDERS if "wrong" not in reports[name]]
     times: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(ROUNDS):  # in turns, so that drift hits all alike
@@ -179,6 +232,6 @@ def table(case: Training, reports: dict[str, dict]) -> str:
             lines.append(f"| {name} | | | | **wrong: {report['wrong']}** |")
         else:
             peak, seconds = report["peak bytes"] / 1e6, report["seconds a step"]
-            fits = f"{report['longest']}{' or more' * (report['longest'] == 8 * case.length)}"
+            fits = f"{report['longest']}{' or more' * (report['longest'] == case.most)}"
             lines.append(f"| {name} | {seconds:.3f} | {peak:.0f} | {fits} | {report['loss off by']:.0e} |")
     return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""What is run, in order: stages, and the units that each is made of. A unit is one process; what it finds is kept.
+
+The order is that of value for the minute: is it right, how fast is it, why, is it clean, what does a step gain.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")] * (str(ROOT / "benchmarks") not in sys.path)
+
+from evidence import prices  # noqa: E402
+
+
+class Stage(NamedTuple):
+    """A part of the evidence.
+
+    gate: later stages wait for it, and do not run while one of its units is red. jobs: how many of its units run at
+    once: more than one only where nothing is timed. log: the file of OUT that its output goes to.
+    """
+
+    name: str
+    about: str
+    log: str
+    gate: bool = False
+    jobs: int = 1
+    peers: bool = False  # the peers' wheels are on PYTHONPATH
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("tests", "the tests that run on the GPU", "tests.log", gate=True, jobs=12),
+        Stage("selfcheck", "every op against float64", "tests.log", gate=True, jobs=3),
+        Stage("benchmark", "kernels, heads and peers beside their ceilings", "benchmark.log", peers=True),
+        Stage("shapes", "launch shapes of the kernels", "benchmark.log"),
+        Stage("ncu", "where bytes and instructions go", "ncu.log"),
+        Stage("sanitizer", "memcheck and racecheck", "sanitizer.log", jobs=2),
+        Stage("cuda", "kernels/cuda: build, check, one read against two passes", "benchmark.log"),
+        Stage("step", "DPO steps of whole models", "benchmark.log", peers=True),
+    )
+}
+
+
+REAL = "GPU"  # among what a unit needs: a GPU that runs machine code; a rehearsal or a CPU does not
+
+
+class Unit(NamedTuple):
+    """One process. Its result is what it writes as JSON; it is not run again once it has ended well.
+
+    arguments: of `python -m evidence.unit`. price: seconds expected on a machine. needs: programs of the CUDA toolkit
+    without which it cannot run, and REAL. memory: bytes of the GPU. alone: nothing else runs meanwhile.
+    """
+
+    stage: str
+    name: str
+    arguments: tuple[str, ...]
+    price: Callable[[prices.Machine], float]
+    needs: tuple[str, ...] = ()
+    memory: int = 0
+    alone: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.name}"
+
+
+# Files of tests that compute on helpers.DEVICE, and how many tests each has: those first that decide whether the
+# numbers are right.
+TESTS = {
+    "logps": 378, "schedules": 218, "kl": 141, "linear_kl": 150, "preference": 98, "policy_logits": 162, "gae": 184,
+    "strides": 56, "edges": 169, "infinities": 96, "sure_tokens": 59, "low_rank": 128, "small_batches": 63,
+    "chunked": 40, "found_by_fuzzing": 34, "determinism": 42, "ops": 58, "policy_logits_ops": 44, "invariances": 11,
+    "autograd": 334, "autograd_transforms": 443, "inplace_memory": 78, "opinfo": 5, "faults_backend": 16,
+    "faults_memory": 44, "planner": 88, "planner_peers": 36, "benchmarks": 22,
+}  # fmt: skip
+ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another stage
+    "cuda_host": "in the stage cuda", "faults_process": "processes", "interpreter": "Triton's interpreter",
+    "integrations_verl": "verl", "planner_parallel": "gloo processes", "evidence_report": "in the stage cuda",
+}  # fmt: skip
+UNCOUNTED = 40  # tests of a file that is not in TESTS yet
+LARGE = ("large", 28)  # tensors of more than 2^31 elements: alone
+SHARD = 120  # tests of a unit at most, so that units end within a minute
+TINY_TESTS = {"sure_tokens": 59, "chunked": 40}
+
+
+def device_tests() -> dict[str, int]:
+    """TESTS, and after them every other file of tests that imports DEVICE from helpers."""
+    others = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        name, text = path.stem.removeprefix("test_"), path.read_text(encoding="utf-8")
+        known = name in TESTS or name in ELSEWHERE or name == LARGE[0]
+        if not known and re.search(r"^from helpers import (?:\([^)]*|.*)\bDEVICE\b", text, re.M):
+            others.append(name)
+    return TESTS | dict.fromkeys(others, UNCOUNTED)
+
+
+def test_units(tiny: bool) -> list[Unit]:
+    units = []
+    for name, count in (TINY_TESTS if tiny else device_tests()).items():
+        parts = -(-count // SHARD)
+        for part in range(parts):
+            label = name if parts == 1 else f"{name}-{part + 1}of{parts}"
+            words = ("tests", f"tests/test_{name}.py", "--shard", f"{part}/{parts}")
+            units.append(
+                Unit("tests", label, words, lambda m, n=count / parts: prices.tests(m, n), memory=8 * prices.GIB)
+            )
+    if not tiny:
+        words = ("tests", f"tests/test_{LARGE[0]}.py")
+        units.append(
+            Unit("tests", LARGE[0], words, lambda m: prices.tests(m, LARGE[1]) + 10, memory=48 * prices.GIB, alone=True)
+        )
+    return units
+
+
+SELFCHECK_CHECKS = 20
+
+
+def selfcheck_units(tiny: bool) -> list[Unit]:
+    words = ("--suite", "tiny") if tiny else ()
+    dtypes = ("fp32",) if tiny else ("fp32", "bf16", "fp16")
+    return [
+        Unit(
+            "selfcheck", dtype, ("selfcheck", "--dtype", dtype, *words),
+            lambda m: prices.START + SELFCHECK_CHECKS * 0.8 * prices.FORM, memory=4 * prices.GIB,
+        )
+        for dtype in dtypes
+    ]  # fmt: skip
+
+
+def case_units(tiny: bool) -> list[Unit]:
+    """Heads and KLs of cases.py, each with some of the providers."""
+    from cases import WHO, evidence
+
+    suite = "tiny" if tiny else "gpu"
+    units = []
+    for case, who in evidence(suite):
+        held = case.tokens * case.vocabulary * (24 if case.task == "kl" else 12) + 14 * case.vocabulary * case.width
+        price = lambda m, c=case, names=WHO[who]: prices.head(m, c, names)  # noqa: E731
+        words = ("case", case.name, "--who", who, "--suite", suite)
+        units.append(Unit("benchmark", f"{case.name}.{who}", words, price, memory=held + 2 * prices.GIB))
+    return units
+
+
+ROW_FORMS = 14  # kernels that rows.py times for each vocabulary
+VOCABULARIES = (128256, 50257, 32000)
+LOGITS = 1 << 30  # numbers in the logits of a row pass: 2 GiB in bf16, far more than any cache
+
+
+def benchmark_units(tiny: bool) -> list[Unit]:
+    from cases import PRODUCTS
+
+    size = ("--suite", "tiny") if tiny else ()
+
+    def rows(dtype: str, itemsize: int, vocabularies: tuple[int, ...]) -> Unit:
+        words = ("rows", "--dtype", dtype, "--vocabularies", *map(str, vocabularies), *size)
+        forms = ROW_FORMS * len(vocabularies)
+        price = lambda m: prices.rows(m, forms, LOGITS, itemsize)  # noqa: E731
+        return Unit("benchmark", f"rows-{dtype}", words, price, memory=7 * LOGITS * itemsize)
+
+    price = lambda m: prices.gemms(m, PRODUCTS["gpu"])  # noqa: E731
+    ceilings = Unit("benchmark", "ceilings", ("ceilings", *size), price, memory=16 * prices.GIB)
+    rest = case_units(tiny)
+    few = (500,) if tiny else VOCABULARIES
+    return [ceilings, rows("bf16", 2, few), *rest, rows("fp32", 4, few[:1])]
+
+
+def shapes_units(tiny: bool) -> list[Unit]:
+    words = ("shapes", *(("--suite", "tiny") if tiny else ()))
+    return [Unit("shapes", "all", words, lambda m: prices.START + 50 * prices.FORM, memory=8 * prices.GIB)]
+
+
+NCU_GROUPS = {"statistics": 5, "gradient": 6, "kl": 6, "policy": 2}  # and how many launches ncu sees of each
+SANITIZED = {"from_logits": 10, "linear": 8, "parts": 6}  # and how many checks each has
+
+
+def sanitized(stage: str, group: str, checks: int, size: tuple[str, ...], *needs: str) -> list[Unit]:
+    """memcheck and racecheck of a group of ops."""
+    price = lambda m: prices.SANITIZED_START + checks * prices.SANITIZED_CHECK  # noqa: E731
+    needs = (REAL, "compute-sanitizer", *needs)
+    return [
+        Unit(stage, f"{tool}-{group}", ("sanitizer", tool, group, *size), price, needs, 4 * prices.GIB)
+        for tool in ("memcheck", "racecheck")
+    ]
+
+
+def tool_units(stage: str, tiny: bool) -> list[Unit]:
+    size = ("--suite", "tiny") if tiny else ()
+    if stage == "ncu":
+        price = lambda n: lambda m: prices.START + n * (prices.FORM + prices.NCU_FORM)  # noqa: E731
+        return [
+            Unit(stage, group, ("ncu", group, *size), price(count), (REAL, "ncu"), 8 * prices.GIB)
+            for group, count in NCU_GROUPS.items()
+        ]
+    return [u for group, count in SANITIZED.items() for u in sanitized(stage, group, count, size)]
+
+
+def cuda_units(tiny: bool) -> list[Unit]:
+    size = ("--suite", "tiny") if tiny else ()
+    timed = 3 * 8  # vocabularies, ways
+    return [
+        Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, (REAL, "nvcc")),
+        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 102) / 2, (REAL, "nvcc")),
+        Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, (REAL, "nvcc"), 4 * prices.GIB),
+        Unit(
+            "cuda", "one-read", ("one-read", *size), lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,
+            (REAL, "nvcc"), 10 * LOGITS,
+        ),
+        *sanitized("cuda", "cuda", 2, size, "nvcc"),
+    ]  # fmt: skip
+
+
+STEP_LENGTHS = 6  # lengths that are tried for the longest sequence
+
+
+def step_units(tiny: bool) -> list[Unit]:
+    from training import suite
+
+    units = []
+    for case in suite("tiny" if tiny else "gpu"):
+        words = ("--suite", "tiny" if tiny else "gpu")
+        held = 20 * case.parameters + case.memory
+        trl = lambda m, c=case: prices.step(m, c, 3, STEP_LENGTHS)  # noqa: E731
+        own = lambda m, c=case: prices.step(m, c, 1, STEP_LENGTHS)  # noqa: E731
+        units.append(Unit("step", f"trl-{case.name}", ("step-trl", case.name, *words), trl, memory=held))
+        units.append(Unit("step", f"example-{case.name}", ("step-example", case.name, *words), own, memory=held))
+    return units
+
+
+def units_of(stage: str, tiny: bool = False) -> list[Unit]:
+    """The units of a stage in order."""
+    if stage in ("ncu", "sanitizer"):
+        return tool_units(stage, tiny)
+    makers = {
+        "tests": test_units, "selfcheck": selfcheck_units, "benchmark": benchmark_units, "shapes": shapes_units,
+        "cuda": cuda_units, "step": step_units,
+    }  # fmt: skip
+    return makers[stage](tiny)
+
+
+def plan_units(stages: tuple[str, ...], tiny: bool = False) -> list[Unit]:
+    """All units of these stages, in the order of `STAGES`."""
+    return [unit for name in STAGES if name in stages for unit in units_of(name, tiny)]
