@@ -55,18 +55,38 @@ def load(name: str) -> types.ModuleType:
 
 
 class Case(NamedTuple):
-    """A kernel with its compile-time arguments; aligned: the vocabulary and the strides are multiples of 16."""
+    """A kernel with its compile-time arguments. Block and warps: where None, as kernels/triton/launch.py has them.
+
+    aligned: the vocabulary and the strides are multiples of 16. columns: of a program, where None all of a row.
+    """
 
     name: str
     module: str
     kernel: str
     dtype: str
     constants: dict
-    block: int = 4096
-    warps: int = 8
+    block: int | None = None
+    warps: int | None = None
     aligned: bool = True
     group: int | None = None  # 1: rows of several tensors that begin elsewhere
-    columns: int | None = None  # of a program; else the vocabulary, or one block where there is no loop
+    columns: int | None = None
+
+
+# The kernels that have another name in the table of launch shapes, or none.
+TABLE_NAMES = {"scan_parts_kernel": "statistics", "merge_parts_kernel": "statistics"}
+
+
+def shaped(case: Case, arch: str) -> Case:
+    """The case with its block, warps and columns."""
+    launch = load("launch")
+    name = TABLE_NAMES.get(case.kernel, case.kernel.removesuffix("_kernel"))
+    if name not in launch.SHAPES:
+        return case
+    block, warps, turns = launch.shape_for(name, f"sm_{arch}")
+    case = case._replace(block=case.block or block, warps=case.warps or warps)
+    if turns and "TURNS" in getattr(load(case.module), case.kernel).arg_names:
+        case.constants["TURNS"] = turns
+    return case._replace(columns=case.columns or (turns * case.block or None))
 
 
 NO_GRADIENTS = {"g_logps_ptr": None, "g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
@@ -79,7 +99,9 @@ def statistics_cases(dtype: str) -> list[Case]:
         flags = {"OUTPUTS": outputs}
         out.append(Case(f"statistics, {label}", "statistics", "statistics_kernel", dtype, flags))
         if dtype == "bf16" or outputs == 63:
-            out.append(Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags))
+            out.append(
+                Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags, columns=16384)
+            )
             lanes = {"LANES": 64, **flags}
             out.append(Case(f"merge of parts, {label}", "statistics", "merge_parts_kernel", dtype, lanes, warps=1))
         if dtype == "bf16" and outputs != 63:
@@ -126,7 +148,7 @@ def kl_cases(dtype: str) -> list[Case]:
         out.append(Case("kl gradient, reverse, other phase", "kl", "kl_gradient_kernel", dtype, flags, **shape))
     return [
         *out,
-        Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}, block=2048),
+        Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}),
     ]
 
 
@@ -143,14 +165,14 @@ def shards_cases() -> list[Case]:
 
 
 def policy_cases(dtype: str) -> list[Case]:
-    out = [Case("scale", "policy", "scale_kernel", dtype, {"BLOCKS": 16})]
+    out = [Case("scale", "policy", "scale_kernel", dtype, {})]
     bare = {"KL_KIND": None, "KL_TIMES_RATIO": False, "ref_ptr": None}
     forms = {"clip": bare, "clip, k3": {"KL_KIND": "k3", "KL_TIMES_RATIO": True}}
     if dtype == "bf16":
         forms |= {"weight": bare | {"old_ptr": None}, "gate, k2": {"KL_KIND": "k2", "KL_TIMES_RATIO": True}}
     for name, constants in forms.items():
         for overwrite in (False, True):
-            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, **constants}
+            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, "WITH_ENTROPY": False, **constants}
             label = f"policy, {name}" + (", and its gradient" if overwrite else "")
             out.append(Case(label, "policy", "policy_kernel", dtype, flags))
     return out
@@ -172,7 +194,7 @@ def cases() -> list[Case]:
             out.append(Case(name, "preference", "dpo_kernel", "fp32", constants, block=1024, warps=4))
     out += shards_cases()
     for name, constants in {"gae": {"mask_ptr": None, "last_ptr": None}, "gae, masked, last values": {}}.items():
-        out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024))
+        out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024, warps=8))
     return out
 
 
@@ -210,6 +232,7 @@ def compile_case(case: Case, arch: str):
 
     An argument that the kernel does not specialise on is a multiple of nothing, as at run time.
     """
+    case = shaped(case, arch)
     kernel = getattr(load(case.module), case.kernel)
     names = list(kernel.arg_names)
     types_, constants = signature(case, names)
@@ -271,7 +294,7 @@ def speed(case: Case, arch: str, registers: int, shared: int, code: model.Code, 
         return {}
     rest = beside(code, chosen)
     looped = bool(model.loops(code))
-    columns = case.columns or (vocabulary if looped else case.block)
+    columns = (case.columns or vocabulary) if looped else case.block
     gpus = {name: gpu for name, gpu in model.GPUS.items() if gpu.arch == arch}
     any_gpu = next(iter(gpus.values()))
     held = model.residents(registers, case.warps, shared, any_gpu)
@@ -291,6 +314,7 @@ def speed(case: Case, arch: str, registers: int, shared: int, code: model.Code, 
 
 def figures(case: Case, arch: str, disassembled: bool, vocabulary: int) -> dict:
     """One row of the table; what does not compile says why. Without a disassembly there are registers and spills."""
+    case = shaped(case, arch)
     row = {"kernel": case.name, "dtype": case.dtype, "arch": arch if arch.startswith("gfx") else f"sm_{arch}"}
     try:
         compiled = compile_case(case, arch)
@@ -382,7 +406,7 @@ def main() -> None:
         print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
     else:
         print(report(rows))
-        cuda = nvcc.figures()
+        cuda = "only Triton's are asked for" if args.kernel else nvcc.figures()
         print("\n" + (f"CUDA kernels: not compiled, {cuda}" if isinstance(cuda, str) else report_cuda(cuda)))
 
 

@@ -7,7 +7,7 @@ A model, not a measurement. A kernel reaches the smallest of three shares:
     flight    what one program takes alone: every wait for memory lasts LATENCY, every instruction ISSUE cycles
 
 The waits come from the assembly: a load is waited for where its register is first read, and what was asked for before
-that is in flight together. Loads that an earlier turn of a loop has issued are waited for only as long as they still need.
+that is in flight together. What an earlier turn of a loop has asked for is waited for only as long as it still takes.
 """
 
 from __future__ import annotations
