@@ -68,7 +68,7 @@ class Case(NamedTuple):
     block: int | None = None
     warps: int | None = None
     aligned: bool = True
-    group: int | None = None  # 1: rows of several tensors that begin elsewhere
+    group: int | None = None  # 1: rows of logits and gradient that begin elsewhere
     columns: int | None = None
 
 
@@ -142,10 +142,9 @@ def kl_cases(dtype: str) -> list[Case]:
             out.append(Case(f"kl, {name}", "kl", "kl_kernel", dtype, flags))
             out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
     if dtype == "bf16":
-        flags = {"DIRECTION": "reverse", "LABELS": True, "ref_inner": None}
-        shape = {"aligned": False, "group": 1}
-        out.append(Case("kl, reverse, other phase", "kl", "kl_kernel", dtype, flags, block=1024, **shape))
-        out.append(Case("kl gradient, reverse, other phase", "kl", "kl_gradient_kernel", dtype, flags, **shape))
+        flags = {"DIRECTION": "reverse", "LABELS": True, "ref_inner": None, "SAME": False}
+        out.append(Case("kl, reverse, other phase", "kl", "kl_kernel", dtype, flags, aligned=False))
+        out.append(Case("kl gradient, reverse, other phase", "kl", "kl_gradient_kernel", dtype, flags, aligned=False))
     return [
         *out,
         Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}),
@@ -205,7 +204,7 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
         constants.pop("inner")
     elif "inner" in names:
         constants["inner"] = None
-    constants |= {"BLOCK": case.block, "GROUP": case.group or 16 // ITEMSIZE[case.dtype]}
+    constants = {"SAME": True} | constants | {"BLOCK": case.block, "GROUP": case.group or 16 // ITEMSIZE[case.dtype]}
     constants = {name: value for name, value in constants.items() if name in names}
 
     def kind(name: str) -> str:

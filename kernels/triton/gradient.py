@@ -92,11 +92,11 @@ def gradient_kernel(
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Rows on grid axis 0, a row's programs on axis 1; labels count from the vocabulary's column `first_col` on."""
-    row = tl.program_id(0)
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row) - first_col
     shift = tl.load(saved_ptr + row)
-    norm = tl.load(saved_ptr + tl.num_programs(0) + row)
-    logp = tl.load(saved_ptr + 2 * tl.num_programs(0) + row)
+    norm = tl.load(saved_ptr + n_rows + row)
+    logp = tl.load(saved_ptr + 2 * n_rows + row)
     zero = tl.full((), 0.0, tl.float32)
     entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
     if g_logps_ptr is not None:
@@ -189,7 +189,7 @@ def from_basis_kernel(
     if g_logps_ptr is not None:
         g_logp = tl.load(g_logps_ptr + row)
     if g_entropy_ptr is not None:
-        norm = tl.load(saved_ptr + tl.num_programs(0) + row)
+        norm = tl.load(saved_ptr + tl.num_programs(0).to(tl.int64) + row)
         entropy = tl.load(entropy_ptr + row)
         g_entropy = tl.load(g_entropy_ptr + row)
     if g_lse_ptr is not None:

@@ -73,16 +73,16 @@ def mixture_terms(x_pointers, ref_pointers, mask, sides, scale, inner, ref_scale
 @triton.jit
 def mixture_sums(
     x_row, ref_row, n_cols, sides, scale, inner, ref_scale, ref_inner, WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """(KL(p || m), KL(q || m)) in base 2 of m = weight q + (1 - weight) p; sides: shift, norm, ref_shift, ref_norm.
 
-    Whole groups begin at GROUP's boundary, as in `scan_pair`.
+    Whole groups begin at 16-byte boundaries, as in `scan_pair`.
     """
     lead, body = whole_groups(x_row, n_cols, GROUP)
-    x_body, ref_body = x_row + lead, ref_row + lead
-    if GROUP > 1:
-        x_body, ref_body = tl.multiple_of(x_body, 16), tl.multiple_of(ref_body, 16)
+    x_body, ref_body = tl.multiple_of(x_row + lead, 16), ref_row + lead
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
     offsets = group_offsets(BLOCK, GROUP)
     of_p, of_q = tl.zeros([BLOCK // GROUP], tl.float32), tl.zeros([BLOCK // GROUP], tl.float32)
     for start in tl.range(0, body, BLOCK):
@@ -111,7 +111,7 @@ def kl_kernel(
     x_ptr, ref_ptr, label_ptr, tokens_ptr,
     inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
     ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """One program a row of x and ref; label < 0: nothing is read, zeros are written. LABELS: with log-probs, entropy.
 
@@ -126,7 +126,7 @@ def kl_kernel(
     scale, ref_scale = outer * LOG2E, ref_outer * LOG2E
     out = tokens_ptr + row
     pair = scan_pair(
-        x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP
+        x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP, SAME
     )
     if LABELS:
         target = tl.where(valid, label, 0)
@@ -150,7 +150,18 @@ def kl_kernel(
     else:
         sides = shift, norm, ref_shift, ref_norm
         of_p, of_q = mixture_sums(
-            x_row, ref_row, columns, sides, scale, inner, ref_scale, ref_inner, DIRECTION, BLOCK // 2, GROUP
+            x_row,
+            ref_row,
+            columns,
+            sides,
+            scale,
+            inner,
+            ref_scale,
+            ref_inner,
+            DIRECTION,
+            BLOCK // 2,
+            GROUP,
+            SAME,
         )
         kl = (DIRECTION * of_q + (1.0 - DIRECTION) * of_p) * LN2
         center = of_p * LN2
@@ -170,7 +181,7 @@ def mixture_kernel(
     x_ptr, ref_ptr, tokens_ptr, sums_ptr,
     inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
     ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner,
-    WEIGHT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """One program a row: sums [2, rows] over these columns, with the shifts and norms of whole rows in tokens."""
     row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
@@ -184,7 +195,7 @@ def mixture_kernel(
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     columns = tl.where(norm != float("inf"), n_cols, 0)
     of_p, of_q = mixture_sums(
-        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, WEIGHT, BLOCK, GROUP
+        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, WEIGHT, BLOCK, GROUP, SAME
     )
     tl.store(sums_ptr + row, of_p * LN2)
     tl.store(sums_ptr + n_rows + row, of_q * LN2)
@@ -202,9 +213,9 @@ def same_phase(logits, ref_logits) -> bool:
 
 
 def pair_shape(kernel: str, logits, ref_logits) -> dict:
-    """The launch shape of a scan of both; of columns one by one where 16-byte boundaries are not the same in both."""
+    """The launch shape of a scan of both. SAME: the rows of both reach 16-byte boundaries in the same columns."""
     shape = launch_shape(kernel, logits.shape[2], logits.element_size(), logits.device)
-    return shape if same_phase(logits, ref_logits) else shape | {"GROUP": 1, "BLOCK": min(1024, shape["BLOCK"])}
+    return shape | {"SAME": same_phase(logits, ref_logits)}
 
 
 def mixture(logits, ref_logits, tokens, scaling, ref_scaling, weight):
@@ -290,7 +301,7 @@ def kl_gradient_kernel(
     x_ptr, ref_ptr, out_ptr, label_ptr, tokens_ptr, grads_ptr,
     inner_rows, n_cols, x_stride_outer, x_stride_inner, ref_stride_outer, ref_stride_inner, out_stride_outer,
     out_stride_inner, outer, inner, ref_outer, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Rows on grid axis 0, a row's programs on axis 1. grads [3, N]: of the KL, the log-prob, the entropy."""
     row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
@@ -319,8 +330,9 @@ def kl_gradient_kernel(
     lead, body = whole_groups(out_row, n_cols, GROUP)
     x_body, ref_body, out_body = x_row + lead, ref_row + lead, out_row + lead
     if GROUP > 1:  # 16 bytes a load and a store
-        x_body, ref_body = tl.multiple_of(x_body, 16), tl.multiple_of(ref_body, 16)
-        out_body = tl.multiple_of(out_body, 16)
+        x_body, out_body = tl.multiple_of(x_body, 16), tl.multiple_of(out_body, 16)
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
     ref_scale = ref_outer * LOG2E
     offsets = tl.arange(0, BLOCK)
     for start in tl.range(tl.program_id(1) * BLOCK, body, tl.num_programs(1) * BLOCK):
@@ -346,8 +358,7 @@ def kl_gradient(logits, ref_logits, labels, tokens, grads, scaling, ref_scaling,
     grads[3, N] fp32: of the KL, and, read only with labels, of the log-prob and the entropy.
     """
     grid, shape = gradient_shape("kl_gradient", logits, out)
-    if not same_phase(logits, ref_logits):
-        shape["GROUP"] = 1
+    shape["SAME"] = shape["GROUP"] > 1 and same_phase(logits, ref_logits)
     if logits.numel():
         kl_gradient_kernel[grid](
             logits, ref_logits, out, labels, tokens, grads, logits.shape[1], logits.shape[2],

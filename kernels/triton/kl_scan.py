@@ -99,17 +99,19 @@ def fold_pair_beside(
 @triton.jit
 def scan_pair(
     x_row, ref_row, label, n_cols, scale, inner, ref_scale, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """The state of one whole row of either side; n_cols = 0 reads nothing. Whole groups begin at GROUP's boundary.
+    """The state of one whole row of either side; n_cols = 0 reads nothing.
+
+    Whole groups begin at x's 16-byte boundaries. SAME: and at the reference's.
 
     LABELS: without the label's column, and with the sum that the entropy takes.
     """
     offsets = group_offsets(BLOCK, GROUP)
     lead, body = whole_groups(x_row, n_cols, GROUP)
-    x_body, ref_body = x_row + lead, ref_row + lead
-    if GROUP > 1:
-        x_body, ref_body = tl.multiple_of(x_body, 16), tl.multiple_of(ref_body, 16)
+    x_body, ref_body = tl.multiple_of(x_row + lead, 16), ref_row + lead
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
     full = body // BLOCK * BLOCK
     label = label.to(tl.int32)
     at, hole = label - lead, full

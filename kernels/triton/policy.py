@@ -57,7 +57,7 @@ def policy_kernel(
 
     WITH_ENTROPY: entropy_coef is not 0.
     """
-    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)

@@ -37,7 +37,7 @@ def row_logp(row_ptr, label, valid, n_cols, scale, inner, BLOCK: tl.constexpr, G
 @triton.jit
 def write_pair(tokens_ptr, row, n_rows, of_policy, shift, norm, logp):
     """What one program has of its row: of the policy's all three, of the reference's its log-prob."""
-    tokens = tokens_ptr + row
+    tokens, n_rows = tokens_ptr + row, tl.cast(n_rows, tl.int64)
     if of_policy:
         tl.store(tokens + SHIFT * n_rows, shift)
         tl.store(tokens + NORM * n_rows, norm)
@@ -108,6 +108,7 @@ def sequence_sums(
     KL: tl.constexpr, REF_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(sum of policy log-probs, of reference log-probs, of the KL, number of tokens) of one sequence; writes its KL."""
+    n_rows = tl.cast(n_rows, tl.int64)
     zeros = tl.zeros([BLOCK], tl.float32)
     policy, reference, kl, count = zeros, zeros, zeros, zeros
     for start in tl.range(0, length, BLOCK):
@@ -137,7 +138,7 @@ def dpo_kernel(
 ):  # fmt: skip
     """One program a pair: L = -(1 - e) log s(h) - e log s(-h), h = beta ((c - c_ref) - (r - r_ref)), s the sigmoid."""
     pair = tl.program_id(0)
-    pairs = tl.num_programs(0)
+    pairs = tl.num_programs(0).to(tl.int64)
     chosen, ref_chosen, kl_c, count_c = sequence_sums(
         pair, label_ptr, tokens_ptr, ref_ptr, kl_ptr, n_rows, length, ignore_index, KL, REF_SUMS, BLOCK
     )
@@ -194,9 +195,9 @@ def dpo_gradient_kernel(
 ):  # fmt: skip
     """Rows on grid axis 0, a row's programs on axis 1. weights: (d loss / d one pair's loss, d loss / d one KL)."""
     row = tl.program_id(0)
-    n_rows = tl.num_programs(0)
     sequence = row // length
-    n_pairs = n_rows // length // 2
+    n_pairs = tl.num_programs(0) // length // 2
+    n_rows = tl.num_programs(0).to(tl.int64)
     pair = sequence % n_pairs
     zero = tl.full((), 0.0, tl.float32)
     g_loss = zero

@@ -275,7 +275,7 @@ def statistics_kernel(
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     state = scan_row(row_ptr, label, tl.where(valid, n_cols, 0), outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP)
     write_row(
-        row, tl.num_programs(0), row_ptr, label, valid, n_cols, state, outer, inner,
+        row, tl.num_programs(0).to(tl.int64), row_ptr, label, valid, n_cols, state, outer, inner,
         logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS,
     )  # fmt: skip
 
@@ -298,8 +298,8 @@ def scan_parts_kernel(
     shift, d, t, q, m, before, total = scan_part(
         row_ptr, label, tl.where(valid, n_cols, 0), begin, part_cols, outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP
     )
-    field = tl.num_programs(0) * tl.num_programs(1)
-    out = parts_ptr + row * tl.num_programs(1) + part
+    field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    out = parts_ptr + row.to(tl.int64) * tl.num_programs(1) + part
     tl.store(out, shift)
     tl.store(out + field, d)
     tl.store(out + 2 * field, t)
@@ -320,13 +320,13 @@ def merge_parts_kernel(
 ):  # fmt: skip
     """One program a row: the states of its n_parts <= LANES parts into its results, as `statistics_kernel` has them."""
     row = tl.program_id(0)
-    n_rows = tl.num_programs(0)
+    n_rows = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     lanes = tl.arange(0, LANES)
     mask = lanes < n_parts
     field = n_rows * n_parts
-    source = parts_ptr + row * n_parts + lanes
+    source = parts_ptr + row.to(tl.int64) * n_parts + lanes
     state = merge((
         tl.load(source, mask=mask, other=LOWEST), tl.load(source + field, mask=mask, other=0.0),
         tl.load(source + 2 * field, mask=mask, other=0.0), tl.load(source + 3 * field, mask=mask, other=0.0),
