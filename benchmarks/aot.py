@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
+import aot_model as model
 import nvcc
 import triton
 from triton.backends.compiler import GPUTarget
@@ -54,16 +55,38 @@ def load(name: str) -> types.ModuleType:
 
 
 class Case(NamedTuple):
-    """A kernel with its compile-time arguments; aligned: the vocabulary and the strides are multiples of 16."""
+    """A kernel with its compile-time arguments. Block and warps: where None, as kernels/triton/launch.py has them.
+
+    aligned: the vocabulary and the strides are multiples of 16. columns: of a program, where None all of a row.
+    """
 
     name: str
     module: str
     kernel: str
     dtype: str
     constants: dict
-    block: int = 4096
-    warps: int = 8
+    block: int | None = None
+    warps: int | None = None
     aligned: bool = True
+    group: int | None = None  # 1: rows of logits and gradient that begin elsewhere
+    columns: int | None = None
+
+
+# The kernels that have another name in the table of launch shapes, or none.
+TABLE_NAMES = {"scan_parts_kernel": "statistics", "merge_parts_kernel": "statistics"}
+
+
+def shaped(case: Case, arch: str) -> Case:
+    """The case with its block, warps and columns."""
+    launch = load("launch")
+    name = TABLE_NAMES.get(case.kernel, case.kernel.removesuffix("_kernel"))
+    if name not in launch.SHAPES:
+        return case
+    block, warps, turns = launch.shape_for(name, f"sm_{arch}")
+    case = case._replace(block=case.block or block, warps=case.warps or warps)
+    if turns and "TURNS" in getattr(load(case.module), case.kernel).arg_names:
+        case.constants["TURNS"] = turns
+    return case._replace(columns=case.columns or (turns * case.block or None))
 
 
 NO_GRADIENTS = {"g_logps_ptr": None, "g_entropy_ptr": None, "g_lse_ptr": None, "entropy_ptr": None}
@@ -76,7 +99,9 @@ def statistics_cases(dtype: str) -> list[Case]:
         flags = {"OUTPUTS": outputs}
         out.append(Case(f"statistics, {label}", "statistics", "statistics_kernel", dtype, flags))
         if dtype == "bf16" or outputs == 63:
-            out.append(Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags))
+            out.append(
+                Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags, columns=16384)
+            )
             lanes = {"LANES": 64, **flags}
             out.append(Case(f"merge of parts, {label}", "statistics", "merge_parts_kernel", dtype, lanes, warps=1))
         if dtype == "bf16" and outputs != 63:
@@ -92,6 +117,8 @@ def gradient_cases(dtype: str) -> list[Case]:
         if dtype == "bf16":
             name = f"gradient, {label}, V=50257"
             out.append(Case(name, "gradient", "gradient_kernel", dtype, constants, aligned=False))
+            name = f"gradient, {label}, other phase"
+            out.append(Case(name, "gradient", "gradient_kernel", dtype, constants, aligned=False, group=1))
         if label != "basis":
             out.append(Case(f"gradient from the basis, {label}", "gradient", "from_basis_kernel", dtype, constants))
     return out
@@ -114,9 +141,13 @@ def kl_cases(dtype: str) -> list[Case]:
             name = ("js" if direction == 0.5 else direction) + (", log-probs and entropy" if labels else "")
             out.append(Case(f"kl, {name}", "kl", "kl_kernel", dtype, flags))
             out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
+    if dtype == "bf16":
+        flags = {"DIRECTION": "reverse", "LABELS": True, "ref_inner": None, "SAME": False}
+        out.append(Case("kl, reverse, other phase", "kl", "kl_kernel", dtype, flags, aligned=False))
+        out.append(Case("kl gradient, reverse, other phase", "kl", "kl_gradient_kernel", dtype, flags, aligned=False))
     return [
         *out,
-        Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}, block=2048),
+        Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}),
     ]
 
 
@@ -133,14 +164,14 @@ def shards_cases() -> list[Case]:
 
 
 def policy_cases(dtype: str) -> list[Case]:
-    out = [Case("scale", "policy", "scale_kernel", dtype, {"BLOCKS": 16})]
+    out = [Case("scale", "policy", "scale_kernel", dtype, {})]
     bare = {"KL_KIND": None, "KL_TIMES_RATIO": False, "ref_ptr": None}
     forms = {"clip": bare, "clip, k3": {"KL_KIND": "k3", "KL_TIMES_RATIO": True}}
     if dtype == "bf16":
         forms |= {"weight": bare | {"old_ptr": None}, "gate, k2": {"KL_KIND": "k2", "KL_TIMES_RATIO": True}}
     for name, constants in forms.items():
         for overwrite in (False, True):
-            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, **constants}
+            flags = {"KIND": name.split(",")[0], "OVERWRITE": overwrite, "WITH_ENTROPY": False, **constants}
             label = f"policy, {name}" + (", and its gradient" if overwrite else "")
             out.append(Case(label, "policy", "policy_kernel", dtype, flags))
     return out
@@ -162,7 +193,7 @@ def cases() -> list[Case]:
             out.append(Case(name, "preference", "dpo_kernel", "fp32", constants, block=1024, warps=4))
     out += shards_cases()
     for name, constants in {"gae": {"mask_ptr": None, "last_ptr": None}, "gae, masked, last values": {}}.items():
-        out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024))
+        out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024, warps=8))
     return out
 
 
@@ -173,7 +204,7 @@ def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
         constants.pop("inner")
     elif "inner" in names:
         constants["inner"] = None
-    constants |= {"BLOCK": case.block, "GROUP": 16 // ITEMSIZE[case.dtype]}
+    constants = {"SAME": True} | constants | {"BLOCK": case.block, "GROUP": case.group or 16 // ITEMSIZE[case.dtype]}
     constants = {name: value for name, value in constants.items() if name in names}
 
     def kind(name: str) -> str:
@@ -200,6 +231,7 @@ def compile_case(case: Case, arch: str):
 
     An argument that the kernel does not specialise on is a multiple of nothing, as at run time.
     """
+    case = shaped(case, arch)
     kernel = getattr(load(case.module), case.kernel)
     names = list(kernel.arg_names)
     types_, constants = signature(case, names)
@@ -225,51 +257,63 @@ def dump(cubin: bytes, *what: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(\S.*?);", re.M)
-VECTOR_STORE = re.compile(r"\bSTG\.E\S*\.128")
-JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+OPERANDS = {"kl_kernel": 2, "kl_gradient_kernel": 2, "mixture_kernel": 2}  # logits a column; else 1
+NO_LOGITS = ("dpo_kernel", "gae_kernel")  # and the merges: their work does not grow with the vocabulary
+SECOND_PASS = ("policy_kernel", "kl_kernel")  # the last loop of these may be another one than the first
 
 
-def instructions(assembly: str) -> list[tuple[int, str]]:
-    """(address, text) of each."""
-    return [(int(m[1], 16), m[2]) for m in INSTRUCTION.finditer(assembly)]
+def passes(case: Case, code: model.Code) -> list[model.Pass]:
+    """The loops that a program runs over its columns, one after another; of two alike the longer one."""
+    if case.kernel in NO_LOGITS or case.kernel.startswith("merge_"):
+        return []
+    found = model.loops(code)
+    second = case.constants.get("OVERWRITE") or case.constants.get("DIRECTION") == 0.5
+    if not found:
+        path = model.vector_path(code)
+        return [model.Pass(path, case.block)] if path else []
+    chosen = [found[0], found[-1]] if case.kernel in SECOND_PASS and second else [max(found, key=len)]
+    per_column = ITEMSIZE[case.dtype] * OPERANDS.get(case.kernel, 1)
+    loaded = [model.moved(loop, model.LOAD) + model.moved(loop, model.COPY) for loop in chosen]
+    return [model.Pass(loop, size * case.warps * 32 // per_column) for loop, size in zip(chosen, loaded)]
 
 
-def main_loop(code: list[tuple[int, str]]) -> int:
-    """Instructions in the longest loop, 0 without one: a loop is what a backward branch encloses."""
-    lengths = [0]
-    for end, text in code:
-        jump = JUMP.search(text)
-        if jump and int(jump[1], 16) < end:
-            lengths.append(sum(int(jump[1], 16) <= address <= end for address, _ in code))
-    return max(lengths)
+def beside(code: model.Code, chosen: list[model.Pass]) -> model.Code:
+    """What a program runs once: all but the loops; of a kernel without one, what leads to its longest path."""
+    loops = model.loops(code)
+    if chosen and not loops:
+        return [line for line in code if line[0] < chosen[0].code[0][0]]
+    inside = {address for loop in loops for address, _ in loop}
+    return [line for line in code if line[0] not in inside]
 
 
-def vector_path(code: list[tuple[int, str]]) -> int:
-    """Instructions in the longest straight run of code that stores 128 bits: without what leads to it."""
-    targets = {int(jump[1], 16) for jump in (JUMP.search(text) for _, text in code) if jump}
-    runs: list[list[str]] = [[]]
-    for address, text in code:
-        if address in targets:
-            runs.append([])
-        runs[-1].append(text)
-        if re.match(r"BRA|EXIT|@!?U?P\d+ BRA", text):  # a predicated EXIT ends some threads, not the run
-            runs.append([])
-    return max(len(run) for run in [[], *runs] if not run or any(VECTOR_STORE.search(text) for text in run))
+def speed(case: Case, arch: str, registers: int, shared: int, code: model.Code, vocabulary: int) -> dict:
+    """What bears on speed, of the case's passes over its columns: of several the worst, instructions summed up."""
+    chosen = passes(case, code)
+    if not chosen:
+        return {}
+    rest = beside(code, chosen)
+    looped = bool(model.loops(code))
+    columns = (case.columns or vocabulary) if looped else case.block
+    gpus = {name: gpu for name, gpu in model.GPUS.items() if gpu.arch == arch}
+    any_gpu = next(iter(gpus.values()))
+    held = model.residents(registers, case.warps, shared, any_gpu)
+    in_flight = min(model.walk(one.code, any_gpu, 4).in_flight for one in chosen) * held * case.warps * 32
+    lanes = case.warps * 32
+    return {
+        "warps": held * case.warps,
+        "in_flight": in_flight,
+        "narrow_loads": sum("LDG.E" in text and ".128" not in text for one in chosen for _, text in one.code),
+        "instructions_per_element": round(sum(len(one.code) * lanes / one.columns for one in chosen), 2),
+        "instructions_once": len(rest),
+        "share": {
+            name: round(model.share(chosen, rest, columns, case.warps, held, gpu), 2) for name, gpu in gpus.items()
+        },
+    }
 
 
-def per_element(case: Case, code: list[tuple[int, str]]) -> float | None:
-    """Instructions a thread issues for each of its elements of logits."""
-    none = ("dpo_kernel", "gae_kernel", "scale_kernel")
-    if case.kernel in none or case.kernel.startswith("merge_") or case.constants.get("OVERWRITE"):
-        return None
-    scans = "statistics_kernel", "scan_parts_kernel", "pair_statistics_kernel", "kl_kernel", "mixture_kernel"
-    count = main_loop(code) if case.kernel in (*scans, "policy_kernel") else vector_path(code)
-    return round(count * case.warps * 32 / case.block, 2)
-
-
-def figures(case: Case, arch: str, disassembled: bool) -> dict:
+def figures(case: Case, arch: str, disassembled: bool, vocabulary: int) -> dict:
     """One row of the table; what does not compile says why. Without a disassembly there are registers and spills."""
+    case = shaped(case, arch)
     row = {"kernel": case.name, "dtype": case.dtype, "arch": arch if arch.startswith("gfx") else f"sm_{arch}"}
     try:
         compiled = compile_case(case, arch)
@@ -286,11 +330,25 @@ def figures(case: Case, arch: str, disassembled: bool) -> dict:
     row["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
     if not disassembled:
         return row
-    return row | {
+    code = model.instructions(assembly)
+    row |= {
+        "shared": compiled.metadata.shared,
         "loads_128bit": len(re.findall(r"\bLDG\.E\S*\.128", assembly)),
-        "stores_128bit": len(VECTOR_STORE.findall(assembly)),
-        "instructions_per_element": per_element(case, instructions(assembly)),
+        "stores_128bit": len(model.VECTOR_STORE.findall(assembly)),
     }
+    return row | speed(case, row["arch"], row["registers"], compiled.metadata.shared, code, vocabulary)
+
+
+def cell(row: dict, name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if name == "share":
+        return ", ".join(f"{gpu} {part:.2f}" for gpu, part in value.items())
+    if name == "in_flight":
+        needs = max(gpu.needs for gpu in model.GPUS.values() if gpu.arch == row["arch"])
+        return f"{value / 1024:.0f} KB, {value / needs:.1f} x"
+    return str(value)
 
 
 def report(rows: list[dict]) -> str:
@@ -300,10 +358,7 @@ def report(rows: list[dict]) -> str:
     if counted:
         names = [name for name in max(counted, key=len) if name != "compiles"]
         lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        lines += [
-            "| " + " | ".join("" if row.get(name) is None else str(row[name]) for name in names) + " |"
-            for row in counted
-        ]
+        lines += ["| " + " | ".join(cell(row, name) for name in names) + " |" for row in counted]
         lines.append("")
     for arch in dict.fromkeys(row["arch"] for row in rows):
         mine = [row for row in rows if row["arch"] == arch]
@@ -331,6 +386,8 @@ def main() -> None:
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
     parser.add_argument("--disassemble", nargs="*", help="only these of them: it takes most of the time")
     parser.add_argument("--json", action="store_true", help="print JSON, not a Markdown table")
+    parser.add_argument("--kernel", default="", metavar="REGEX", help='only these, e.g. "gradient.*bf16"')
+    parser.add_argument("--vocabulary", type=int, default=32000, help="columns of a row, for the predicted shares")
     args = parser.parse_args()
     began = time.monotonic()
     if unknown := set(args.disassemble or ()) - set(args.arch):
@@ -338,7 +395,8 @@ def main() -> None:
             f"--disassemble: got {', '.join(sorted(unknown))}; allowed are those of --arch: {' '.join(args.arch)}"
         )
     chosen = args.arch if args.disassemble is None else args.disassemble
-    work = [(case, arch, arch in chosen) for arch in args.arch for case in cases()]
+    mine = [case for case in cases() if re.search(args.kernel, f"{case.name}, {case.dtype}")]
+    work = [(case, arch, arch in chosen, args.vocabulary) for arch in args.arch for case in mine]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(figures, *zip(*work)))
     print(f"{len(rows)} kernels in {time.monotonic() - began:.0f} s", file=sys.stderr)
@@ -347,7 +405,7 @@ def main() -> None:
         print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
     else:
         print(report(rows))
-        cuda = nvcc.figures()
+        cuda = "only Triton's are asked for" if args.kernel else nvcc.figures()
         print("\n" + (f"CUDA kernels: not compiled, {cuda}" if isinstance(cuda, str) else report_cuda(cuda)))
 
 

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, row_start
-from .statistics import launch_shape, statistics
+from .launch import launch_shape, row_programs
+from .rowmath import FLOOR, LN2, LOG2E, edge_columns, expm1, load_scaled, row_start, whole_groups
+from .statistics import statistics
 
 
 @triton.jit
@@ -28,52 +29,59 @@ def label_gradient(logp, entropy, g_logp, g_entropy, g_lse):
 
 @triton.jit
 def gradient_columns(
-    x_block, out_block, read, write, target, dz_target, shift, norm, entropy, g_logp, g_entropy, g_lse, outer, inner,
-    BLOCK: tl.constexpr,
+    x_pointers, out_pointers, read, write, at_label, dz_label, row, grads, outer, inner, WITH_ENTROPY: tl.constexpr
 ):  # fmt: skip
-    """BLOCK columns of one row under their masks; column `target` of them (if it is one) gets dz_target."""
-    offsets = tl.arange(0, BLOCK)
-    y = load_scaled(x_block + offsets, read, inner)
+    """Some columns of one row under their masks, dz_label where at_label is. What is not read gets 0."""
+    shift, norm, entropy = row
+    weight, g_entropy = grads
+    y = load_scaled(x_pointers, read, inner)
     log2p = tl.fma(y, outer * LOG2E, -shift) - norm
-    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
-    dz = tl.exp2(log2p) * (g_lse - g_logp - g_entropy * (logp + entropy))
-    dz = tl.where(offsets == target, dz_target, dz)
+    if WITH_ENTROPY:
+        logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
+        weight = weight - g_entropy * (logp + entropy)
+    dz = tl.where(at_label, dz_label, tl.exp2(log2p) * weight)
     if inner is not None:
-        dz = dz * (1.0 - y * y) * inner
-    value = tl.where(read, dz * outer, 0.0)
-    tl.store(out_block + offsets, value.to(out_block.dtype.element_ty), mask=write)
+        dz = tl.where(read, dz * (1.0 - y * y) * inner, 0.0)
+    tl.store(out_pointers, (dz * outer).to(out_pointers.dtype.element_ty), mask=write)
 
 
 @triton.jit
-def gradient_block(
-    x_row, out_row, block, label, n_cols, shift, norm, logp, entropy, g_logp, g_entropy, g_lse, outer, inner,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+def gradient_row(
+    x_row, out_row, label, n_cols, first, step, shift, norm, logp, entropy, g_logp, g_entropy, g_lse, outer, inner,
+    WITH_ENTROPY: tl.constexpr, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of one row, logp its label's. They begin at 16-byte boundaries: the first may before 0."""
-    live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
-    start = block * BLOCK - before_row(out_row, GROUP)
-    here = (label >= start) & (label < start + BLOCK) & (label >= 0) & (label < n_cols) & live
-    dz_label = label_gradient(logp, entropy, g_logp, g_entropy, g_lse)
+    """Blocks first, first + step, ... of the columns of one row, logp its label's; BACKWARDS: counted from the end.
 
-    x_block, out_block = x_row + start, out_row + start
-    target = tl.where(here, label - start, -1)
-    end = tl.minimum(n_cols - start, BLOCK)
+    Blocks begin at 16-byte boundaries; the columns outside of them belong to the program whose `first` is 0. A row
+    that does not count is not read.
+    """
+    live = (norm != float("inf")) & ((g_logp != 0.0) | (g_entropy != 0.0) | (g_lse != 0.0))
+    dz_label = label_gradient(logp, entropy, g_logp, g_entropy, g_lse)
+    label = tl.where((label >= 0) & (label < n_cols) & live, label, -1).to(tl.int32)
+    # With these numbers a column that is not read, -inf, has the gradient 0, whatever the row's own are.
+    row = tl.where(live, shift, 0.0), tl.where(live, norm, 0.0), tl.where(live, entropy, 0.0)
+    grads = tl.where(live, g_lse - g_logp, 0.0), tl.where(live, g_entropy, 0.0)
+
+    lead, body = whole_groups(out_row, n_cols, GROUP)
+    x_body, out_body = x_row + lead, out_row + lead
+    if GROUP > 1:
+        x_body, out_body = tl.multiple_of(x_body, 16), tl.multiple_of(out_body, 16)
     offsets = tl.arange(0, BLOCK)
-    if (start >= 0) & (end % GROUP == 0):  # whole groups: 16 bytes a load and a store
-        if GROUP > 1:
-            x_block, out_block = tl.multiple_of(x_block, 16), tl.multiple_of(out_block, 16)
-        write = offsets < tl.multiple_of(end, GROUP)
+    last = tl.maximum(body - 1, 0) // BLOCK * BLOCK
+    for turn in tl.range(first * BLOCK, body, step * BLOCK):
+        start = tl.multiple_of(last - turn if BACKWARDS else turn, BLOCK)
+        end = tl.multiple_of(body - start, GROUP)
         read = offsets < tl.multiple_of(tl.where(live, end, 0), GROUP)
         gradient_columns(
-            x_block, out_block, read, write, target, dz_label, shift, norm, entropy, g_logp, g_entropy, g_lse, outer,
-            inner, BLOCK,
+            x_body + start + offsets, out_body + start + offsets, read, offsets < end,
+            offsets == label - lead - start, dz_label, row, grads, outer, inner, WITH_ENTROPY,
         )  # fmt: skip
-    else:
-        write = (offsets >= -start) & (offsets < end)
-        read = (offsets >= -start) & (offsets < tl.where(live, end, 0))
+    if (first == 0) & ((lead > 0) | (lead + body < n_cols)):
+        columns, inside = edge_columns(lead, body, n_cols, GROUP)
+        read = inside & (columns < tl.where(live, n_cols, 0))
         gradient_columns(
-            x_block, out_block, read, write, target, dz_label, shift, norm, entropy, g_logp, g_entropy, g_lse, outer,
-            inner, BLOCK,
+            x_row + columns, out_row + columns, read, inside, columns == label, dz_label, row, grads, outer,
+            inner, WITH_ENTROPY,
         )  # fmt: skip
 
 
@@ -83,12 +91,12 @@ def gradient_kernel(
     first_col, inner_rows, n_cols, x_stride_outer, x_stride_inner, out_stride_outer, out_stride_inner, outer, inner,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Rows on grid axis 0, blocks of columns on axis 1; labels count from the vocabulary's column `first_col` on."""
-    row = tl.program_id(0)
+    """Rows on grid axis 0, a row's programs on axis 1; labels count from the vocabulary's column `first_col` on."""
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row) - first_col
     shift = tl.load(saved_ptr + row)
-    norm = tl.load(saved_ptr + tl.num_programs(0) + row)
-    logp = tl.load(saved_ptr + 2 * tl.num_programs(0) + row)
+    norm = tl.load(saved_ptr + n_rows + row)
+    logp = tl.load(saved_ptr + 2 * n_rows + row)
     zero = tl.full((), 0.0, tl.float32)
     entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero
     if g_logps_ptr is not None:
@@ -102,23 +110,22 @@ def gradient_kernel(
         g_logp = zero + 1.0
     x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
     out_row = row_start(out_ptr, row, inner_rows, out_stride_outer, out_stride_inner)
-    block = tl.program_id(1)
-    gradient_block(
-        x_row, out_row, block, label, n_cols, shift, norm, logp, entropy, g_logp, g_entropy, g_lse, outer, inner, BLOCK,
-        GROUP,
+    gradient_row(
+        x_row, out_row, label, n_cols, tl.program_id(1), tl.num_programs(1), shift, norm, logp, entropy, g_logp,
+        g_entropy, g_lse, outer, inner, g_entropy_ptr is not None, False, BLOCK, GROUP,
     )  # fmt: skip
 
 
-def gradient_shape(logits: torch.Tensor, out: torch.Tensor) -> tuple[tuple[int, int], dict]:
+def gradient_shape(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> tuple[tuple[int, int], dict]:
     """(grid, launch shape). GROUP is 1, no alignment known, unless rows of both begin equally far from a boundary."""
     n_cols, group = logits.shape[2], 16 // out.element_size()
     offsets = [
         (t.data_ptr() // t.element_size() % group, t.stride(0) % group, t.stride(1) % group) for t in (logits, out)
     ]
+    shape = launch_shape(kernel, n_cols, out.element_size(), logits.device)
     if offsets[0] != offsets[1] or out.element_size() > logits.element_size():
-        group = 1
-    shape = launch_shape(n_cols, out.element_size()) | {"GROUP": group}
-    return (logits.shape[0] * logits.shape[1], triton.cdiv(n_cols + group - 1, shape["BLOCK"])), shape
+        shape["GROUP"] = 1
+    return (logits.shape[0] * logits.shape[1], row_programs(n_cols, shape["BLOCK"], shape.pop("TURNS"))), shape
 
 
 def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, inner, out, first_col=0):
@@ -126,7 +133,7 @@ def gradient(logits, labels, saved, entropy, g_logps, g_entropy, g_lse, outer, i
 
     saved and entropy: from `statistics`. g_*: [O * I] fp32 or None. first_col: the vocabulary index of column 0.
     """
-    grid, shape = gradient_shape(logits, out)
+    grid, shape = gradient_shape("gradient", logits, out)
     if logits.numel():
         gradient_kernel[grid](
             logits, out, labels, saved, entropy, g_logps, g_entropy, g_lse, first_col, logits.shape[1],
@@ -158,20 +165,31 @@ def basis_to_dz(d, outer, norm, entropy, weight, g_entropy, HAS_ENTROPY: tl.cons
 
 
 @triton.jit
+def basis_columns(
+    in_pointers, out_pointers, read, write, at_label, dz_label, outer, norm, entropy, grads, HAS_ENTROPY: tl.constexpr
+):
+    """Some columns of one row under their masks, dz_label where at_label is. What is not read gets 0."""
+    weight, g_entropy = grads
+    IS_16_BIT: tl.constexpr = in_pointers.dtype.element_ty.primitive_bitwidth == 16
+    d = tl.load(in_pointers, mask=read, other=0.0).to(tl.float32)
+    dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, HAS_ENTROPY, IS_16_BIT)
+    value = tl.where(read, tl.where(at_label, dz_label, dz), 0.0)
+    tl.store(out_pointers, value.to(out_pointers.dtype.element_ty), mask=write)
+
+
+@triton.jit
 def from_basis_kernel(
     basis_ptr, out_ptr, label_ptr, saved_ptr, logps_ptr, entropy_ptr, g_logps_ptr, g_entropy_ptr, g_lse_ptr,
-    first_col, n_cols, basis_stride, out_stride, outer, BLOCK: tl.constexpr,
+    first_col, n_cols, basis_stride, out_stride, outer, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Rows on grid axis 0, blocks of columns on axis 1. Rows begin at 16-byte boundaries; a full block has no mask."""
+    """Rows on grid axis 0, a row's programs on axis 1. GROUP: 1 unless rows begin at 16-byte boundaries."""
     row = tl.program_id(0)
-    start = tl.program_id(1) * BLOCK
-    IS_16_BIT: tl.constexpr = basis_ptr.dtype.element_ty.primitive_bitwidth == 16
     zero = tl.full((), 0.0, tl.float32)
     norm, entropy, g_logp, g_entropy, g_lse = zero, zero, zero, zero, zero
     if g_logps_ptr is not None:
         g_logp = tl.load(g_logps_ptr + row)
     if g_entropy_ptr is not None:
-        norm = tl.load(saved_ptr + tl.num_programs(0) + row)
+        norm = tl.load(saved_ptr + tl.num_programs(0).to(tl.int64) + row)
         entropy = tl.load(entropy_ptr + row)
         g_entropy = tl.load(g_entropy_ptr + row)
     if g_lse_ptr is not None:
@@ -180,31 +198,40 @@ def from_basis_kernel(
     dz_label = outer * label_gradient(tl.load(logps_ptr + row), entropy, g_logp, g_entropy, g_lse)
     weight = g_logp - g_lse
 
-    in_block = basis_ptr + row.to(tl.int64) * basis_stride + start
-    out_block = out_ptr + row.to(tl.int64) * out_stride + start
+    in_row = basis_ptr + row.to(tl.int64) * basis_stride
+    out_row = out_ptr + row.to(tl.int64) * out_stride
+    if GROUP > 1:
+        in_row, out_row = tl.multiple_of(in_row, 16), tl.multiple_of(out_row, 16)
+    label = tl.load(label_ptr + row) - first_col
+    label = tl.where((label >= 0) & (label < n_cols) & live, label, -1).to(tl.int32)
+    grads = weight, g_entropy
     offsets = tl.arange(0, BLOCK)
-    target = tl.load(label_ptr + row) - first_col - start
-    end = tl.where(live, n_cols, 0) - start
-    if end >= BLOCK:
-        d = tl.load(in_block + offsets).to(tl.float32)
-        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None, IS_16_BIT)
-        value = tl.where(offsets == target, dz_label, dz)
-        tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty))
-    else:
-        mask = offsets < n_cols - start
-        d = tl.load(in_block + offsets, mask=offsets < end, other=0.0).to(tl.float32)
-        dz = basis_to_dz(d, outer, norm, entropy, weight, g_entropy, g_entropy_ptr is not None, IS_16_BIT)
-        value = tl.where(offsets < end, tl.where(offsets == target, dz_label, dz), 0.0)
-        tl.store(out_block + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
+    body = tl.multiple_of(n_cols // GROUP * GROUP, GROUP)
+    for start in tl.range(tl.program_id(1) * BLOCK, body, tl.num_programs(1) * BLOCK):
+        end = tl.multiple_of(body - start, GROUP)
+        basis_columns(
+            in_row + start + offsets, out_row + start + offsets,
+            offsets < tl.multiple_of(tl.where(live, end, 0), GROUP),
+            offsets < end, offsets == label - start, dz_label, outer, norm, entropy, grads, g_entropy_ptr is not None,
+        )  # fmt: skip
+    if (tl.program_id(1) == 0) & (body < n_cols):
+        columns = body + tl.arange(0, GROUP)
+        inside, read = columns < n_cols, columns < tl.where(live, n_cols, 0)
+        basis_columns(
+            in_row + columns, out_row + columns, read, inside, columns == label, dz_label, outer, norm,
+            entropy, grads, g_entropy_ptr is not None,
+        )  # fmt: skip
 
 
 def from_basis(basis, labels, saved, logps, entropy, g_logps, g_entropy, g_lse, outer, out, first_col=0):
     """`gradient`, but from the basis [N, V] of logits without a softcap and the labels' logps [N]."""
     n_rows, n_cols = basis.shape
-    shape = launch_shape(n_cols, out.element_size())
-    grid = n_rows, triton.cdiv(n_cols, shape["BLOCK"])
+    shape = launch_shape("from_basis", n_cols, min(basis.element_size(), out.element_size()), basis.device)
+    grid = n_rows, row_programs(n_cols, shape["BLOCK"], shape.pop("TURNS"))
+    if any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (basis, out)):
+        shape["GROUP"] = 1
     if basis.numel():
         from_basis_kernel[grid](
             basis, out, labels, saved, logps, entropy, g_logps, g_entropy, g_lse, first_col, n_cols, basis.stride(0),
-            out.stride(0), outer, BLOCK=shape["BLOCK"], num_warps=shape["num_warps"],
+            out.stride(0), outer, **shape,
         )  # fmt: skip

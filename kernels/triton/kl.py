@@ -21,8 +21,19 @@ import triton.language as tl
 
 from .gradient import gradient_shape, label_gradient
 from .kl_scan import join_pair, scan_pair
-from .rowmath import FLOOR, LN2, LOG2E, before_row, expm1, load_scaled, log2, row_start
-from .statistics import launch_shape
+from .launch import launch_shape
+from .rowmath import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    edge_columns,
+    expm1,
+    group_offsets,
+    load_scaled,
+    log2,
+    row_start,
+    whole_groups,
+)  # fmt: skip
 
 # Rows of tokens[TOKEN_FIELDS, N]. Results, then what the backward needs; shifts and norms are base 2.
 KL, LOGP, REF_LOGP, ENTROPY = (tl.constexpr(i) for i in range(4))
@@ -48,24 +59,48 @@ def above_mixture(log2p, log2q, WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def mixture_terms(x_pointers, ref_pointers, mask, sides, scale, inner, ref_scale, ref_inner, WEIGHT: tl.constexpr):
+    """(terms of KL(p || m), of KL(q || m)) in base 2, summed over groups; 0 where the mask is off."""
+    shift, norm, ref_shift, ref_norm = sides
+    x, y = load_scaled(x_pointers, mask, inner), load_scaled(ref_pointers, mask, ref_inner)
+    log2p = tl.fma(x, scale, -shift) - norm
+    log2q = tl.fma(y, ref_scale, -ref_shift) - ref_norm
+    p, q = tl.exp2(log2p), tl.exp2(log2q)
+    p_above, q_above = above_mixture(log2p, log2q, WEIGHT)
+    return tl.sum(tl.where(p > 0.0, p * p_above, p), 1), tl.sum(tl.where(q > 0.0, q * q_above, q), 1)
+
+
+@triton.jit
 def mixture_sums(
-    x_row, ref_row, n_cols, row, scale, inner, ref_scale, ref_inner, WEIGHT: tl.constexpr, BLOCK: tl.constexpr
+    x_row, ref_row, n_cols, sides, scale, inner, ref_scale, ref_inner, WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """(KL(p || m), KL(q || m)) in base 2 of m = weight q + (1 - weight) p; row: shift, norm, ref_shift, ref_norm."""
-    shift, norm, ref_shift, ref_norm = row
-    offsets = tl.arange(0, BLOCK)
-    of_p, of_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, n_cols, BLOCK):
-        mask = start + offsets < n_cols
-        x = load_scaled(x_row + start + offsets, mask, inner)
-        y = load_scaled(ref_row + start + offsets, mask, ref_inner)
-        log2p = tl.fma(x, scale, -shift) - norm
-        log2q = tl.fma(y, ref_scale, -ref_shift) - ref_norm
-        p, q = tl.exp2(log2p), tl.exp2(log2q)
-        p_above, q_above = above_mixture(log2p, log2q, WEIGHT)
-        of_p += tl.where(p > 0.0, p * p_above, p)
-        of_q += tl.where(q > 0.0, q * q_above, q)
-    return tl.sum(of_p, 0), tl.sum(of_q, 0)
+    """(KL(p || m), KL(q || m)) in base 2 of m = weight q + (1 - weight) p; sides: shift, norm, ref_shift, ref_norm.
+
+    Whole groups begin at 16-byte boundaries, as in `scan_pair`.
+    """
+    lead, body = whole_groups(x_row, n_cols, GROUP)
+    x_body, ref_body = tl.multiple_of(x_row + lead, 16), ref_row + lead
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
+    offsets = group_offsets(BLOCK, GROUP)
+    of_p, of_q = tl.zeros([BLOCK // GROUP], tl.float32), tl.zeros([BLOCK // GROUP], tl.float32)
+    for start in tl.range(0, body, BLOCK):
+        at = start + offsets
+        more_p, more_q = mixture_terms(
+            x_body + at, ref_body + at, at < body, sides, scale, inner, ref_scale, ref_inner, WEIGHT
+        )
+        of_p += more_p
+        of_q += more_q
+    sum_p, sum_q = tl.sum(of_p, 0), tl.sum(of_q, 0)
+    if (lead > 0) | (lead + body < n_cols):
+        columns, inside = edge_columns(lead, body, n_cols, GROUP)
+        more_p, more_q = mixture_terms(
+            x_row + columns, ref_row + columns, inside, sides, scale, inner, ref_scale, ref_inner, WEIGHT
+        )
+        sum_p += tl.sum(more_p, 0)
+        sum_q += tl.sum(more_q, 0)
+    return sum_p, sum_q
 
 
 @triton.jit(
@@ -76,13 +111,13 @@ def kl_kernel(
     x_ptr, ref_ptr, label_ptr, tokens_ptr,
     inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
     ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """One program a row of x and ref; label < 0: nothing is read, zeros are written. LABELS: with log-probs, entropy.
 
     DIRECTION: "reverse", "forward", or js's weight of the reference.
     """
-    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     valid = label >= 0
     x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
@@ -91,7 +126,7 @@ def kl_kernel(
     scale, ref_scale = outer * LOG2E, ref_outer * LOG2E
     out = tokens_ptr + row
     pair = scan_pair(
-        x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP
+        x_row, ref_row, label, columns, scale, inner, ref_scale, ref_inner, DIRECTION, LABELS, BLOCK, GROUP, SAME
     )
     if LABELS:
         target = tl.where(valid, label, 0)
@@ -115,7 +150,18 @@ def kl_kernel(
     else:
         sides = shift, norm, ref_shift, ref_norm
         of_p, of_q = mixture_sums(
-            x_row, ref_row, columns, sides, scale, inner, ref_scale, ref_inner, DIRECTION, BLOCK // 2
+            x_row,
+            ref_row,
+            columns,
+            sides,
+            scale,
+            inner,
+            ref_scale,
+            ref_inner,
+            DIRECTION,
+            BLOCK // 2,
+            GROUP,
+            SAME,
         )
         kl = (DIRECTION * of_q + (1.0 - DIRECTION) * of_p) * LN2
         center = of_p * LN2
@@ -135,10 +181,10 @@ def mixture_kernel(
     x_ptr, ref_ptr, tokens_ptr, sums_ptr,
     inner_rows, n_cols, x_stride_outer: tl.int64, x_stride_inner: tl.int64, ref_stride_outer: tl.int64,
     ref_stride_inner: tl.int64, outer, inner, ref_outer, ref_inner,
-    WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """One program a row: sums [2, rows] over these columns, with the shifts and norms of whole rows in tokens."""
-    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     tokens = tokens_ptr + row
     norm = tl.load(tokens + NORM * n_rows)
     sides = (
@@ -149,10 +195,27 @@ def mixture_kernel(
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     columns = tl.where(norm != float("inf"), n_cols, 0)
     of_p, of_q = mixture_sums(
-        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, WEIGHT, BLOCK
+        x_row, ref_row, columns, sides, outer * LOG2E, inner, ref_outer * LOG2E, ref_inner, WEIGHT, BLOCK, GROUP, SAME
     )
     tl.store(sums_ptr + row, of_p * LN2)
     tl.store(sums_ptr + n_rows + row, of_q * LN2)
+
+
+def phase(logits):
+    """Where rows begin, counted in bytes from 16-byte boundaries: of the first row, and from one row to the next."""
+    size = logits.element_size()
+    return [n % 16 for n in (logits.data_ptr(), logits.stride(0) * size, logits.stride(1) * size)]
+
+
+def same_phase(logits, ref_logits) -> bool:
+    """Whether the rows of both begin equally far from 16-byte boundaries, in elements of the same size."""
+    return logits.dtype == ref_logits.dtype and phase(logits) == phase(ref_logits)
+
+
+def pair_shape(kernel: str, logits, ref_logits) -> dict:
+    """The launch shape of a scan of both. SAME: the rows of both reach 16-byte boundaries in the same columns."""
+    shape = launch_shape(kernel, logits.shape[2], logits.element_size(), logits.device)
+    return shape | {"SAME": same_phase(logits, ref_logits)}
 
 
 def mixture(logits, ref_logits, tokens, scaling, ref_scaling, weight):
@@ -162,19 +225,13 @@ def mixture(logits, ref_logits, tokens, scaling, ref_scaling, weight):
     """
     sums = torch.empty_like(tokens[:2])
     if sums.numel():
-        shape = launch_shape(logits.shape[2], logits.element_size())
+        shape = pair_shape("mixture", logits, ref_logits)
         mixture_kernel[(tokens.shape[1],)](
             logits, ref_logits, tokens, sums, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
             ref_logits.stride(0), ref_logits.stride(1), *scaling, *ref_scaling,
-            WEIGHT=weight, BLOCK=shape["BLOCK"] // 2, num_warps=shape["num_warps"],
+            WEIGHT=weight, **shape,
         )  # fmt: skip
     return sums
-
-
-def phase(logits):
-    """Where rows begin, counted in bytes from 16-byte boundaries: of the first row, and from one row to the next."""
-    size = logits.element_size()
-    return [n % 16 for n in (logits.data_ptr(), logits.stride(0) * size, logits.stride(1) * size)]
 
 
 def kl(logits, ref_logits, labels, scaling, ref_scaling, direction, with_labels):
@@ -185,12 +242,10 @@ def kl(logits, ref_logits, labels, scaling, ref_scaling, direction, with_labels)
     n_rows, n_cols = labels.numel(), logits.shape[2]
     tokens = torch.empty(TOKEN_FIELDS, n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
-        shape = launch_shape(n_cols, logits.element_size())
-        same = logits.dtype == ref_logits.dtype and phase(logits) == phase(ref_logits)
         kl_kernel[(n_rows,)](
             logits, ref_logits, labels, tokens, logits.shape[1], n_cols, logits.stride(0), logits.stride(1),
             ref_logits.stride(0), ref_logits.stride(1), *scaling, *ref_scaling,
-            DIRECTION=direction, LABELS=with_labels, **shape | ({} if same else {"GROUP": 1, "BLOCK": 1024}),
+            DIRECTION=direction, LABELS=with_labels, **pair_shape("kl", logits, ref_logits),
         )  # fmt: skip
     return tokens
 
@@ -219,30 +274,26 @@ def kl_at_label(logp, ref_logp, center, entropy, grads, DIRECTION: tl.constexpr)
 
 @triton.jit
 def kl_columns(
-    x_block, ref_block, out_block, read, write, target, row, grads, dz_target, outer, inner, ref_scale, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr,
+    x_pointers, ref_pointers, out_pointers, read, write, at_label, dz_label, row, grads, outer, inner, ref_scale,
+    ref_inner, DIRECTION: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row under their masks; column `target` of them (if it is one) gets dz_target."""
+    """Some columns of one row under their masks, with LABELS dz_label where at_label is. What is not read gets 0."""
     shift, norm, ref_shift, ref_norm, center, entropy = row
     g_kl, g_logp, g_entropy = grads
-    offsets = tl.arange(0, BLOCK)
-    x = load_scaled(x_block + offsets, read, inner)
-    y = load_scaled(ref_block + offsets, read, ref_inner)
+    x, y = load_scaled(x_pointers, read, inner), load_scaled(ref_pointers, read, ref_inner)
     log2p = tl.fma(x, outer * LOG2E, -shift) - norm
     log2q = tl.fma(y, ref_scale, -ref_shift) - ref_norm
     p = tl.exp2(log2p)
-    logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
-    dz = -g_logp * p - g_entropy * p * (logp + entropy)
     if DIRECTION == "forward":
-        dz += g_kl * (p - tl.exp2(log2q))
+        dz = g_kl * (p - tl.exp2(log2q))
     else:
-        dz += weighed_gradient(log2p, log2q, p, center, g_kl, DIRECTION)
+        dz = weighed_gradient(log2p, log2q, p, center, g_kl, DIRECTION)
     if LABELS:
-        dz = tl.where(offsets == target, dz_target, dz)
+        logp = tl.where(log2p < FLOOR, FLOOR, log2p) * LN2
+        dz = tl.where(at_label, dz_label, dz - p * (g_logp + g_entropy * (logp + entropy)))
     if inner is not None:
         dz = dz * (1.0 - x * x) * inner
-    value = tl.where(read, dz * outer, 0.0)
-    tl.store(out_block + offsets, value.to(out_block.dtype.element_ty), mask=write)
+    tl.store(out_pointers, tl.where(read, dz * outer, 0.0).to(out_pointers.dtype.element_ty), mask=write)
 
 
 @triton.jit(do_not_specialize=["inner_rows"])
@@ -250,10 +301,10 @@ def kl_gradient_kernel(
     x_ptr, ref_ptr, out_ptr, label_ptr, tokens_ptr, grads_ptr,
     inner_rows, n_cols, x_stride_outer, x_stride_inner, ref_stride_outer, ref_stride_inner, out_stride_outer,
     out_stride_inner, outer, inner, ref_outer, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Rows on grid axis 0, blocks of columns on axis 1. grads [3, N]: of the KL, the log-prob, the entropy."""
-    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    """Rows on grid axis 0, a row's programs on axis 1. grads [3, N]: of the KL, the log-prob, the entropy."""
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     tokens = tokens_ptr + row
     zero = tl.full((), 0.0, tl.float32)
     g_logp, g_entropy, entropy, dz_target = zero, zero, zero, zero
@@ -275,28 +326,29 @@ def kl_gradient_kernel(
     x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
     ref_row = row_start(ref_ptr, row, inner_rows, ref_stride_outer, ref_stride_inner)
     out_row = row_start(out_ptr, row, inner_rows, out_stride_outer, out_stride_inner)
-    start = tl.program_id(1) * BLOCK - before_row(out_row, GROUP)
-    x_block, ref_block, out_block = x_row + start, ref_row + start, out_row + start
-    target = tl.load(label_ptr + row) - start
-    end = tl.minimum(n_cols - start, BLOCK)
-    offsets = tl.arange(0, BLOCK)
+    label = tl.load(label_ptr + row).to(tl.int32)
+    lead, body = whole_groups(out_row, n_cols, GROUP)
+    x_body, ref_body, out_body = x_row + lead, ref_row + lead, out_row + lead
+    if GROUP > 1:  # 16 bytes a load and a store
+        x_body, out_body = tl.multiple_of(x_body, 16), tl.multiple_of(out_body, 16)
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
     ref_scale = ref_outer * LOG2E
-    if (start >= 0) & (end % GROUP == 0):  # whole groups: 16 bytes a load and a store
-        if GROUP > 1:
-            x_block, ref_block = tl.multiple_of(x_block, 16), tl.multiple_of(ref_block, 16)
-            out_block = tl.multiple_of(out_block, 16)
-        write = offsets < tl.multiple_of(end, GROUP)
-        read = offsets < tl.multiple_of(tl.where(live, end, 0), GROUP)
+    offsets = tl.arange(0, BLOCK)
+    for start in tl.range(tl.program_id(1) * BLOCK, body, tl.num_programs(1) * BLOCK):
+        end = tl.multiple_of(body - start, GROUP)
+        at = start + offsets
         kl_columns(
-            x_block, ref_block, out_block, read, write, target, sides, grads, dz_target, outer, inner, ref_scale,
-            ref_inner, DIRECTION, LABELS, BLOCK,
+            x_body + at, ref_body + at, out_body + at, offsets < tl.multiple_of(tl.where(live, end, 0), GROUP),
+            offsets < end, offsets == label - lead - start, dz_target, sides, grads, outer, inner, ref_scale, ref_inner,
+            DIRECTION, LABELS,
         )  # fmt: skip
-    else:
-        write = (offsets >= -start) & (offsets < end)
-        read = (offsets >= -start) & (offsets < tl.where(live, end, 0))
+    if (tl.program_id(1) == 0) & ((lead > 0) | (lead + body < n_cols)):
+        columns, inside = edge_columns(lead, body, n_cols, GROUP)
+        read = inside & (columns < tl.where(live, n_cols, 0))
         kl_columns(
-            x_block, ref_block, out_block, read, write, target, sides, grads, dz_target, outer, inner, ref_scale,
-            ref_inner, DIRECTION, LABELS, BLOCK,
+            x_row + columns, ref_row + columns, out_row + columns, read, inside, columns == label, dz_target,
+            sides, grads, outer, inner, ref_scale, ref_inner, DIRECTION, LABELS,
         )  # fmt: skip
 
 
@@ -305,10 +357,8 @@ def kl_gradient(logits, ref_logits, labels, tokens, grads, scaling, ref_scaling,
 
     grads[3, N] fp32: of the KL, and, read only with labels, of the log-prob and the entropy.
     """
-    grid, shape = gradient_shape(logits, out)
-    if phase(logits) != phase(ref_logits) or logits.dtype != ref_logits.dtype:
-        shape["GROUP"] = 1
-        grid = grid[0], triton.cdiv(logits.shape[2], shape["BLOCK"])
+    grid, shape = gradient_shape("kl_gradient", logits, out)
+    shape["SAME"] = shape["GROUP"] > 1 and same_phase(logits, ref_logits)
     if logits.numel():
         kl_gradient_kernel[grid](
             logits, ref_logits, out, labels, tokens, grads, logits.shape[1], logits.shape[2],

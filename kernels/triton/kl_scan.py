@@ -7,7 +7,7 @@ With labels, the sums leave the label out, and it joins them at the end: as in s
 import triton
 import triton.language as tl
 
-from .rowmath import FLOOR, LN2, LOWEST, before_row, load_scaled
+from .rowmath import FLOOR, LN2, LOWEST, edge_columns, group_offsets, load_scaled, whole_groups
 from .statistics import join, label_block, log2_sum
 
 
@@ -89,35 +89,35 @@ def fold_pair_beside(
     x_ptr, ref_ptr, mask, columns, label, state, scale, inner, ref_scale, ref_inner, DIRECTION: tl.constexpr,
     LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Take the columns [R, GROUP] that the mask lets through into the state, with LABELS without the label's."""
-    if LABELS:
-        mask = mask & (columns != label)
+    """Take the columns [R, GROUP] under the mask (None: all) into the state, with LABELS without the label's."""
     x, y = load_scaled(x_ptr + columns, mask, inner), load_scaled(ref_ptr + columns, mask, ref_inner)
+    if LABELS:  # after the loads: a mask that knows the label would turn them into loads of single elements
+        x, y = tl.where(columns != label, x, float("-inf")), tl.where(columns != label, y, float("-inf"))
     return fold_pair(x, y, state, scale, ref_scale, DIRECTION, LABELS)
 
 
 @triton.jit
 def scan_pair(
     x_row, ref_row, label, n_cols, scale, inner, ref_scale, ref_inner,
-    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DIRECTION: tl.constexpr, LABELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """The state of one whole row of either side; n_cols = 0 reads nothing. Whole groups begin at GROUP's boundary.
+    """The state of one whole row of either side; n_cols = 0 reads nothing.
+
+    Whole groups begin at x's 16-byte boundaries. SAME: and at the reference's.
 
     LABELS: without the label's column, and with the sum that the entropy takes.
     """
-    R: tl.constexpr = BLOCK // GROUP
-    offsets = (tl.arange(0, R) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    lead = tl.minimum((GROUP - before_row(x_row, GROUP)) % GROUP, n_cols)
-    x_body, ref_body = x_row + lead, ref_row + lead
-    if GROUP > 1:
-        x_body, ref_body = tl.multiple_of(x_body, 16), tl.multiple_of(ref_body, 16)
-    body = (n_cols - lead) // GROUP * GROUP
+    offsets = group_offsets(BLOCK, GROUP)
+    lead, body = whole_groups(x_row, n_cols, GROUP)
+    x_body, ref_body = tl.multiple_of(x_row + lead, 16), ref_row + lead
+    if SAME:
+        ref_body = tl.multiple_of(ref_body, 16)
     full = body // BLOCK * BLOCK
     label = label.to(tl.int32)
     at, hole = label - lead, full
     if LABELS:
         hole = tl.multiple_of(label_block(at, 0, full, BLOCK), BLOCK)
-    state = start_pair(R)
+    state = start_pair(BLOCK // GROUP)
     for start in tl.range(0, hole, BLOCK):
         x = load_scaled(x_body + start + offsets, None, inner)
         y = load_scaled(ref_body + start + offsets, None, ref_inner)
@@ -130,7 +130,7 @@ def scan_pair(
         if hole < full:
             columns = hole + offsets
             state = fold_pair_beside(
-                x_body, ref_body, columns < full, columns, at, state, scale, inner, ref_scale, ref_inner, DIRECTION,
+                x_body, ref_body, None, columns, at, state, scale, inner, ref_scale, ref_inner, DIRECTION,
                 LABELS,
             )  # fmt: skip
     if full < body:
@@ -140,12 +140,9 @@ def scan_pair(
         )  # fmt: skip
     pair = merge_pair(state, DIRECTION)
     if (lead > 0) | (lead + body < n_cols):
-        # Columns [0, lead) and [lead + body, n_cols): at most one group each.
-        left = tl.arange(0, 2) * (lead + body)
-        right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
-        columns = left[:, None] + tl.arange(0, GROUP)[None, :]
+        columns, inside = edge_columns(lead, body, n_cols, GROUP)
         edges = fold_pair_beside(
-            x_row, ref_row, columns < right[:, None], columns, label, start_pair(2), scale, inner, ref_scale, ref_inner,
+            x_row, ref_row, inside, columns, label, start_pair(2), scale, inner, ref_scale, ref_inner,
             DIRECTION, LABELS,
         )  # fmt: skip
         pair = combine_pair(pair, merge_pair(edges, DIRECTION), DIRECTION)

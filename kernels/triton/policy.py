@@ -10,16 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .gradient import gradient_block
+from .gradient import gradient_row
+from .launch import launch_shape
 from .preference import kl_estimate
 from .rowmath import LOG2E, exp, load_scaled, row_start, times
-from .statistics import launch_shape, row_results, scan_row
+from .statistics import row_results, scan_row
 
 # Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
 SHIFT, NORM, LOGP, ENTROPY, LOSS, KL, RATIO, CLIPPED, SLOPE = (tl.constexpr(i) for i in range(9))
 TOKEN_FIELDS = 9
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
-SCALED_BLOCKS = 16
 
 
 @triton.jit
@@ -51,10 +51,13 @@ def policy_kernel(
     x_ptr, label_ptr, advantage_ptr, weight_ptr, old_ptr, ref_ptr, tokens_ptr,
     inner_rows, n_cols, stride_outer: tl.int64, stride_inner: tl.int64, outer, ignore_index, low, high, bound, kl_coef,
     entropy_coef, KIND: tl.constexpr, KL_KIND: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, OVERWRITE: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; OVERWRITE: the gradient of sum weights * loss goes where the logits are."""
-    row, n_rows = tl.program_id(0), tl.num_programs(0)
+    """One program a row; OVERWRITE: the gradient of sum weights * loss goes where the logits are.
+
+    WITH_ENTROPY: entropy_coef is not 0.
+    """
+    row, n_rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
@@ -96,12 +99,10 @@ def policy_kernel(
     if OVERWRITE:
         tl.debug_barrier()  # every thread has read the label's logit before any of them writes there
         zero = tl.full((), 0.0, tl.float32)
-        n_blocks = tl.cdiv(n_cols + GROUP - 1, BLOCK)
-        for i in tl.range(0, n_blocks):
-            gradient_block(
-                row_ptr, row_ptr, n_blocks - 1 - i, label, n_cols, shift, norm, logp, entropy, slope,
-                -entropy_coef * weight, zero, outer, None, BLOCK, GROUP,
-            )  # fmt: skip
+        gradient_row(
+            row_ptr, row_ptr, label, n_cols, 0, 1, shift, norm, logp, entropy, slope, -entropy_coef * weight, zero,
+            outer, None, WITH_ENTROPY, True, BLOCK, GROUP,
+        )  # fmt: skip
 
 
 def policy(logits, labels, given, form, outer, ignore_index, overwrite):
@@ -118,18 +119,19 @@ def policy(logits, labels, given, form, outer, ignore_index, overwrite):
             logits, labels, *given, tokens, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1), outer,
             ignore_index, form.low, form.high, form.bound, form.kl_coef, form.entropy_coef, KIND=form.kind,
             KL_KIND=form.kl, KL_TIMES_RATIO=form.kl_times_ratio, OVERWRITE=overwrite,
-            **launch_shape(logits.shape[2], logits.element_size()),
+            WITH_ENTROPY=form.entropy_coef != 0.0,
+            **launch_shape("policy", logits.shape[2], logits.element_size(), logits.device),
         )  # fmt: skip
     return tokens
 
 
 @triton.jit
-def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr, TURNS: tl.constexpr):
     """Multiply n values with the factor; nothing is read if it is 1."""
     factor = tl.load(factor_ptr)
-    start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * TURNS)
     if factor != 1.0:
-        for i in tl.range(0, BLOCKS):
+        for i in tl.range(0, TURNS):
             at = start + i * BLOCK + tl.arange(0, BLOCK)
             if start + i * BLOCK + BLOCK <= n:
                 value = tl.load(values_ptr + at).to(tl.float32) * factor
@@ -144,6 +146,8 @@ def scale(grad, factor):
     if not grad.is_contiguous():
         grad.mul_(factor)
     elif grad.numel():
-        block = launch_shape(grad.numel(), grad.element_size())["BLOCK"]
-        grid = (triton.cdiv(grad.numel(), block * SCALED_BLOCKS),)
-        scale_kernel[grid](grad, factor, grad.numel(), BLOCK=block, BLOCKS=SCALED_BLOCKS, num_warps=8)
+        shape = launch_shape("scale", grad.numel(), grad.element_size(), grad.device)
+        grid = (triton.cdiv(grad.numel(), shape["BLOCK"] * shape["TURNS"]),)
+        scale_kernel[grid](
+            grad, factor, grad.numel(), BLOCK=shape["BLOCK"], TURNS=shape["TURNS"], num_warps=shape["num_warps"]
+        )

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .gradient import gradient_block, gradient_shape
+from .gradient import gradient_row, gradient_shape
+from .launch import launch_shape
 from .rowmath import LOG2E, expm1, load_scaled, log1p, row_start, times
-from .statistics import launch_shape, row_results, scan_row
+from .statistics import row_results, scan_row
 
 # Rows of the per-token buffer tokens[4, 2B * T].
 SHIFT, NORM, LOGP, REF_LOGP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -34,6 +35,18 @@ def row_logp(row_ptr, label, valid, n_cols, scale, inner, BLOCK: tl.constexpr, G
 
 
 @triton.jit
+def write_pair(tokens_ptr, row, n_rows, of_policy, shift, norm, logp):
+    """What one program has of its row: of the policy's all three, of the reference's its log-prob."""
+    tokens, n_rows = tokens_ptr + row, tl.cast(n_rows, tl.int64)
+    if of_policy:
+        tl.store(tokens + SHIFT * n_rows, shift)
+        tl.store(tokens + NORM * n_rows, norm)
+        tl.store(tokens + LOGP * n_rows, logp)
+    else:
+        tl.store(tokens + REF_LOGP * n_rows, logp)
+
+
+@triton.jit
 def pair_statistics_kernel(
     x_ptr, ref_ptr, label_ptr, tokens_ptr,
     n_rows, inner_rows, n_cols, x_stride_outer, x_stride_inner, ref_inner_rows, ref_stride_outer, ref_stride_inner,
@@ -45,16 +58,19 @@ def pair_statistics_kernel(
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     scale = outer * LOG2E
-    if program < n_rows:
-        row_ptr = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
-        shift, norm, logp = row_logp(row_ptr, label, valid, n_cols, scale, inner, BLOCK, GROUP)
-        tl.store(tokens_ptr + SHIFT * n_rows + row, shift)
-        tl.store(tokens_ptr + NORM * n_rows + row, norm)
-        tl.store(tokens_ptr + LOGP * n_rows + row, logp)
+    x_row = row_start(x_ptr, row, inner_rows, x_stride_outer, x_stride_inner)
+    ref_row = row_start(ref_ptr, row, ref_inner_rows, ref_stride_outer, ref_stride_inner)
+    if x_ptr.dtype == ref_ptr.dtype:  # one scan in the code for both: fewer registers
+        of_policy = program < n_rows
+        one = tl.where(of_policy, x_row, ref_row)
+        shift, norm, logp = row_logp(one, label, valid, n_cols, scale, inner, BLOCK, GROUP)
+        write_pair(tokens_ptr, row, n_rows, of_policy, shift, norm, logp)
+    elif program < n_rows:
+        shift, norm, logp = row_logp(x_row, label, valid, n_cols, scale, inner, BLOCK, GROUP)
+        write_pair(tokens_ptr, row, n_rows, True, shift, norm, logp)
     else:
-        ref_row = row_start(ref_ptr, row, ref_inner_rows, ref_stride_outer, ref_stride_inner)
         shift, norm, logp = row_logp(ref_row, label, valid, n_cols, scale, inner, BLOCK, REF_GROUP)
-        tl.store(tokens_ptr + REF_LOGP * n_rows + row, logp)
+        write_pair(tokens_ptr, row, n_rows, False, shift, norm, logp)
 
 
 def pair_statistics(logits, ref_logits, labels, outer, inner, ignore_index):
@@ -66,7 +82,8 @@ def pair_statistics(logits, ref_logits, labels, outer, inner, ignore_index):
         pair_statistics_kernel[(n_rows * (1 if ref_logits is None else 2),)](
             logits, ref, labels, tokens, n_rows, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
             ref.shape[1], ref.stride(0), ref.stride(1), outer, inner, ignore_index,
-            REF_GROUP=16 // ref.element_size(), **launch_shape(logits.shape[2], logits.element_size()),
+            REF_GROUP=16 // ref.element_size(),
+            **launch_shape("pair_statistics", logits.shape[2], logits.element_size(), logits.device),
         )  # fmt: skip
     return tokens
 
@@ -91,6 +108,7 @@ def sequence_sums(
     KL: tl.constexpr, REF_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(sum of policy log-probs, of reference log-probs, of the KL, number of tokens) of one sequence; writes its KL."""
+    n_rows = tl.cast(n_rows, tl.int64)
     zeros = tl.zeros([BLOCK], tl.float32)
     policy, reference, kl, count = zeros, zeros, zeros, zeros
     for start in tl.range(0, length, BLOCK):
@@ -120,7 +138,7 @@ def dpo_kernel(
 ):  # fmt: skip
     """One program a pair: L = -(1 - e) log s(h) - e log s(-h), h = beta ((c - c_ref) - (r - r_ref)), s the sigmoid."""
     pair = tl.program_id(0)
-    pairs = tl.num_programs(0)
+    pairs = tl.num_programs(0).to(tl.int64)
     chosen, ref_chosen, kl_c, count_c = sequence_sums(
         pair, label_ptr, tokens_ptr, ref_ptr, kl_ptr, n_rows, length, ignore_index, KL, REF_SUMS, BLOCK
     )
@@ -175,11 +193,11 @@ def dpo_gradient_kernel(
     length, n_cols, x_stride_outer, x_stride_inner, out_stride_outer, out_stride_inner, outer, inner,
     KL: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Rows on grid axis 0, blocks of columns on axis 1. weights: (d loss / d one pair's loss, d loss / d one KL)."""
+    """Rows on grid axis 0, a row's programs on axis 1. weights: (d loss / d one pair's loss, d loss / d one KL)."""
     row = tl.program_id(0)
-    n_rows = tl.num_programs(0)
     sequence = row // length
-    n_pairs = n_rows // length // 2
+    n_pairs = tl.num_programs(0) // length // 2
+    n_rows = tl.num_programs(0).to(tl.int64)
     pair = sequence % n_pairs
     zero = tl.full((), 0.0, tl.float32)
     g_loss = zero
@@ -202,10 +220,10 @@ def dpo_gradient_kernel(
     shift = tl.load(tokens_ptr + SHIFT * n_rows + row)
     norm = tl.load(tokens_ptr + NORM * n_rows + row)
     label = tl.load(label_ptr + row)
-    block = tl.program_id(1)
-    gradient_block(
-        x_row, out_row, block, label, n_cols, shift, norm, logp, zero, g_logp, zero, zero, outer, inner, BLOCK, GROUP
-    )
+    gradient_row(
+        x_row, out_row, label, n_cols, tl.program_id(1), tl.num_programs(1), shift, norm, logp, zero, g_logp, zero,
+        zero, outer, inner, False, False, BLOCK, GROUP,
+    )  # fmt: skip
 
 
 def dpo_gradient(logits, labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl, outer, inner, out):
@@ -213,7 +231,7 @@ def dpo_gradient(logits, labels, tokens, pairs, weights, g_loss, g_losses, g_seq
 
     labels: [2B, T]. weights: [2], see `dpo_gradient_kernel`. g_loss [], g_losses [B], g_sequences [2B]: fp32 or None.
     """
-    grid, shape = gradient_shape(logits, out)
+    grid, shape = gradient_shape("dpo_gradient", logits, out)
     if logits.numel():
         dpo_gradient_kernel[grid](
             logits, out, labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, labels.shape[1],

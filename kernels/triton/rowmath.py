@@ -119,3 +119,25 @@ def before_row(row_ptr, GROUP: tl.constexpr):
     """
     itemsize: tl.constexpr = 16 // GROUP
     return ((row_ptr.to(tl.int64) & 15) // itemsize).to(tl.int32)
+
+
+@triton.jit
+def whole_groups(row_ptr, n_cols, GROUP: tl.constexpr):
+    """(lead, body): columns before a row's first 16-byte boundary, and columns in whole groups from there on."""
+    lead = tl.minimum((GROUP - before_row(row_ptr, GROUP)) % GROUP, n_cols)
+    return lead, tl.multiple_of((n_cols - lead) // GROUP * GROUP, GROUP)
+
+
+@triton.jit
+def edge_columns(lead, body, n_cols, GROUP: tl.constexpr):
+    """([2, GROUP] columns, mask) of [0, lead) and [lead + body, n_cols): at most one group each."""
+    left = tl.arange(0, 2) * (lead + body)
+    right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
+    columns = left[:, None] + tl.arange(0, GROUP)[None, :]
+    return columns, columns < right[:, None]
+
+
+@triton.jit
+def group_offsets(BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """0 to BLOCK - 1 as [BLOCK / GROUP, GROUP]."""
+    return (tl.arange(0, BLOCK // GROUP) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]

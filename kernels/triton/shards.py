@@ -59,13 +59,14 @@ def merge_scores_kernel(
 ):  # fmt: skip
     """BLOCK rows of parts [R, F, rows] a program; results as `statistics_kernel` has them."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n_rows, field_stride = tl.cast(n_rows, tl.int64), tl.cast(field_stride, tl.int64)
     inside = rows < n_rows
     lanes = tl.arange(0, LANES)[:, None]
     mask = (lanes < n_parts) & inside[None, :]
     owner = tl.load(owner_ptr + rows, mask=inside, other=-1)
     scored = owner >= 0
     mine = lanes == tl.where(scored, owner, 0)[None, :]
-    source = parts_ptr + lanes * part_stride + rows[None, :]
+    source = parts_ptr + lanes.to(tl.int64) * part_stride + rows[None, :]
     shift = tl.load(source, mask=mask, other=NONE)
     norm = tl.load(source + field_stride, mask=mask, other=NONE)
     top, total, log_share, of_label = shares(shift, norm, mine)
@@ -137,13 +138,14 @@ def merge_kl_kernel(
 ):  # fmt: skip
     """BLOCK rows of parts [R, 5 or 8, rows] a program; tokens [9, rows] as `kl_kernel` has them."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n_rows, field_stride = tl.cast(n_rows, tl.int64), tl.cast(field_stride, tl.int64)
     inside = rows < n_rows
     lanes = tl.arange(0, LANES)[:, None]
     mask = (lanes < n_parts) & inside[None, :]
     owner = tl.load(owner_ptr + rows, mask=inside, other=-1)
     scored = owner >= 0
     mine = lanes == tl.where(scored, owner, 0)[None, :]
-    source = parts_ptr + lanes * part_stride + rows[None, :]
+    source = parts_ptr + lanes.to(tl.int64) * part_stride + rows[None, :]
     of_kl = tl.load(source, mask=mask, other=0.0)
     shift, norm, log_w, own = shares(
         tl.load(source + field_stride, mask=mask, other=NONE),

@@ -19,7 +19,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .rowmath import FLOOR, LN2, LOG2E, LOWEST, before_row, load_scaled, log1p, log2, row_start
+from .launch import launch_shape
+from .rowmath import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    LOWEST,
+    edge_columns,
+    group_offsets,
+    load_scaled,
+    log1p,
+    log2,
+    row_start,
+    whole_groups,
+)  # fmt: skip
 
 # Bits of OUTPUTS, in the order of TokenStats.
 LOGPS = tl.constexpr(1)
@@ -73,9 +86,14 @@ def fold(y, mask, state, scale, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def fold_beside(pointers, mask, columns, label, state, scale, inner, OUTPUTS: tl.constexpr):
-    """Take the columns [R, GROUP] that the mask lets through into the state, the label left out."""
-    mask = mask & (columns != label)
+    """Take the columns [R, GROUP] that the mask lets through (None: all) into the state, the label left out.
+
+    The label is left out after the load: a mask that knows it would turn 16-byte loads into single elements.
+    """
     y = load_scaled(pointers, mask, inner)
+    beside = columns != label
+    mask = beside if mask is None else mask & beside
+    y = tl.where(beside, y, float("-inf"))
     shift, d, t, q, m, before, total = fold(y, mask, state, scale, OUTPUTS)
     if IS_TOP1 & OUTPUTS:
         before = tl.maximum(before, tl.max(tl.where(columns < label, y, float("-inf")), 1))
@@ -119,18 +137,16 @@ def scan_part(
     `begin` and the end (but for the last part's) are multiples of BLOCK and count from the row's first 16-byte
     boundary. The columns outside the boundaries belong to the part at 0.
     """
-    R: tl.constexpr = BLOCK // GROUP
-    offsets = (tl.arange(0, R) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    lead = tl.minimum((GROUP - before_row(row_ptr, GROUP)) % GROUP, n_cols)
+    offsets = group_offsets(BLOCK, GROUP)
+    lead, body = whole_groups(row_ptr, n_cols, GROUP)
     body_ptr = tl.multiple_of(row_ptr + lead, 16)
-    body = (n_cols - lead) // GROUP * GROUP
     end = tl.multiple_of(tl.minimum(body, begin + part_cols), GROUP)
     full = begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK
     label = label.to(tl.int32)
     at = label - lead
     hole = tl.multiple_of(label_block(at, begin, full, BLOCK), BLOCK)
 
-    state = start_state(R)
+    state = start_state(BLOCK // GROUP)
     for start in tl.range(begin, hole, BLOCK):
         state = fold(load_scaled(body_ptr + start + offsets, None, inner), None, state, scale, OUTPUTS)
     if IS_TOP1 & OUTPUTS:
@@ -140,18 +156,14 @@ def scan_part(
         state = fold(load_scaled(body_ptr + start + offsets, None, inner), None, state, scale, OUTPUTS)
     if hole < full:
         columns = hole + offsets
-        state = fold_beside(body_ptr + columns, columns < full, columns, at, state, scale, inner, OUTPUTS)
+        state = fold_beside(body_ptr + columns, None, columns, at, state, scale, inner, OUTPUTS)
     if full < end:
         columns = full + offsets
         state = fold_beside(body_ptr + columns, columns < end, columns, at, state, scale, inner, OUTPUTS)
     part = merge(state)
 
     if (begin == 0) & ((lead > 0) | (lead + body < n_cols)):
-        # Columns [0, lead) and [lead + body, n_cols): at most one group each.
-        left = tl.arange(0, 2) * (lead + body)
-        right = tl.where(tl.arange(0, 2) == 0, lead, n_cols)
-        columns = left[:, None] + tl.arange(0, GROUP)[None, :]
-        inside = columns < right[:, None]
+        columns, inside = edge_columns(lead, body, n_cols, GROUP)
         edges = fold_beside(row_ptr + columns, inside, columns, label, start_state(2), scale, inner, OUTPUTS)
         part = combine(part, merge(edges))
     return part
@@ -263,7 +275,7 @@ def statistics_kernel(
     row_ptr = row_start(x_ptr, row, inner_rows, stride_outer, stride_inner)
     state = scan_row(row_ptr, label, tl.where(valid, n_cols, 0), outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP)
     write_row(
-        row, tl.num_programs(0), row_ptr, label, valid, n_cols, state, outer, inner,
+        row, tl.num_programs(0).to(tl.int64), row_ptr, label, valid, n_cols, state, outer, inner,
         logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS,
     )  # fmt: skip
 
@@ -286,8 +298,8 @@ def scan_parts_kernel(
     shift, d, t, q, m, before, total = scan_part(
         row_ptr, label, tl.where(valid, n_cols, 0), begin, part_cols, outer * LOG2E, inner, OUTPUTS, BLOCK, GROUP
     )
-    field = tl.num_programs(0) * tl.num_programs(1)
-    out = parts_ptr + row * tl.num_programs(1) + part
+    field = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    out = parts_ptr + row.to(tl.int64) * tl.num_programs(1) + part
     tl.store(out, shift)
     tl.store(out + field, d)
     tl.store(out + 2 * field, t)
@@ -308,13 +320,13 @@ def merge_parts_kernel(
 ):  # fmt: skip
     """One program a row: the states of its n_parts <= LANES parts into its results, as `statistics_kernel` has them."""
     row = tl.program_id(0)
-    n_rows = tl.num_programs(0)
+    n_rows = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     valid = label != ignore_index
     lanes = tl.arange(0, LANES)
     mask = lanes < n_parts
     field = n_rows * n_parts
-    source = parts_ptr + row * n_parts + lanes
+    source = parts_ptr + row.to(tl.int64) * n_parts + lanes
     state = merge((
         tl.load(source, mask=mask, other=LOWEST), tl.load(source + field, mask=mask, other=0.0),
         tl.load(source + 2 * field, mask=mask, other=0.0), tl.load(source + 3 * field, mask=mask, other=0.0),
@@ -326,12 +338,6 @@ def merge_parts_kernel(
         row, n_rows, row_ptr, label, valid, n_cols, state, outer, inner,
         logps_ptr, entropy_ptr, lse_ptr, aux_ptr, saved_ptr, OUTPUTS,
     )  # fmt: skip
-
-
-def launch_shape(n_cols: int, itemsize: int) -> dict:
-    """Columns a program takes at once, columns a thread takes at once (16 bytes), warps: by vocabulary and dtype."""
-    block = min(4096, max(256, triton.next_power_of_2(n_cols)))
-    return {"BLOCK": block, "GROUP": 16 // itemsize, "num_warps": max(1, block // 512)}
 
 
 @functools.cache
@@ -369,7 +375,7 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
     results = logps, entropy, lse, aux, saved
     if not n_rows:
         return results
-    shape = launch_shape(n_cols, logits.element_size())
+    shape = launch_shape("statistics", n_cols, logits.element_size(), logits.device)
     n_parts, part_cols = row_parts(n_rows, n_cols, shape["BLOCK"], multiprocessors(logits.device))
     rows = logits.shape[1], n_cols, logits.stride(0), logits.stride(1), outer, inner, ignore_index
     if n_parts == 1:
