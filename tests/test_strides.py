@@ -211,6 +211,12 @@ def results(form: str, t: dict[str, torch.Tensor], expand_grads: bool, backend: 
     return {key: value.detach().contiguous() for key, value in found.items()}
 
 
+def reordered(name: str, backend: str | None) -> bool:
+    """Whether the layout decides the order of sums: a kernel's threads take 16 bytes, wherever a row begins in them."""
+    kernels = backend == "triton" or (backend is None and DEVICE == "cuda")
+    return kernels and name in ("logits", "ref_logits")
+
+
 def assert_same(what: str, got: dict, expected: dict, order_may_change: bool) -> None:
     assert got.keys() == expected.keys()
     for key, value in got.items():
@@ -234,7 +240,8 @@ def test_every_argument_in_every_layout(form, backend, seed):
                 continue
             changed = change(t[name])
             expected = results(form, t | {name: changed.contiguous()}, False, backend) if layout == "expanded" else base
-            assert_same(f"{name} {layout}", results(form, t | {name: changed}, True, backend), expected, name in GEMM)
+            found = results(form, t | {name: changed}, True, backend)
+            assert_same(f"{name} {layout}", found, expected, name in GEMM or reordered(name, backend))
 
 
 LABELLED = [

@@ -1,7 +1,8 @@
 """`make rehearse`: the CUDA path on this machine's CPU, in stages. README.md says what it shows and what it does not.
 
-    python -m rehearsal                          every stage
-    python -m rehearsal --short                  the short form, minutes: one file of tests, selfcheck on small sizes
+    python -m rehearsal                          every stage; of each test the first case and every eighth after it
+    python -m rehearsal --every 1                all cases: hours
+    python -m rehearsal --short                  the short form: minutes
     python -m rehearsal selfcheck benchmark      these stages
     python -m rehearsal -- tests/test_kl.py -x   pytest with these arguments, as a rehearsal
 
@@ -24,6 +25,7 @@ from . import build
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / "runs" / "rehearsal"
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=5")
+SAMPLED = ("-p", "rehearsal.sample", "-m", "not slow", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 
 # Tests whose tensors lie on the GPU where there is one, but for those that train whole models or start other programs.
 # The first of them are the ones that decide: every op and schedule against float64.
@@ -39,7 +41,7 @@ AROUND = (
     "test_modules_openrlhf", "test_planner", "test_planner_gpu", "test_reduce", "test_saved_tensor_hooks",
     "test_selfcheck", "test_sequences", "test_small_batches", "test_strides", "test_sure_tokens", "test_swap",
 )  # fmt: skip
-SHORT = ("tests/test_small_batches.py", "tests/test_strides.py")
+SHORT = ("test_small_batches",)
 
 
 class Stage(NamedTuple):
@@ -52,21 +54,25 @@ class Stage(NamedTuple):
 
 
 def tests(*names: str) -> tuple[tuple[str, ...], ...]:
-    return tuple((*PYTEST, "-m", "not slow", f"tests/{name}.py") for name in names)
+    return ((*PYTEST, *SAMPLED, *(f"tests/{name}.py" for name in names)),)
 
 
 SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vocab", "203", "--hidden", "16")
 BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
+EXAMPLE = (
+    "examples/dpo.py", "--device", "cuda", "--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--eval-every", "9",
+    "--output", "runs/rehearsal/dpo", "--no-bf16",
+)  # fmt: skip
 
 STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),
     Stage("selfcheck", "python -m fused_po selfcheck --device cuda, small", (SELFCHECK,)),
     Stage("benchmark", "the tiny suite", (BENCHMARK,)),
-    Stage("examples", "examples/dpo.py, a few steps", (("examples/dpo.py",),)),
+    Stage("examples", "examples/dpo.py, two steps, in fp32 and under autocast", (EXAMPLE, EXAMPLE[:-1])),
     Stage("around", "errors, memory, autograd, torch.compile, modules, planner", tests(*AROUND)),
 )
 SHORT_STAGES = (
-    Stage("ops", "rows split over programs; strides", ((*PYTEST, "-m", "not slow", *SHORT),)),
+    Stage("ops", "statistics, rows split over programs", tests(*SHORT)),
     Stage("selfcheck", "one op", ((*SELFCHECK, "--only", "linear_logps"),)),
 )
 
@@ -140,8 +146,13 @@ def main() -> int:
     )
     parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--short", action="store_true", help="a few minutes")
+    parser.add_argument(
+        "--every", type=int, default=8, metavar="N", help="of each test's cases every N-th (default: 8)"
+    )
     own, _, pytest_arguments = partition(sys.argv[1:])
     args = parser.parse_args(own)
+    if args.every < 1:
+        parser.error(f"--every: got {args.every}, expected a whole number >= 1")
     if unknown := set(args.stages) - {stage.name for stage in STAGES}:
         parser.error(f"stages: got {', '.join(sorted(unknown))}; allowed: {', '.join(s.name for s in STAGES)}")
     if (reason := build.cannot()) is not None:
@@ -153,6 +164,7 @@ def main() -> int:
         os.chdir(ROOT)
         os.execve(sys.executable, [sys.executable, *PYTEST, *pytest_arguments], build.environment())
     chosen = [s for s in (SHORT_STAGES if args.short else STAGES) if not args.stages or s.name in args.stages]
+    os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every)
     LOGS.mkdir(parents=True, exist_ok=True)
     outcomes = {}
     for stage in chosen:

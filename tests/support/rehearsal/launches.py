@@ -22,8 +22,10 @@ import numpy
 import torch
 from interpreter_speed import prepare_once
 from torch.utils._python_dispatch import _disable_current_modes
+from triton import knobs
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import LazyDict
 from triton.language import standard
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
@@ -167,6 +169,8 @@ def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any)
             if not warmup:
                 size = tuple(grid(kwargs) if callable(grid) else grid)
                 check_resources(name, size, compiled)
+                if (hook := knobs.runtime.launch_enter_hook) is not None:
+                    hook(LazyDict({"name": compiled.name, "function": None, "stream": 0}))
                 interpret(kernel, size, args, kwargs)
         except Exception as error:
             raise checks.Fault(f"{name}: {type(error).__name__}: {error}") from error
