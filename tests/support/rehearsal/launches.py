@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel of fused_po: compiled as for a GPU, then interpreted on the same memory, with checks.
+"""Every launch of a Triton kernel: compiled as for a GPU, then interpreted on the same memory, with checks.
 
 The compilation is Triton's own, from the arguments of the call: its specialisation, its compiler, ptxas for sm_90. So
 whatever stops a kernel form on a GPU before it runs stops it here. A second copy of the kernels, loaded for Triton's
@@ -96,11 +96,14 @@ def load_interpreted(name: str, path: Path) -> ModuleType:
 
 
 def twin_of(kernel: JITFunction) -> Any:
-    """The interpreted copy of a kernel."""
-    if TWINS not in sys.modules:
-        load_interpreted(TWINS, Path(sys.modules[PACKAGE].__file__))
-    name = TWINS + kernel.fn.__module__.removeprefix(PACKAGE)
-    return getattr(sys.modules[name], kernel.fn.__name__)
+    """The interpreted copy of a kernel, from a second copy of its module; of fused_po's from one of their package."""
+    module, name = kernel.fn.__module__, kernel.fn.__name__
+    if module.startswith(PACKAGE):
+        if TWINS not in sys.modules:
+            load_interpreted(TWINS, Path(sys.modules[PACKAGE].__file__))
+        return getattr(sys.modules[TWINS + module.removeprefix(PACKAGE)], name)
+    copy = sys.modules.get(f"{module}_rehearsed")
+    return getattr(copy or load_interpreted(f"{module}_rehearsed", Path(sys.modules[module].__file__)), name)
 
 
 @contextlib.contextmanager
@@ -157,10 +160,6 @@ def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any)
 
     No error of the rehearsal is an Exception: fused_po would take the next backend, and the tests would pass on that.
     """
-    if not kernel.fn.__module__.startswith(PACKAGE):
-        if warmup:
-            return _compile(kernel, *args, grid=grid, warmup=True, **kwargs)
-        raise NotImplementedError(f"the rehearsal runs fused_po's kernels alone, not {kernel.fn.__module__}'s")
     name = kernel.fn.__name__
     with _one_at_a_time, _disable_current_modes():
         try:
