@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from . import build
 
@@ -85,20 +85,20 @@ class Outcome(NamedTuple):
     faults: tuple[str, ...]  # the failed cases, or the command that failed
 
 
-def run(command: tuple[str, ...], log, limit: int) -> tuple[int, str]:
-    """(exit status, output); the output goes to the log, too."""
+def run(command: tuple[str, ...], log: IO[str], limit: int) -> tuple[int, str]:
+    """(exit status, output); the output goes to the log as it comes."""
     log.write(f"$ python {' '.join(command)}\n")
     log.flush()
+    begin = log.tell()
     try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=build.environment(), text=True, timeout=limit,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        return 124, f"{(late.stdout or b'').decode(errors='replace')}\nstopped after {limit} s\n"
-    log.write(done.stdout)
-    log.flush()
-    return done.returncode, done.stdout
+        status = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=build.environment(), timeout=limit, stdout=log, stderr=log
+        ).returncode
+    except subprocess.TimeoutExpired:
+        status = 124
+        os.write(log.fileno(), f"stopped after {limit} s\n".encode())
+    log.seek(begin)
+    return status, log.read()
 
 
 def counts(output: str) -> tuple[int, int, int]:
@@ -114,7 +114,7 @@ def counts(output: str) -> tuple[int, int, int]:
 def rehearse(stage: Stage) -> Outcome:
     """Run a stage's commands, print each as it ends."""
     began, passed, failed, skipped, faults = time.monotonic(), 0, 0, 0, []
-    with open(LOGS / f"{stage.name}.log", "w", encoding="utf-8") as log:
+    with open(LOGS / f"{stage.name}.log", "w+", encoding="utf-8", errors="replace") as log:
         for command in stage.commands:
             begin = time.monotonic()
             status, output = run(command, log, stage.limit)
@@ -168,7 +168,7 @@ def main() -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     outcomes = {}
     for stage in chosen:
-        print(f"{stage.name}: {stage.what}", flush=True)
+        print(f"{stage.name}: {stage.what} (runs/rehearsal/{stage.name}.log)", flush=True)
         outcomes[stage.name] = rehearse(stage)
     print(report(outcomes))
     print(f"logs: {LOGS.relative_to(ROOT)}")
