@@ -103,8 +103,7 @@ def shapes(args: argparse.Namespace) -> dict:
         return {"reason": "benchmarks/launch_shapes.py is not here"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shapes.json"
-        quick = ["--quick"] * (args.suite == "tiny")
-        done = subprocess.run([sys.executable, str(script), "--json", str(path), *quick], cwd=ROOT)
+        done = subprocess.run([sys.executable, str(script), "--quick", "--json", str(path)], cwd=ROOT)
         if done.returncode or not path.exists():
             return {"reason": f"launch_shapes.py ended with status {done.returncode}"}
         return {"shapes": read_json(path)}
