@@ -130,8 +130,8 @@ def linear_logps(
 
     raw = hidden @ weight.T + bias; the softmax is over z = softcap * tanh(raw * logit_scale / softcap) / temperature,
     or without the softcap z = raw * logit_scale / temperature. Under torch.autocast the head is cast block by block.
-    With equal weights, labels and schedule two calls give bitwise equal results, whatever requires gradients. In
-    another batch a token's may differ in the last bits: GEMMs, and a GPU's rows split over programs, sum in another order.
+    With equal weights, labels and schedule two calls give bitwise equal results, whatever requires gradients.
+    In another batch a token's may differ in the last bits: GEMMs, and rows that a GPU splits, sum in another order.
 
     Args:
         hidden: [..., H], the input of the head, of the head's dtype or wider (or under autocast).
