@@ -57,19 +57,18 @@ class Incoming(NamedTuple):
         return Incoming(labels, saved, self.entropy, *grads)
 
 
-CPU_ROWS = 32  # of a product with few columns
+THIN_ROWS = {"cpu": 32}  # of a product with few columns that are summed in one go
+THIN_ROWS_ELSEWHERE = 128
 
 
 def add_product(d: Tensor, thin: Tensor, total: Tensor) -> None:
     """total += d^T thin, for thin of few columns: the gradients of a bias and of low.
 
-    On a CPU, BLAS adds the rows of such a product one after another and rounds each sum; plain PyTorch sums a bias's
-    gradient in cascades. There the total is in float64, and made of sums of CPU_ROWS rows.
+    A GEMM adds the rows of such a product one after another and rounds each sum; plain PyTorch sums a bias's gradient
+    in cascades. So it is made of sums of some rows; on a CPU the total is in float64.
     """
-    if d.device.type != "cpu":
-        return mm(d.t(), thin, total, add=True)
     part = torch.empty_like(total, dtype=stats_dtype(d.dtype))
-    for some in spans(0, len(d), CPU_ROWS):
+    for some in spans(0, len(d), THIN_ROWS.get(d.device.type, THIN_ROWS_ELSEWHERE)):
         mm(d[some].t(), thin[some], part)
         total += part
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -61,14 +62,18 @@ SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vo
 BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
 EXAMPLE = (
     "examples/dpo.py", "--device", "cuda", "--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--eval-every", "9",
-    "--output", "runs/rehearsal/dpo", "--no-bf16",
+    "--output", "runs/rehearsal/dpo",
 )  # fmt: skip
 
 STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),
     Stage("selfcheck", "python -m fused_po selfcheck --device cuda, small", (SELFCHECK,)),
     Stage("benchmark", "the tiny suite", (BENCHMARK,)),
-    Stage("examples", "examples/dpo.py, two steps, in fp32 and under autocast", (EXAMPLE, EXAMPLE[:-1])),
+    Stage(
+        "examples",
+        "examples/dpo.py, two steps, in fp32 and under autocast",
+        ((*EXAMPLE, "--no-bf16"), (*EXAMPLE[:-1], "runs/rehearsal/dpo-bf16")),
+    ),
     Stage("around", "errors, memory, autograd, torch.compile, modules, planner", tests(*AROUND)),
 )
 SHORT_STAGES = (
@@ -165,7 +170,8 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *PYTEST, *pytest_arguments], build.environment())
     chosen = [s for s in (SHORT_STAGES if args.short else STAGES) if not args.stages or s.name in args.stages]
     os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every)
-    LOGS.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
     outcomes = {}
     for stage in chosen:
         print(f"{stage.name}: {stage.what} (runs/rehearsal/{stage.name}.log)", flush=True)
