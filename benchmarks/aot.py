@@ -72,14 +72,17 @@ class Case(NamedTuple):
     columns: int | None = None
 
 
-# The kernels that have another name in the table of launch shapes, or none.
-TABLE_NAMES = {"scan_parts_kernel": "statistics", "merge_parts_kernel": "statistics"}
+def table_name(case: Case) -> str:
+    """What the table of launch shapes calls the case's kernel, if it is there."""
+    name = "statistics_kernel" if case.kernel == "scan_parts_kernel" else case.kernel
+    more = name == "statistics_kernel" and case.constants["OUTPUTS"] >= 8
+    return "statistics_all" if more else name.removesuffix("_kernel")
 
 
 def shaped(case: Case, arch: str) -> Case:
     """The case with its block, warps and columns."""
     launch = load("launch")
-    name = TABLE_NAMES.get(case.kernel, case.kernel.removesuffix("_kernel"))
+    name = table_name(case)
     if name not in launch.SHAPES:
         return case
     block, warps, turns = launch.shape_for(name, f"sm_{arch}")
@@ -103,7 +106,7 @@ def statistics_cases(dtype: str) -> list[Case]:
                 Case(f"statistics of parts, {label}", "statistics", "scan_parts_kernel", dtype, flags, columns=16384)
             )
             lanes = {"LANES": 64, **flags}
-            out.append(Case(f"merge of parts, {label}", "statistics", "merge_parts_kernel", dtype, lanes, warps=1))
+            out.append(Case(f"merge of parts, {label}", "statistics", "merge_parts_kernel", dtype, lanes, 4096, 1))
         if dtype == "bf16" and outputs != 63:
             name = f"statistics, {label}, V=50257"
             out.append(Case(name, "statistics", "statistics_kernel", dtype, flags, aligned=False))

@@ -119,8 +119,8 @@ import aot
 
 shapes, found = json.loads(sys.argv[1]), []
 for case in aot.cases():
-    name = aot.TABLE_NAMES.get(case.kernel, case.kernel.removesuffix("_kernel"))
-    if case.dtype == "bf16" and case.aligned and name in shapes and case.kernel not in aot.TABLE_NAMES:
+    name = aot.table_name(case)
+    if case.dtype == "bf16" and case.aligned and name in shapes:
         for block, warps in shapes.pop(name):
             row = aot.figures(case._replace(block=block, warps=warps), "90", False, 32000)
             found.append([name, block, warps, row["compiles"], row["spills"]])

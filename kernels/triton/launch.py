@@ -26,13 +26,14 @@ class Shape(NamedTuple):
 # from `benchmarks/aot.py` (registers, bytes in flight, instructions outside of loops).
 SHAPES: dict[str, dict[str | None, Shape]] = {
     "statistics": {None: Shape(4096, 8)},
+    "statistics_all": {None: Shape(4096, 16)},  # beyond log-probs, entropy and lse: half as many columns a thread
     "pair_statistics": {None: Shape(4096, 8)},
     "policy": {None: Shape(4096, 8)},
     "gradient": {None: Shape(4096, 8, 4)},
     "dpo_gradient": {None: Shape(4096, 8, 4)},
     "from_basis": {None: Shape(4096, 8, 4)},
     "scale": {None: Shape(4096, 8, 16)},
-    "kl": {None: Shape(4096, 8)},
+    "kl": {None: Shape(2048, 4)},
     "mixture": {None: Shape(2048, 8)},
     "kl_gradient": {None: Shape(4096, 8, 4)},
 }

@@ -375,7 +375,8 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
     results = logps, entropy, lse, aux, saved
     if not n_rows:
         return results
-    shape = launch_shape("statistics", n_cols, logits.element_size(), logits.device)
+    kernel = "statistics" if outputs < MEAN_LOGITS.value else "statistics_all"
+    shape = launch_shape(kernel, n_cols, logits.element_size(), logits.device)
     n_parts, part_cols = row_parts(n_rows, n_cols, shape["BLOCK"], multiprocessors(logits.device))
     rows = logits.shape[1], n_cols, logits.stride(0), logits.stride(1), outer, inner, ignore_index
     if n_parts == 1:
