@@ -108,7 +108,7 @@ def sequence_sums(
     KL: tl.constexpr, REF_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(sum of policy log-probs, of reference log-probs, of the KL, number of tokens) of one sequence; writes its KL."""
-    n_rows = tl.cast(n_rows, tl.int64)
+    logps_ptr = tokens_ptr + LOGP * tl.cast(n_rows, tl.int64)
     zeros = tl.zeros([BLOCK], tl.float32)
     policy, reference, kl, count = zeros, zeros, zeros, zeros
     for start in tl.range(0, length, BLOCK):
@@ -116,7 +116,7 @@ def sequence_sums(
         inside = offsets < length
         rows = sequence.to(tl.int64) * length + offsets
         valid = inside & (tl.load(label_ptr + rows, mask=inside, other=0) != ignore_index)
-        logp = tl.load(tokens_ptr + LOGP * n_rows + rows, mask=valid, other=0.0)
+        logp = tl.load(logps_ptr + rows, mask=valid, other=0.0)
         policy += logp
         if not REF_SUMS:
             ref_logp = tl.load(ref_ptr + rows, mask=valid, other=0.0)
@@ -138,7 +138,7 @@ def dpo_kernel(
 ):  # fmt: skip
     """One program a pair: L = -(1 - e) log s(h) - e log s(-h), h = beta ((c - c_ref) - (r - r_ref)), s the sigmoid."""
     pair = tl.program_id(0)
-    pairs = tl.num_programs(0).to(tl.int64)
+    pairs = tl.num_programs(0)
     chosen, ref_chosen, kl_c, count_c = sequence_sums(
         pair, label_ptr, tokens_ptr, ref_ptr, kl_ptr, n_rows, length, ignore_index, KL, REF_SUMS, BLOCK
     )
