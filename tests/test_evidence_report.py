@@ -261,7 +261,8 @@ def test_the_makefile_hands_everything_on():
         pytest.skip("needs make")
     words = ["OUT=o", "FROM=f", "STAGES=tests ncu", "BUDGET=9", "SUITE=tiny", "RETRY=1", "KEEP_GOING=1", "PLAN=H100"]
     run = ["make", "-n", "gpu-evidence", "NO_VENV=1", "PYTHON=python3", *words]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=own)
     line = " ".join(done.stdout.splitlines()[-1].split())
     expected = '--out "o" --from "f" --stages "tests ncu" --budget 9 --suite tiny --retry --keep-going --plan H100'
     assert f"python3 benchmarks/evidence {expected}" in line
