@@ -328,3 +328,25 @@ def test_any_leading_shape(leading, seed):
 def test_shift_labels():
     labels = torch.tensor([[1, 2, 3], [4, 5, IGNORE]])
     assert fused_po.shift_labels(labels).tolist() == [[2, 3, IGNORE], [5, IGNORE, IGNORE]]
+
+
+@pytest.mark.parametrize("dynamic", (True, None))
+def test_compiled_sizes_and_numbers_may_change(dynamic, seed):
+    """On the device of the tests, with its kernels: the number of tokens, the temperature and beta differ by call."""
+    torch.compiler.reset()
+    weight = torch.randn(50, 6, device=DEVICE)
+
+    def run(hidden, labels, number):
+        logps = fused_po.linear_logps(hidden, weight, labels, temperature=number).logps
+        dpo = fused_po.dpo_from_logits(hidden @ weight.T, labels, ref_logps=logps.detach() - 1, beta=number)
+        return logps.sum() + dpo.loss
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length, number in ((2, 0.7), (3, 0.9), (5, 1.1)):
+        hidden, labels = torch.randn(4, length, 6, device=DEVICE), random_labels(4 * length, 50).view(4, length)
+        found = []
+        for function in (run, compiled):
+            leaf = hidden.clone().requires_grad_()
+            value = function(leaf, labels, number)
+            found.append((value.detach(), *torch.autograd.grad(value, leaf)))
+        torch.testing.assert_close(found[1], found[0])
