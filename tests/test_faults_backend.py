@@ -232,8 +232,7 @@ def test_triton_s_cache_damaged_or_not_to_be_written(tmp_path):
     assert isinstance(first, int) and first > 1000 and cached == first
     start = "RuntimeError: fused_po: backend 'triton' cannot compile or load a kernel"
     assert cut.startswith(f"{start} (JSONDecodeError") and nowhere.startswith(f"{start} (NotADirectoryError")
-    assert made_anew in (first, cut), (
-        "Triton 3.6 does not make a damaged list of files anew; its error names the way out"
-    )
+    if made_anew != first:  # Triton 3.6 does not make a damaged list of files anew; its error names the way out
+        assert made_anew.startswith(f"{start} (JSONDecodeError")
     for said in (cut, nowhere):
         assert "delete it, or let TRITON_CACHE_DIR name another folder; backend='reference' runs without" in said

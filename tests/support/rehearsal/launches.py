@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -151,7 +152,8 @@ def interpret(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: d
     args = tuple(on_cpu(a) for a in args)
     kwargs = {key: on_cpu(a) for key, a in kwargs.items()}
     quiet = numpy.errstate(all="ignore")  # a GPU says nothing of log2(0), and tests turn warnings into errors
-    with checks.watching(name, (*args, *kwargs.values())), interpreted_language(), quiet:
+    with checks.watching(name, (*args, *kwargs.values())), interpreted_language(), quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, of Triton 3.6's interpreter
         twin_of(kernel)[grid](*args, **kwargs)
 
 
