@@ -216,3 +216,27 @@ def test_statistics_compile_once_for_any_number_of_rows():
     run = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ["1", "1", "1"]
+
+
+ONE_COLUMN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import aot
+
+done = set()
+for case in aot.cases():
+    kernel = getattr(aot.load(case.module), case.kernel)
+    if case.kernel not in done and "n_cols" in kernel.arg_names:
+        done.add(case.kernel)
+        aot.compile_case(case._replace(constants=case.constants | {"n_cols": 1}), "90")
+print(len(done))
+"""
+
+
+def test_a_vocabulary_of_one_word_compiles():
+    """Triton takes an argument that is 1 for a constant, which has no hints of alignment."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ONE_COLUMN, str(TABLE.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 8

@@ -110,7 +110,8 @@ def test_a_constant_added_to_a_row_changes_nothing(seed, v, constant, other, how
 def test_the_order_of_rows(seed, n, v):
     (logits,), labels = draw(seed, (n, v), dtype=torch.float32), some_labels(seed, (n,), v)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    same([value[order] for value in of_logits(logits, labels)], of_logits(logits[order], labels[order]))
+    equal = alike if DEVICE == "cuda" else same  # a kernel sums a row by where it begins in 16 bytes
+    equal([value[order] for value in of_logits(logits, labels)], of_logits(logits[order], labels[order]))
 
 
 @FEW

@@ -206,7 +206,7 @@ def from_basis_kernel(
     label = tl.where((label >= 0) & (label < n_cols) & live, label, -1).to(tl.int32)
     grads = weight, g_entropy
     offsets = tl.arange(0, BLOCK)
-    body = tl.multiple_of(n_cols // GROUP * GROUP, GROUP)
+    body = tl.multiple_of(tl.cast(n_cols, tl.int32) // GROUP * GROUP, GROUP)  # Triton makes 1 a constant
     for start in tl.range(tl.program_id(1) * BLOCK, body, tl.num_programs(1) * BLOCK):
         end = tl.multiple_of(body - start, GROUP)
         basis_columns(
