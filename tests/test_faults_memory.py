@@ -247,7 +247,7 @@ def test_a_backward_that_failed_can_be_run_again(name):
         except torch.OutOfMemoryError:
             again = torch.autograd.grad(values, wanted, ones, retain_graph=True)
             assert all(torch.equal(a, b) for a, b in zip(again, truth, strict=True)), f"after a fault at step {at}"
-    assert at > 4
+    assert at > (1 if DEVICE == "cuda" else 4)
 
 
 @pytest.mark.parametrize("backend", ("reference", "triton"))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty, empty_strided
 
 computed: collections.Counter[str] = collections.Counter()  # calls by operator
 missing: collections.Counter[str] = collections.Counter()  # operators without a CPU kernel that something called
@@ -43,10 +43,10 @@ def on_cpu(tensor: Any) -> Any:
         return tensor
     storage = tensor.untyped_storage()
     if not storage.nbytes():
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        return empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
     whole = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    view = torch.empty(0, dtype=tensor.dtype)
+    view = empty(0, dtype=tensor.dtype)  # not torch.empty: a test may stand in for it
     view.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
     if tensor.is_conj():
         view = view.conj()
