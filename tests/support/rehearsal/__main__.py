@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument(
         "--every", type=int, default=8, metavar="N", help="of each test's cases every N-th (default: 8)"
     )
-    own, _, pytest_arguments = partition(sys.argv[1:])
+    own, pytest_arguments = partition(sys.argv[1:])
     args = parser.parse_args(own)
     if args.every < 1:
         parser.error(f"--every: got {args.every}, expected a whole number >= 1")
@@ -181,12 +181,10 @@ def main() -> int:
     return int(any(outcome.failed for outcome in outcomes.values()))
 
 
-def partition(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
     """What is before and after `--`."""
-    if "--" not in arguments:
-        return arguments, False, []
-    at = arguments.index("--")
-    return arguments[:at], True, arguments[at + 1 :]
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ along with what is computed from that value, and is a fault where such a pointer
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import threading
@@ -18,7 +17,6 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 FALSE = "rehearsal.false_hint"  # an attribute of a TensorHandle
-made: collections.Counter[str] = collections.Counter()  # checks by kind
 
 
 class Fault(BaseException):
@@ -60,7 +58,6 @@ def check_access(kind: str, pointers: TensorHandle, mask: TensorHandle) -> None:
     if watch.kernel is None:
         return
     addresses = numpy.asarray(pointers.data).astype(numpy.int64)[numpy.asarray(mask.data).astype(bool)]
-    made[kind] += 1
     if not addresses.size:
         return
     false_hint = pointers.attr.get(FALSE) or mask.attr.get(FALSE)
@@ -106,7 +103,6 @@ def install() -> None:
         if key == "tt.divisibility":
             factor = int(value[-1] if isinstance(value, (list, tuple)) else value)
             first = numpy.asarray(self.data).astype(numpy.int64).reshape(-1)[:1]
-            made["alignment hint"] += 1
             if (first % factor).any():
                 self.attr[FALSE] = f"multiple_of({factor}): the value is {first[0]}"
         return set_attr(self, key, value)

@@ -8,7 +8,6 @@ out_dtype, which a CPU lacks, keep CUDA's own checks.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, empty, empty_strided
-
-computed: collections.Counter[str] = collections.Counter()  # calls by operator
-missing: collections.Counter[str] = collections.Counter()  # operators without a CPU kernel that something called
 
 LIBRARIES: list[torch.library.Library] = []  # their registrations end when they are collected
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -67,8 +63,8 @@ def on_cuda(tensor: Any) -> Any:
 
 def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
     """A CPU generator for one call, seeded by the state of the CUDA generator, which moves on."""
-    if generator is None or generator.device.type != "cuda":
-        generator = torch.cuda.default_generators[0] if generator is None else generator
+    if generator is None:
+        generator = torch.cuda.default_generators[0]
     if generator.device.type == "cpu":
         return generator
     offset = generator.get_offset()
@@ -159,15 +155,10 @@ class Emulated:
                 )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        computed[self.schema.name] += 1
         if not self.mixed:
             self.check_devices((*args, *kwargs.values()))
         low, low_kwargs = self.wrapped([lowered(a) for a in args]), {name: lowered(a) for name, a in kwargs.items()}
-        try:
-            found = self.call(low, low_kwargs)
-        except NotImplementedError:
-            missing[str(self.operator)] += 1
-            raise
+        found = self.call(low, low_kwargs)
         for place in self.written.values():  # an out= that the operator resized
             theirs, ours = self.argument(place, args, kwargs), self.argument(place, low, low_kwargs)
             if isinstance(theirs, Tensor) and theirs.shape != ours.shape:
@@ -240,8 +231,8 @@ SPECIAL: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def install() -> int:
-    """Register a kernel for every CUDA operator; how many. torch must see the stand-in runtime's device."""
+def install() -> None:
+    """Register a kernel for every CUDA operator. torch must see the stand-in runtime's device."""
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA device: the stand-in runtime is not preloaded (see rehearsal/README.md)")
     torch.cuda._sleep = lambda cycles: None  # a kernel that only takes time
@@ -251,7 +242,6 @@ def install() -> int:
     warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel.*")
     library = torch.library.Library("aten", "IMPL")
     LIBRARIES.append(library)
-    count = 0
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     for full in sorted({*registered, "aten::copy_", "aten::_copy_from_and_resize"}):
         space, _, name = full.partition("::")
@@ -261,5 +251,3 @@ def install() -> int:
         operator = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
         if operator is not None:
             library.impl(name, SPECIAL.get(name) or Emulated(operator), "CUDA")
-            count += 1
-    return count

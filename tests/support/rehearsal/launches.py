@@ -7,7 +7,6 @@ interpreter, then computes the result. Meanwhile checks.py looks at every access
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib.util
 import os
@@ -43,8 +42,6 @@ WARP = 32
 MAX_WARPS = 32
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 
-launched: collections.Counter[str] = collections.Counter()  # launches by kernel
-forms: set[tuple] = set()  # what was compiled: kernel, types and constants, warps
 _one_at_a_time = threading.RLock()  # the interpreter swaps functions of triton.language while a kernel runs
 _compile = JITFunction.run
 
@@ -177,9 +174,6 @@ def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any)
             ours = kernel.fn.__module__.startswith(PACKAGE)
             kind = checks.Fault if ours else NotImplementedError
             raise kind(f"{name}: {type(error).__name__}: {error}") from error
-        launched[name] += not warmup
-        source = compiled.src
-        forms.add((name, str(source.signature), str(source.constants), compiled.metadata.num_warps))
         return compiled
 
 
