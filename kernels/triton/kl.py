@@ -45,7 +45,7 @@ TOKEN_FIELDS = 9
 def above_mixture(log2p, log2q, WEIGHT: tl.constexpr):
     """(log2 p - log2 m, log2 q - log2 m), m = weight q + (1 - weight) p; both exactly 0 where p = q.
 
-    Of the two weights the smaller is rounded, the larger what it leaves: their sum is 1. The hardware's logarithm is
+    Of the two weights the smaller is rounded, the larger what it leaves: their sum is 1. The logarithm need only be
     good to 2^-22 here, where it takes numbers up to 1, and exact at 1.
     """
     small = tl.full((), WEIGHT if WEIGHT < 0.5 else 1.0 - WEIGHT, tl.float32)
