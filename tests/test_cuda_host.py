@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evidence import tools
 from helpers import DEVICE, IGNORE, Scaling, assert_close, oracle, plain, random_labels
 from policy_problems import LOSSES, given, problem
 
 import fused_po
+from fused_po import selfcheck
 from fused_po.reference.policy import Form, Given, token_terms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,8 @@ def host(tmp_path_factory):
     how = {"extra_include_paths": [str(ROOT / "kernels" / "cuda")], "extra_cflags": ["-O2"]}
     source = str(ROOT / "tests" / "cuda_host.cpp")
     cpp_extension.load("cuda_host", [source], build_directory=str(folder), is_python_module=False, **how)
-    return ctypes.CDLL(str(folder / "cuda_host.so"))
+    (built,) = folder.glob("*.so")  # PyTorch numbers the name if it has built it in this process before
+    return ctypes.CDLL(str(built))
 
 
 def pointer(tensor):
@@ -258,3 +261,12 @@ def test_estimates_and_terms_of_infinities(host):
         host.host_terms(ctypes.byref(p), *map(pointer, (logps, entropy)), ctypes.c_int64(4), pointer(ours))
         assert ours[1].tolist()[:3] == [math.inf, math.inf, math.inf] and ours[1, 3] == 0
         assert ours[0, :2].isfinite().all() and ours[4].isfinite().all()
+
+
+@pytest.mark.parametrize("name", tools.SERVED)
+def test_the_cuda_backend_serves_what_is_checked_of_it(gpu, name):
+    """By its arithmetic on the host; on a GPU by itself."""
+    gpu(9)
+    (check,) = (c for c in selfcheck.checks("cuda") if c.name == name)
+    values = selfcheck.problem(selfcheck.Size(64, 37, 8), torch.float32, DEVICE, 1)
+    assert selfcheck.compare(check, values, "fp32").share <= 2
