@@ -2,9 +2,10 @@
 
     python benchmarks/overhead.py [--json FILE] [--device cpu|cuda] [--only TEXT] [--counts] [--profile OP]
 
-Both sides are compared first, values and gradients, and then run in turns. A ratio is the median of the turns' ratios,
-with its quartiles. Counted of one call: ATen ops dispatched (inside custom ops too), Python functions called, and host
-syncs (a value or a size that Python reads from a tensor).
+All sides are compared first, values and gradients, and then run in turns. A ratio is the median of the turns' ratios,
+with its quartiles. The floor is the same arithmetic without the package (overhead_floor.py). Counted of one call: ATen
+ops dispatched (inside custom ops too), Python functions called, and host syncs (a value or a size that Python reads
+from a tensor).
 """
 
 from __future__ import annotations
@@ -117,9 +118,11 @@ def results(run: Callable, row: Row, backward: bool) -> list[torch.Tensor]:
 
 
 def verify(row: Row) -> None:
-    """Both sides give the same numbers, to fp32's rounding."""
-    for ours, eager in zip(results(row.ours, row, True), results(row.eager, row, True), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=2e-5, msg=lambda text: f"{row.name}: {text}")
+    """All sides give the same numbers, to fp32's rounding."""
+    truth = results(row.eager, row, True)
+    for side in filter(None, (row.ours, row.floor)):
+        for value, eager in zip(results(side, row, True), truth, strict=True):
+            torch.testing.assert_close(value, eager, rtol=1e-4, atol=2e-5, msg=lambda text: f"{row.name}: {text}")
 
 
 def timed(call: Callable[[], None], repeats: int, device: str) -> float:
@@ -136,23 +139,26 @@ def timed(call: Callable[[], None], repeats: int, device: str) -> float:
 
 
 def measure(row: Row, mode: str, device: str, turns: int, repeats: int) -> dict:
-    """One row and mode: medians of microseconds, and of the ratio with its quartiles."""
-    sides = [step(run, row.leaves, mode) for run in (row.ours, row.eager)]
-    for side in sides:
+    """One row and mode: medians of microseconds, and of the ratios to eager, ours with its quartiles."""
+    runs = {"ours": row.ours, "eager": row.eager} | ({"floor": row.floor} if row.floor else {})
+    sides = {name: step(run, row.leaves, mode) for name, run in runs.items()}
+    for side in sides.values():
         timed(side, repeats, device)
-    pairs = []
+    took: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
     try:
         for turn in range(turns):
-            order = (0, 1) if turn % 2 else (1, 0)
-            took = {i: timed(sides[i], repeats, device) for i in order}
-            pairs.append((took[0], took[1]))
+            for name in sides if turn % 2 else reversed(sides):
+                took[name].append(timed(sides[name], repeats, device))
     finally:
         gc.enable()
-    low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-    ours, eager = (statistics.median(side) for side in zip(*pairs))
-    return {"ours_us": ours, "eager_us": eager, "ratio": ratio, "quartiles": [low, high]}
+    ratios = {name: [a / b for a, b in zip(took[name], took["eager"])] for name in sides}
+    low, ratio, high = statistics.quantiles(ratios["ours"], n=4)
+    found = {f"{name}_us": statistics.median(times) for name, times in took.items()}
+    if row.floor:
+        found["floor_ratio"] = statistics.median(ratios["floor"])
+    return found | {"ratio": ratio, "quartiles": [low, high]}
 
 
 def report_row(row: Row, device: str, turns: int, repeats: int) -> list[dict]:
@@ -172,7 +178,7 @@ def report_row(row: Row, device: str, turns: int, repeats: int) -> list[dict]:
 def line(entry: dict) -> str:
     """One line of the table."""
     ours, eager = entry["counts"], entry["eager_counts"]
-    times = ["", "", ""]
+    times = ["", "", "", ""]
     if "ratio" in entry:
         low, high = entry["quartiles"]
         over = " *" if entry["limit"] and entry["ratio"] > entry["limit"] else ""
@@ -180,6 +186,7 @@ def line(entry: dict) -> str:
             f"{entry['ours_us']:.0f}",
             f"{entry['eager_us']:.0f}",
             f"{entry['ratio']:.2f} ({low:.2f}-{high:.2f}){over}",
+            f"{entry['floor_ratio']:.2f}" if "floor_ratio" in entry else "",
         ]
     counted = [f"{ours[k]} / {eager[k]}" for k in ("ops", "python")] + [str(ours["syncs"])]
     mode = "fwd" if entry["mode"] == "forward" else "fwd+bwd"
@@ -187,8 +194,8 @@ def line(entry: dict) -> str:
 
 
 HEADER = (
-    "| op | | ours, us | eager, us | ratio (quartiles) | ATen ops | Python calls | syncs |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| op | | ours, us | eager, us | ratio (quartiles) | floor's ratio | ATen ops | Python calls | syncs |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
+import overhead_floor
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,13 +25,14 @@ Results = tuple[Tensor, tuple[Tensor, ...]]  # (loss, what else is compared)
 
 
 class Row(NamedTuple):
-    """One op, or loss: two functions that return the same numbers, and the tensors that require grad."""
+    """One op, or loss: functions that return the same numbers, and the tensors that require grad."""
 
     name: str
     kind: str
     ours: Callable[[], Results]
     eager: Callable[[], Results]
     leaves: tuple[Tensor, ...]
+    floor: Optional[Callable[[], Results]] = None  # ours without the package, see overhead_floor.py
 
 
 class Data(NamedTuple):
@@ -222,6 +224,10 @@ def linear_rows(d: Data) -> list[Row]:
         with torch.no_grad():
             return logps_of(F.linear(d.ref_hidden, d.ref_weight), labels)
 
+    def floor(labels: Tensor, weight: Tensor = d.weight) -> Results:
+        values = overhead_floor.linear_logps(d.hidden, weight, labels)
+        return values.mean().neg(), (values,)
+
     def policy(stats: fused_po.TokenStats) -> Results:
         per_token = losses.grpo(stats.logps, d.old_logps, d.advantages, d.mask)
         return per_token.mean(), (per_token, stats.logps)
@@ -245,11 +251,12 @@ def linear_rows(d: Data) -> list[Row]:
 
     penalty = {"kl": "k3", "kl_coef": 0.1}
     return [
-        Row("linear_logps", "linear", lambda: scored(logps()), lambda: scored_eagerly(logits(), d.labels), both),
+        Row("linear_logps", "linear", lambda: scored(logps()), lambda: scored_eagerly(logits(), d.labels), both,
+            lambda: floor(d.labels)),
         Row("linear_logps, a quarter ignored", "linear", lambda: scored(logps(labels=d.some)),
-            lambda: scored_eagerly(logits(), d.some), both),
+            lambda: scored_eagerly(logits(), d.some), both, lambda: floor(d.some)),
         Row("linear_logps, head frozen", "linear", lambda: scored(logps(weight=frozen)),
-            lambda: scored_eagerly(logits(frozen), d.labels), (d.hidden,)),
+            lambda: scored_eagerly(logits(frozen), d.labels), (d.hidden,), lambda: floor(d.labels, frozen)),
         Row("linear_logps, entropy", "linear", lambda: with_entropy(logps(**both_outputs)),
             lambda: with_entropy_eagerly(logits(), d.labels), both),
         Row("linear_logps, losses.grpo", "linear", lambda: policy(logps()), policy_eagerly, both),
@@ -271,6 +278,10 @@ def logits_rows(d: Data) -> list[Row]:
     leaf = (d.logits,)
     both_outputs = {"outputs": ("logps", "entropy")}
 
+    def floor(labels: Tensor) -> Results:
+        values = overhead_floor.logps_from_logits(d.logits, labels)
+        return values.mean().neg(), (values,)
+
     def dpo(**how) -> Results:
         return dpo_results(fused_po.dpo_from_logits(d.logits, d.labels, **how))
 
@@ -291,10 +302,10 @@ def logits_rows(d: Data) -> list[Row]:
     penalty = {"ref_logps": d.ref_logps, "kl": "k3", "kl_coef": 0.1, "use_bias_correction_kl": False}
     return [
         Row("logps_from_logits", "logits", lambda: scored(fused_po.logps_from_logits(d.logits, d.labels)),
-            lambda: scored_eagerly(d.logits, d.labels), leaf),
+            lambda: scored_eagerly(d.logits, d.labels), leaf, lambda: floor(d.labels)),
         Row("logps_from_logits, a quarter ignored", "logits",
             lambda: scored(fused_po.logps_from_logits(d.logits, d.some)),
-            lambda: scored_eagerly(d.logits, d.some), leaf),
+            lambda: scored_eagerly(d.logits, d.some), leaf, lambda: floor(d.some)),
         Row("logps_from_logits, entropy", "logits",
             lambda: with_entropy(fused_po.logps_from_logits(d.logits, d.labels, **both_outputs)),
             lambda: with_entropy_eagerly(d.logits, d.labels), leaf),

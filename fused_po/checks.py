@@ -299,14 +299,18 @@ def none_ignored(labels: Tensor, ignore_index: int) -> bool:
     return ignore_index < 0 and labels.device.type == "cpu" and labels.numel() > 0 and int(labels.min()) >= 0
 
 
+def within(labels: Tensor, n_cols: int) -> bool:
+    """Whether all labels are in [0, n_cols)."""
+    least, most = torch.aminmax(labels)
+    return int(least) >= 0 and int(most) < n_cols
+
+
 def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     """Refuse labels outside [0, n_cols). On a GPU the check costs a sync, so there FUSED_PO_DEBUG=1 switches it on."""
     if not looked_at(labels) or not labels.numel():
         return
-    for counted in (lambda: labels, lambda: labels.where(labels != ignore_index, 0)):  # most have no ignored ones
-        least, most = torch.aminmax(counted())
-        if int(least) >= 0 and int(most) < n_cols:
-            return
+    if within(labels, n_cols) or within(labels.where(labels != ignore_index, 0), n_cols):
+        return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= n_cols))
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])

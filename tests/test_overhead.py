@@ -8,6 +8,7 @@ from pathlib import Path
 
 import overhead
 import overhead_cases
+import overhead_floor
 import pytest
 import torch
 from helpers import BACKENDS
@@ -59,6 +60,15 @@ CASES = [pytest.param(row, mode, id=f"{row.name}-{mode}") for row in ROWS.values
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_both_sides_give_the_same_numbers(row):
     overhead.verify(row)
+
+
+@pytest.mark.parametrize("bad", (-1, 9))
+def test_the_floor_checks_its_labels_too(bad):
+    labels = torch.tensor([0, -100, bad])
+    with pytest.raises(ValueError, match="out of range"):
+        overhead_floor.logps_from_logits(torch.zeros(3, 9), labels)
+    with pytest.raises(ValueError, match="out of range"):
+        overhead_floor.linear_logps(torch.zeros(3, 2), torch.zeros(9, 2), labels)
 
 
 @pytest.mark.parametrize("row, mode", CASES)
