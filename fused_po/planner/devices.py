@@ -79,10 +79,16 @@ def best_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> flo
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy of random numbers."""
-    source = torch.rand(1 << 30 if device.type == "cuda" else 1 << 25, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device.type == "cuda")
+    """Bytes a second, read and written, of large copies of random numbers: 1 GiB each on a GPU, which holds 2 GiB."""
+    on_gpu = device.type == "cuda"
+    source = torch.rand(1 << 28 if on_gpu else 1 << 25, dtype=torch.float32, device=device)
+    target, copies = torch.empty_like(source), 8 if on_gpu else 1  # so many that waiting for the last costs nothing
+
+    def run() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    return 2 * copies * source.nbytes / best_seconds(run, on_gpu)
 
 
 def gemm_flops(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
