@@ -1,5 +1,6 @@
 """`--suite`, and which device it runs on."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -41,12 +42,15 @@ def circumstances():
         machine = torch.cuda.get_device_name()
     else:
         machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = ""  # of a tree without git
+    with contextlib.suppress(OSError):
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("/", "--benchmark-json"))]
     return {
         "machine": machine,
         "versions": versions(),
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "command": " ".join(["pytest", *arguments]),
         "copy GB/s": copy_bandwidth(torch.device(DEVICE)) / 1e9,
         "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"],
