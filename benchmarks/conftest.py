@@ -32,6 +32,13 @@ def device():
 
 
 @pytest.fixture(scope="session")
+def rounds(pytestconfig):
+    from measure import rounds_of
+
+    return rounds_of(pytestconfig.getoption("--suite"), DEVICE)
+
+
+@pytest.fixture(scope="session")
 def circumstances():
     """What a figure cannot be read without: versions, machine, commit, command."""
     from providers import versions

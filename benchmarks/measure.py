@@ -25,6 +25,11 @@ MODES = ("forward", "forward+backward")
 ROUNDS = {"cpu": 4, "cuda": 9}
 
 
+def rounds_of(suite: str | None, device: str) -> int:
+    """Turns that are timed of each case. The tiny suite shows that everything runs: one turn."""
+    return 1 if suite == "tiny" else ROUNDS[device]
+
+
 class Errors(NamedTuple):
     """Against float64: log-probs or KLs in nats (largest, RMS; None without any), gradients relative in norm."""
 
@@ -186,11 +191,13 @@ class Turns:
         return found
 
 
-def compare(case: Case, device: str, providers: list[Provider], benchmark, circumstances: dict) -> dict[str, dict]:
+def compare(
+    case: Case, device: str, providers: list[Provider], benchmark, circumstances: dict, rounds: int
+) -> dict[str, dict]:
     """One benchmark of pytest-benchmark: its rounds are turns in which everybody runs once. What came of it."""
     p, reports, able = prepare(case, device, providers)
     turns = Turns(p, able)
-    benchmark.pedantic(turns, rounds=ROUNDS[device], warmup_rounds=1)
+    benchmark.pedantic(turns, rounds=rounds, warmup_rounds=1)
     reports = finish(reports, turns.medians())
     benchmark.extra_info |= {"case": case._asdict(), "providers": reports, "circumstances": circumstances}
     return reports

@@ -10,8 +10,8 @@ from providers import PROVIDERS
 from report import case_table
 
 
-def test_head(case, device, circumstances, benchmark, capsys):
-    reports = measure.compare(case, device, PROVIDERS, benchmark, circumstances)
+def test_head(case, device, rounds, circumstances, benchmark, capsys):
+    reports = measure.compare(case, device, PROVIDERS, benchmark, circumstances, rounds)
     with capsys.disabled():
         print(f"\n\n{case.name}\n\n{case_table(reports)}")
     assert "seconds" in reports["fused_po"], reports["fused_po"].get("wrong") or reports["fused_po"]

@@ -6,8 +6,8 @@ from kl_providers import KL_PROVIDERS
 from report import case_table
 
 
-def test_kl(case, device, circumstances, benchmark, capsys):
-    reports = measure.compare(case, device, KL_PROVIDERS, benchmark, circumstances)
+def test_kl(case, device, rounds, circumstances, benchmark, capsys):
+    reports = measure.compare(case, device, KL_PROVIDERS, benchmark, circumstances, rounds)
     with capsys.disabled():
         print(f"\n\n{case.name}\n\n{case_table(reports, case.task)}")
     assert "seconds" in reports["fused_po"], reports["fused_po"].get("wrong") or reports["fused_po"]

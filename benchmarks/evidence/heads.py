@@ -41,7 +41,7 @@ def case(args: argparse.Namespace) -> dict:
     wanted = next(c for c, _ in cases.evidence(args.suite) if c.name == args.words[0])
     p, reports, able = measure.prepare(wanted, args.device, chosen(wanted, args.who))
     timed = measure.Turns(p, able)
-    rounds = measure.ROUNDS[args.device]
+    rounds = measure.rounds_of(args.suite, args.device)
     for _ in range(rounds + 1):
         timed()
     reports = measure.finish(reports, timed.medians())

@@ -60,19 +60,31 @@ def tests(*names: str) -> tuple[tuple[str, ...], ...]:
 
 SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vocab", "203", "--hidden", "16")
 BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
-EXAMPLE = (
-    "examples/dpo.py", "--device", "cuda", "--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--eval-every", "9",
-    "--output", "runs/rehearsal/dpo",
+HELD_OUT = "runs/rehearsal/held-out.jsonl"  # the first of the shipped ones
+
+
+def example(name: str, *words: str, output: str = "") -> tuple[str, ...]:
+    """A step of a training script, its whole way from the model to the picture."""
+    few = ("--steps", "1", "--batch-size", "4", "--eval-every", "9", "--test-dataset", HELD_OUT)
+    return f"examples/{name}.py", "--device", "cuda", *few, *words, "--output", f"runs/rehearsal/{output or name}"
+
+
+FP32, SHORT_SFT, DRAWN = ("--no-bf16",), ("--sft-steps", "1"), ("--max-completion-length", "8")
+EXAMPLES = (
+    example("dpo", *SHORT_SFT, *FP32), example("dpo", *SHORT_SFT, output="dpo-bf16"),
+    example("kto", *SHORT_SFT, *FP32), example("sft", *FP32), example("reward", *FP32),
+    example("ppo", *SHORT_SFT, *DRAWN, *FP32), example("online_dpo", *SHORT_SFT, *DRAWN, *FP32),
+    example("grpo", *SHORT_SFT, *DRAWN, "--num-generations", "2", *FP32),
 )  # fmt: skip
 
 STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),
     Stage("selfcheck", "python -m fused_po selfcheck --device cuda, small", (SELFCHECK,)),
-    Stage("benchmark", "the tiny suite", (BENCHMARK,)),
+    Stage("benchmark", "the tiny suite, a turn each", (BENCHMARK,)),
     Stage(
         "examples",
-        "examples/dpo.py, two steps, in fp32 and under autocast",
-        ((*EXAMPLE, "--no-bf16"), (*EXAMPLE[:-1], "runs/rehearsal/dpo-bf16")),
+        "a step of each training script in fp32, of dpo.py under autocast too",
+        EXAMPLES,
     ),
     Stage("around", "errors, memory, autograd, torch.compile, modules, planner", tests(*AROUND)),
 )
@@ -172,6 +184,8 @@ def main() -> int:
     os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
+    shipped = (ROOT / "examples" / "data" / "comparisons-test.jsonl").read_text(encoding="utf-8")
+    (ROOT / HELD_OUT).write_text("".join(shipped.splitlines(True)[:8]), encoding="utf-8")
     outcomes = {}
     for stage in chosen:
         print(f"{stage.name}: {stage.what} (runs/rehearsal/{stage.name}.log)", flush=True)
