@@ -81,11 +81,7 @@ STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),
     Stage("selfcheck", "python -m fused_po selfcheck --device cuda, small", (SELFCHECK,)),
     Stage("benchmark", "the tiny suite, a turn each", (BENCHMARK,)),
-    Stage(
-        "examples",
-        "a step of each training script in fp32, of dpo.py under autocast too",
-        EXAMPLES,
-    ),
+    Stage("examples", "a step of each training script in fp32, of dpo.py under autocast too", EXAMPLES),
     Stage("around", "errors, memory, autograd, torch.compile, modules, planner", tests(*AROUND)),
 )
 SHORT_STAGES = (
