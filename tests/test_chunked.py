@@ -140,7 +140,7 @@ def test_chunks_are_whole_groups_within_the_limit(sizes, limit, expected):
     groups = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size + 1)], dtype=torch.long)
     scored = torch.tensor([int(i > 0) for size in sizes for i in range(size + 1)], dtype=torch.long)
     mixed = torch.randperm(len(groups))
-    chunks = chunks_of(groups[mixed], scored[mixed], limit)
+    chunks = chunks_of(groups[mixed], scored[mixed].long() - 1, -1, limit)
     assert [sorted(set(groups[mixed][rows].tolist())) for rows in chunks] == expected
 
 

@@ -31,7 +31,7 @@ BOUNDS: dict[str, tuple[tuple[int, int], ...]] = {
     "linear_dpo, ref_hidden, k3": ((158, 356), (244, 548)),
     "linear_kl": ((60, 232), (137, 442)),
     "linear_kl, labels": ((83, 235), (216, 490)),
-    "chunked_loss": ((57, 182), (121, 308)),
+    "chunked_loss": ((55, 182), (92, 304)),
     "logps_from_logits": ((29, 85), (60, 165)),
     "logps_from_logits, a quarter ignored": ((48, 87), (93, 168)),
     "logps_from_logits, entropy": ((43, 89), (97, 170)),

@@ -37,16 +37,17 @@ class _Task(NamedTuple):
     schedule: Schedule
 
 
-def chunks_of(groups: Tensor, weights: Tensor, limit: Optional[int]) -> list[Tensor]:
-    """Rows [N] in chunks of whole groups, none of more weight than `limit` unless it is one group; None: one chunk.
+def chunks_of(groups: Tensor, labels: Tensor, ignore_index: int, limit: Optional[int]) -> list[Tensor]:
+    """Rows [N] in chunks of whole groups, none of more than `limit` scored tokens unless it is one group.
 
-    weights: 1 where a token is scored, else 0. Few tokens are one chunk, which takes no sync.
+    limit None: one chunk. So few tokens are one chunk too, which takes no sync.
     """
     order = torch.argsort(groups, stable=True)
-    if limit is None or order.numel() <= limit:  # weights are 0 or 1
+    if limit is None or order.numel() <= limit:
         return [order]
+    scored = labels[order] != ignore_index
     ends = torch.cat([groups[order].diff() != 0, groups.new_ones(1, dtype=torch.bool)]).nonzero().squeeze(1)
-    total = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)[ends]])
+    total = torch.cat([ends.new_zeros(1), scored.cumsum(0)[ends]])
     ends, total = torch.stack([torch.cat([ends.new_zeros(1), ends + 1]), total]).tolist()  # a sync on a GPU
     cuts = [0]
     for i in range(1, len(ends) - 1):
@@ -147,10 +148,12 @@ class _ChunkedLoss(torch.autograd.Function):
         """The gradients of hidden, weight and bias for the incoming g."""
         grads = [None if grad_hidden is None else (grad_hidden * g).to(grad_hidden.dtype)]
         for total, dtype in zip(sums, ctx.dtypes):
-            grad = None if total is None else torch.empty_like(total, dtype=dtype)
-            for some in () if total is None else spans(0, len(total), ctx.block):
-                grad[some] = total[some] * g
-            grads.append(grad)
+            if total is None or total.dtype == dtype:
+                grads.append(None if total is None else total * g)
+                continue
+            grads.append(torch.empty_like(total, dtype=dtype))
+            for some in spans(0, len(total), ctx.block):  # no fp32 copy of a whole head
+                torch.mul(total[some], g, out=grads[-1][some])
         return tuple(grads)
 
 
@@ -223,7 +226,7 @@ def chunked_loss(
         rows = torch.arange(flat.numel(), device=flat.device)
         share = loss_fn(linear_logps(hidden.reshape(flat.numel(), hidden.shape[-1]), weight, flat, bias, **how), rows)
         return share.to(stats_dtype(head.logits_dtype))
-    chunks = chunks_of(groups.flatten(), (flat != ignore_index).long(), limit)
+    chunks = chunks_of(groups.flatten(), flat, ignore_index, limit)
     task = _Task(loss_fn, head, bits, flat, chunks, schedule)
     operands = hidden.reshape(flat.numel(), hidden.shape[-1]), weight, bias
     links = (None if v is None else v[:0].clone() for v in operands)
