@@ -14,6 +14,9 @@ PAIRS = 4
 BETA = 0.1
 GAMMA = 0.5  # SimPO's margin
 PAIRED = ("dpo", "cpo", "simpo", "orpo")
+SEQUENCES = (*PAIRED, "grpo", "kto")  # tasks of 2 PAIRS sequences
+EPSILON = 0.2  # GRPO's clip range
+KTO_KL = 0.5  # KTO's reference point, a constant: what it costs to estimate is not measured
 JS_WEIGHT = 0.25  # the reference's; not 0.5, where nobody would notice two sides mixed up
 
 
@@ -26,7 +29,7 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     head: str = "trainable"  # or "frozen"
     prompt: float = 0.0
-    task: str = "logps"  # mean negative log-prob; or of PAIRED: PAIRS pairs; or "kl": mean exact KL, always "live"
+    task: str = "logps"  # mean negative log-prob; or of SEQUENCES; or "kl": mean exact KL. "kl", "kto": always "live"
     reference: str = "cached"  # for "dpo": its log-probs are there; or "live": its hidden states and head
     direction: str = "reverse"  # for "kl"; or "forward", or "js" with JS_WEIGHT
 
@@ -37,7 +40,7 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The tensors of a case. Leading shape [2 PAIRS, T] for pairs, else [N]."""
+    """The tensors of a case. Leading shape [2 PAIRS, T] for SEQUENCES, else [N]. KTO: the first PAIRS are desirable."""
 
     case: Case
     hidden: Tensor
@@ -46,6 +49,8 @@ class Problem(NamedTuple):
     ref_hidden: Tensor | None
     ref_weight: Tensor | None
     ref_logps: Tensor | None
+    old_logps: Tensor | None = None  # for "grpo", [2 PAIRS, T]
+    advantages: Tensor | None = None  # for "grpo", [2 PAIRS]
 
     @property
     def scored(self) -> int:
@@ -59,11 +64,12 @@ class Problem(NamedTuple):
 def problem(case: Case, device: str) -> Problem:
     """Random tensors of a case; the label's probability spreads from 1e-6 to almost 1.
 
-    The KL's reference is the policy with noise, so that the KL spreads from 1e-3 to 1; DPO's is another model.
+    The KL's reference is the policy with noise, so that the KL spreads from 1e-3 to 1; DPO's is another model. KTO's is
+    the policy with less noise the longer a sequence is: its sigmoid must not saturate.
     """
     torch.manual_seed(0)
     n, v, h, dtype = case.tokens, case.vocabulary, case.width, DTYPES[case.dtype]
-    shape = (2 * PAIRS, n // (2 * PAIRS)) if case.task in PAIRED else (n,)
+    shape = (2 * PAIRS, n // (2 * PAIRS)) if case.task in SEQUENCES else (n,)
 
     def heads():
         weight = (torch.randn(v, h, device=device) / h**0.5).to(dtype)
@@ -78,23 +84,58 @@ def problem(case: Case, device: str) -> Problem:
         ref_weight = (weight + 0.1 * torch.randn(v, h, device=device) / h**0.5).to(dtype)
         away = torch.rand(*shape, 1, device=device)
         ref_hidden = (hidden + away * torch.randn(*shape, h, device=device)).to(dtype)
+    if case.task == "kto":
+        noise = 4 / shape[-1] ** 0.5
+        ref_weight = (weight + noise * torch.randn(v, h, device=device) / h**0.5).to(dtype)
+        ref_hidden = (hidden + noise * torch.randn(*shape, h, device=device)).to(dtype)
     ref_logps = torch.full(shape, -9.0, device=device) if case.task == "dpo" and not live else None
+    old = behaviour(hidden, weight, labels) if case.task == "grpo" else (None, None)
     labels[..., : int(case.prompt * shape[-1])] = IGNORE
     hidden.requires_grad_()
-    return Problem(
-        case, hidden, weight.requires_grad_(case.head == "trainable"), labels, ref_hidden, ref_weight, ref_logps
-    )
+    weight.requires_grad_(case.head == "trainable")
+    return Problem(case, hidden, weight, labels, ref_hidden, ref_weight, ref_logps, *old)
+
+
+def behaviour(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(old log-probs, advantages) for GRPO: one ratio in eight is outside of the clip range.
+
+    None is near the ends of the range, where rounding would decide whether a token has a gradient.
+    """
+    parts = [
+        (h @ weight.T).float().log_softmax(-1).gather(-1, y[:, None])
+        for h, y in zip(hidden.flatten(0, -2).split(512), labels.flatten().split(512))
+    ]
+    moves = torch.tensor([-0.6, 0.6, *[-0.02, 0.02] * 7], device=labels.device)
+    moved = moves[torch.randint(0, len(moves), labels.shape, device=labels.device)]
+    return torch.cat(parts).view(labels.shape) - moved, torch.randn(len(labels), device=labels.device)
 
 
 def loss_of(p: Problem, values: Tensor, ref_logps: Tensor | None = None) -> Tensor:
     """The task's loss from log-probs (or KLs) shaped like the labels, 0 at the prompt; for who has no loss."""
-    if p.case.task not in PAIRED:
+    if p.case.task not in SEQUENCES:
         return (values.sum() if p.case.task == "kl" else -values.sum()) / p.scored
     scored = p.labels != IGNORE
+    if p.case.task == "grpo":
+        return clipped(p, values) / p.scored
+    if p.case.task == "kto":
+        gain = BETA * ((scored * (values - ref_logps)).sum(-1) - KTO_KL)
+        return torch.where(desirable(p), torch.sigmoid(-gain), torch.sigmoid(gain)).mean()
     if p.case.task != "dpo":
         return without_reference(p.case.task, *sequences(p, values))
     chosen, rejected = (scored * (values - ref_logps)).sum(-1).chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def clipped(p: Problem, values: Tensor) -> Tensor:
+    """GRPO's sum over scored tokens; with their number as divisor the loss that TRL and Liger call "dapo". No KL."""
+    ratio, advantages = (values - p.old_logps).exp(), p.advantages[:, None]
+    bounded = torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+    return -torch.where(p.labels != IGNORE, bounded, 0).sum()
+
+
+def desirable(p: Problem) -> Tensor:
+    """Which of KTO's answers are: the first half."""
+    return torch.arange(2 * PAIRS, device=p.labels.device) < PAIRS
 
 
 def sequences(p: Problem, values: Tensor) -> tuple[Tensor, ...]:
@@ -206,8 +247,9 @@ def suite(name: str) -> list[Case]:
     """The cases of a suite: "cpu", ten minutes on two cores; "gpu", under ten on one GPU; "tiny", seconds."""
     if name == "tiny":
         heads = [Case(96, 500, 32, head=head, prompt=share) for head in ("trainable", "frozen") for share in (0.0, 0.5)]
-        pairs = [Case(96, 500, 32, task=task, prompt=0.5) for task in ("cpo", "simpo", "orpo")]
-        return [*heads, Case(96, 500, 32, task="dpo"), Case(96, 500, 32, task="dpo", reference="live"), *pairs]
+        others = [Case(96, 500, 32, task=task, prompt=0.5) for task in ("cpo", "simpo", "orpo", "grpo")]
+        others.append(Case(96, 500, 32, task="kto", reference="live", prompt=0.5))
+        return [*heads, Case(96, 500, 32, task="dpo"), Case(96, 500, 32, task="dpo", reference="live"), *others]
     if name == "cpu":
         main = Case(2048, 32000, 896)
         cases = [main, main._replace(head="frozen"), main._replace(tokens=512), main._replace(tokens=512, prompt=0.5)]
@@ -236,6 +278,7 @@ def suite(name: str) -> list[Case]:
 WHO = {
     "main": ("fused_po", "fused_po, all kept", "fused_po, none kept", "fused_po, bf16 tiles", "eager", "TRL"),
     "dpo": ("fused_po", "eager", "TRL", "Liger", "unsloth"),
+    "grpo": ("fused_po", "eager", "TRL", "Liger"),
     "liger": ("fused_po", "eager", "Liger", "Liger, scaled"),
     "quack": ("fused_po", "quack", "cut-cross-entropy"),
     "rest": ("fused_po", "torch.compile", "F.linear_cross_entropy", "unsloth", "verl"),
@@ -247,11 +290,13 @@ def evidence(name: str) -> list[tuple[Case, str]]:
     if name == "tiny":
         main = Case(96, 500, 32)
         dpo = Case(96, 500, 32, prompt=0.5, task="dpo", reference="live")
+        grpo = main._replace(prompt=0.5, task="grpo")
         frozen = main._replace(head="frozen")
         return [
             (main, "main"),
             (frozen, "main"),
             (dpo, "dpo"),
+            (grpo, "grpo"),
             (main, "liger"),
             (main, "quack"),
             (main, "rest"),
@@ -264,7 +309,8 @@ def evidence(name: str) -> list[tuple[Case, str]]:
     return [
         (main, "main"), (main._replace(head="frozen"), "main"), (dpo, "dpo"), (square, "liger"), (wide, "main"),
         (wide._replace(head="frozen"), "main"), (main._replace(prompt=0.5), "main"), (square, "quack"), (kl, "main"),
-        (square, "rest"), (main._replace(vocabulary=32000), "main"),
+        (main._replace(tokens=4096, task="grpo"), "grpo"), (square, "rest"),
+        (main._replace(vocabulary=32000), "main"),
     ]  # fmt: skip
 
 

@@ -3,10 +3,12 @@
     python benchmarks/launch_shapes.py                          # every kernel: a table, and the entries to change
     python benchmarks/launch_shapes.py --kernel statistics kl   # these
     python benchmarks/launch_shapes.py --quick --json shapes.json
+    TRITON_INTERPRET=1 python benchmarks/launch_shapes.py --suite tiny --device cpu       # a dry run, in seconds
 
 Every candidate's result is held against float64 before it is timed. Candidates and a large copy run in turns, in one
 process; a time is the median of the turns. A candidate wins if it is faster than the table's entry by over 2%, over
 all problems together (geometric mean). Most of the time goes into compiling: about 90 compilations, or 45 with --quick.
+The suite "tiny" has two rows and two shapes a kernel. It checks results and this program; its times say nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -24,6 +27,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from evidence.timing import seconds_of
 
 from fused_po import kernels
 
@@ -32,6 +36,7 @@ CHECKED = 64  # rows that are held against float64
 MARGIN = 0.02  # what a candidate must win by to be proposed
 # (rows, columns, dtype): scores of a training step, a large vocabulary, an fp32 tile.
 PROBLEMS = ((8192, 32000, torch.bfloat16), (2048, 128256, torch.bfloat16), (2048, 32000, torch.float32))
+TINY = ((2, 5003, torch.bfloat16),)  # several blocks of a row, and columns beside the last
 # (block, warps, turns) besides the table's own entry. turns: blocks that a program takes, 0 for all of a row.
 ROWS = ((2048, 4, 0), (4096, 8, 0), (8192, 8, 0), (8192, 16, 0))
 BLOCKS = ((2048, 4, 4), (4096, 8, 1), (4096, 8, 4), (8192, 8, 2))
@@ -53,11 +58,11 @@ class Problem(NamedTuple):
     traffic: int
 
 
-def candidates(kernel: str) -> list:
-    """Shapes to try: the table's entry first."""
+def candidates(kernel: str, tiny: bool = False) -> list:
+    """Shapes to try: the table's entry first; for a dry run one other."""
     launch = table()
     found = [launch.shape_for(kernel, here()), *(launch.Shape(*shape) for shape in CANDIDATES[kernel])]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))[: 2 if tiny else None]
 
 
 def table():
@@ -218,29 +223,26 @@ def wrong(one: Problem) -> str | None:
     return None
 
 
-def clock(calls: list[Callable[[], object]], turns: int) -> list[list[float]]:
+def clock(calls: list[Callable[[], object]], turns: int, device: str) -> list[list[float]]:
     """Milliseconds of every call in each of so many turns, one after another in every turn."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for call, taken in zip(calls, times):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            call()
-            ended.record()
-            ended.synchronize()
-            taken.append(began.elapsed_time(ended))
+            taken.append(seconds_of(call, device) * 1e3)
     return times
 
 
-def measure(kernel: str, n: int, v: int, dtype: torch.dtype, turns: int) -> list[dict]:
+def measure(
+    kernel: str, n: int, v: int, dtype: torch.dtype, turns: int, device: str = "cuda", tiny: bool = False
+) -> list[dict]:
     """A row a candidate: median milliseconds, share of the bandwidth of a large copy, or why there is none."""
-    one = problem(kernel, n, v, dtype, "cuda")
-    source = torch.empty(one.traffic // 2, dtype=torch.uint8, device="cuda").fill_(1)
+    one = problem(kernel, n, v, dtype, device)
+    source = torch.empty(one.traffic // 2, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     rows, calls = [], []
-    for shape in candidates(kernel):
+    for shape in candidates(kernel, tiny):
         with entry(kernel, shape):
-            fault = wrong(problem(kernel, n, v, dtype, "cuda") if kernel in ("policy", "scale") else one)
+            fault = wrong(problem(kernel, n, v, dtype, device) if kernel in ("policy", "scale") else one)
         rows.append({"kernel": kernel, "rows": n, "columns": v, "dtype": str(dtype)[6:], "shape": list(shape)})
         if fault:
             rows[-1]["wrong"] = fault
@@ -251,7 +253,7 @@ def measure(kernel: str, n: int, v: int, dtype: torch.dtype, turns: int) -> list
                 one.call()
 
         calls.append(call)
-    times = clock([lambda: target.copy_(source), *calls], turns)
+    times = clock([lambda: target.copy_(source), *calls], turns, device)
     copy = statistics.median(times[0])
     good = [row for row in rows if "wrong" not in row]
     for row, taken in zip(good, times[1:]):
@@ -288,24 +290,36 @@ def show(row: dict) -> str:
     return f"{row['kernel']:16} {problem:24} {row['shape']!s:16} {result}"
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Of the command line; ends the program where there is no device to run on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="*", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="the first problem alone, in fewer turns")
+    parser.add_argument("--suite", choices=("gpu", "tiny"), default="gpu", help="tiny: a dry run of two rows")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows here, after every kernel")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cpu" and (args.suite != "tiny" or os.environ.get("TRITON_INTERPRET") != "1"):
+        parser.error("--device cpu: goes with --suite tiny and TRITON_INTERPRET=1 alone; shapes are timed on a GPU")
+    if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("launch_shapes: torch finds no CUDA GPU here, and shapes are timed on one.")
-    problems = PROBLEMS[:1] if args.quick else PROBLEMS
-    compiles = sum(len(candidates(kernel)) for kernel in args.kernel) * len({dtype for _, _, dtype in problems})
-    device = torch.cuda.get_device_name()
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    tiny = args.suite == "tiny"
+    problems = TINY if tiny else PROBLEMS[:1] if args.quick else PROBLEMS
+    turns = 2 if tiny else 5 if args.quick else 20
+    compiles = sum(len(candidates(kernel, tiny)) for kernel in args.kernel) * len({dtype for _, _, dtype in problems})
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, interpreted"
     print(f"{device}, {here()}: about {compiles} compilations. Shape(block, warps, turns), the table's own first.")
     rows: list[dict] = []
     failed, began = [], time.monotonic()
     for kernel in args.kernel:
         for n, v, dtype in problems:
             try:
-                found = measure(kernel, n, v, dtype, 5 if args.quick else 20)
+                found = measure(kernel, n, v, dtype, turns, args.device, tiny)
             except Exception as error:  # one kernel's failure, or too little memory, must not cost the others
                 failed.append(f"{kernel}, {n} x {v} {dtype}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
@@ -315,7 +329,8 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"device": device, "arch": here(), "torch": torch.__version__, "rows": rows}, file, indent=1)
-    print("\n".join(["", *winners(rows), f"{time.monotonic() - began:.0f} s"]))
+    proposals = ["a dry run: no shape is proposed"] if tiny else winners(rows)
+    print("\n".join(["", *proposals, f"{time.monotonic() - began:.0f} s"]))
     if failed:
         sys.exit("launch_shapes: failed\n" + "\n".join(failed))
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from cases import BETA, GAMMA, IGNORE, PAIRED, Case, Problem
+from cases import BETA, EPSILON, GAMMA, IGNORE, KTO_KL, SEQUENCES, Case, Problem, desirable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -187,13 +187,20 @@ def liger_cross_entropy_values(p: Problem) -> Tensor:
     return -function.apply(p.hidden, p.weight, p.labels, None, None, IGNORE, 0.0, 0.0, "none")[0]
 
 
-def liger_pairs(p: Problem) -> Tensor:
-    """Liger's chunked losses, one pair at a time under torch.compile: DPO with its reference's hidden states, and
-    those without a reference, without the NLL of the chosen that they add by default."""
+def liger_chunked(p: Problem) -> Tensor:
+    """Liger's chunked losses, one pair or answer at a time under torch.compile: DPO and KTO with their reference's
+    hidden states, those without a reference without the NLL of the chosen that they add by default."""
     losses = code("liger losses")
+    if p.case.task == "grpo":
+        return liger_grpo(losses, p)
+    reference = {"ref_input": p.ref_hidden, "ref_weight": p.ref_weight}
+    if p.case.task == "kto":
+        loss = losses.LigerFusedLinearKTOLoss(ignore_index=IGNORE, beta=BETA, use_ref_model=True)
+        kl = torch.full((), KTO_KL, device=p.hidden.device)
+        return loss(p.hidden, p.weight, p.labels, preference_labels=desirable(p), kl=kl, **reference)[0]
     if p.case.task == "dpo":
         loss = losses.LigerFusedLinearDPOLoss(ignore_index=IGNORE, beta=BETA)
-        return loss(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)[0]
+        return loss(p.weight, p.hidden, p.labels, **reference)[0]
     made = {
         "cpo": (losses.LigerFusedLinearCPOLoss, {}),
         "simpo": (losses.LigerFusedLinearSimPOLoss, {"gamma": GAMMA}),
@@ -204,9 +211,17 @@ def liger_pairs(p: Problem) -> Tensor:
     return loss(p.weight, p.hidden, p.labels)[0]
 
 
-def liger_pairs_refuses(case: Case, device: str) -> str | None:
-    if case.task not in PAIRED:
-        return "its chunked losses are of pairs"
+def liger_grpo(losses: ModuleType, p: Problem) -> Tensor:
+    """Liger's GRPO as "dapo" without a KL. It scores every row, and multiplies in fp32 in its backward."""
+    scored = p.labels != IGNORE
+    options = {"epsilon_low": EPSILON, "epsilon_high": EPSILON, "loss_type": "dapo"}
+    loss = losses.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, **options)
+    return loss(p.hidden, p.weight, p.labels.clamp(min=0), scored, p.advantages, old_per_token_logps=p.old_logps)[0]
+
+
+def liger_chunked_refuses(case: Case, device: str) -> str | None:
+    if case.task not in SEQUENCES:
+        return "its chunked losses are of sequences"
     cached = case.task == "dpo" and case.reference != "live"
     return "its DPO takes no cached reference log-probs" if cached else None
 

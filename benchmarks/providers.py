@@ -7,7 +7,7 @@ How each peer is imported and called is in peers.py. What the peers return diffe
 - One mean: "Liger, cross entropy", "unsloth, cross entropy", quack. They compute the gradients in the forward, with or
   without a backward to come, so their forward's time is for both. quack and unsloth return no log-probs to check: what
   is checked of them is the gradients.
-- One loss of pairs: "Liger", its chunked DPO, CPO, SimPO and ORPO.
+- One loss of sequences: "Liger", its chunked DPO, CPO, SimPO, ORPO, GRPO and KTO.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import peers
 import torch
-from cases import BETA, GAMMA, IGNORE, Case, Problem, loss_of, sequences
+from cases import BETA, EPSILON, GAMMA, IGNORE, KTO_KL, Case, Problem, desirable, loss_of, sequences
 from torch import Tensor
 
 import fused_po
@@ -75,6 +75,15 @@ def ours(name: str, **knobs) -> Provider:
     def loss(p: Problem) -> Tensor:
         if p.case.task == "logps":
             return loss_of(p, logps(p))
+        if p.case.task == "grpo":
+            scored = p.labels != IGNORE
+            given = logps(p).view(p.labels.shape), p.old_logps, p.advantages, scored
+            return fused_po.aggregate(fused_po.losses.grpo(*given, loss_type="dapo", epsilon=EPSILON), scored)
+        if p.case.task == "kto":
+            with torch.no_grad():
+                ref = fused_po.linear_logps(p.ref_hidden, p.ref_weight, p.labels, schedule=schedule(p)).logps
+            ratios = fused_po.sequence_logps(logps(p).view(p.labels.shape) - ref)  # small numbers are summed
+            return fused_po.losses.kto(ratios, None, desirable(p), KTO_KL, beta=BETA).mean()
         if p.case.task != "dpo":
             options = {"simpo": {"gamma": GAMMA}, "orpo": {"nll_coef": 0.0}}.get(p.case.task, {})
             return getattr(fused_po.losses, p.case.task)(*sequences(p, logps(p)), beta=BETA, **options).mean()
@@ -120,7 +129,7 @@ PROVIDERS = [
     Provider("torch.compile", **from_logps(compiled_eager)),
     Provider("F.linear_cross_entropy", **from_logps(peers.torch_fused), refuses=peers.torch_refuses),
     Provider("TRL", **from_logps(peers.trl), peer="trl"),
-    Provider("Liger", peers.liger_pairs, peer="liger losses", refuses=peers.liger_pairs_refuses),
+    Provider("Liger", peers.liger_chunked, peer="liger losses", refuses=peers.liger_chunked_refuses),
     Provider(
         "Liger, scaled CE",
         **from_logps(peers.liger_scaled),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from evidence import publish
+from looks import look
 
 MODE = "forward+backward"
 COLUMNS = (
@@ -33,8 +34,6 @@ COLUMNS = (
     "gradient error",
 )
 AXES = {"vocabulary": "vocabulary", "tokens": "tokens", "prompt": "share of the batch that is prompt"}
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#F0E442", "#D55E00", "#CC79A7", "#000000", "#7F3C8D")
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -93,8 +92,8 @@ def curves(found: list[dict], axis: str) -> list[dict]:
     return sorted(longest, key=lambda info: info["case"][axis]) if len(longest) > 1 else []
 
 
-def draw(found: list[dict], what: str, path: Path) -> bool:
-    """One panel an axis with a curve for every provider; False if no axis has two points."""
+def chart(found: list[dict], what: str):
+    """A figure: one panel an axis with a curve for every provider; None if no axis has two points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,17 +101,15 @@ def draw(found: list[dict], what: str, path: Path) -> bool:
 
     panels = [(axis, infos) for axis in AXES if (infos := curves(found, axis))]
     if not panels:
-        return False
+        return None
     names = list(dict.fromkeys(name for info in found for name in info["providers"]))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.4), squeeze=False, layout="constrained")
     for plot, (axis, infos) in zip(axes[0], panels):
-        for i, name in enumerate(names):
+        for name in names:
             points = [(info["case"][axis], value(info["providers"].get(name, {}), what)) for info in infos]
             points = [point for point in points if point[1] is not None]
             if points:
-                style = dict(linewidth=3, zorder=3) if name == "fused_po" else dict(linewidth=1.3)
-                style["linestyle"] = "--" if name == "bare GEMMs" else "-"
-                plot.plot(*zip(*points), marker="o", color=COLOURS[i % len(COLOURS)], label=name, **style)
+                plot.plot(*zip(*points), label=name, **look(name))
         fixed = {
             k: v for k, v in infos[0]["case"].items() if k != axis and k in ("tokens", "vocabulary", "width", "dtype")
         }
@@ -121,7 +118,20 @@ def draw(found: list[dict], what: str, path: Path) -> bool:
         plot.set_ylim(bottom=0)
         plot.grid(alpha=0.3)
     handles = {label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    columns = max(2, 2 * len(panels) - 1)
+    figure.set_figheight(4 + 0.2 * -(-len(handles) // columns))  # room for the legend's rows
+    how = dict(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=3.5)
+    figure.legend(handles.values(), handles.keys(), **how)
+    return figure
+
+
+def draw(found: list[dict], what: str, path: Path) -> bool:
+    """The chart as a file; False if there is nothing to draw."""
+    figure = chart(found, what)
+    if figure is None:
+        return False
+    from matplotlib import pyplot
+
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -217,7 +217,7 @@ REFUSED = [
     ("quack", cases.Case(8, 16, 8), "cpu", "quack needs a GPU"),
     ("quack", cases.Case(8, 20, 8), "cuda", "it takes multiples of 8, not 20"),
     ("Liger", cases.Case(8, 16, 8, task="dpo"), "cuda", "its DPO takes no cached reference log-probs"),
-    ("Liger", cases.Case(8, 16, 8), "cuda", "its chunked losses are of pairs"),
+    ("Liger", cases.Case(8, 16, 8), "cuda", "its chunked losses are of sequences"),
     ("Liger, cross entropy", cases.Case(8, 16, 8), "cpu", "it needs a GPU"),
 ]
 

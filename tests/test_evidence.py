@@ -1,4 +1,4 @@
-"""`make gpu-evidence` without a GPU: killed and resumed, budgets and prices, what is missing, wrong usage."""
+"""`make gpu-evidence` without a GPU: killed and resumed, budgets, what is missing, wrong usage."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import prices, publish, runner, stages, state, table
-from evidence.stages import LARGE, STAGES, TESTS, plan_units
+from evidence import publish, runner, state, table
+from evidence.stages import STAGES
 from evidence_units import ABOUT, call, unit
 from pipeline import ROOT
 
@@ -195,50 +195,6 @@ def test_tests_run_side_by_side_and_large_ones_alone(tmp_path):
     ]  # fmt: skip
     run, _ = call(tmp_path, units, jobs=4)
     assert set(status(run).values()) == {"done"}, run.state.units
-
-
-# The plan.
-
-
-@pytest.mark.parametrize("machine", prices.MACHINES)
-def test_the_plan_fits_three_calls(machine):
-    units, about = plan_units(tuple(STAGES)), prices.MACHINES[machine]
-    calls = table.pack(units, about, 570.0, 12)
-    assert len(calls) <= table.CALLS and max(calls) <= 570 and sum(calls) <= 28 * 60
-    assert all(5 < u.price(about) <= 150 for u in units)
-    assert len({u.key for u in units}) == len(units)
-    alone = [sum(table.pack([u for u in units if u.stage == name], about, 1e9, 12)) - prices.CALL for name in STAGES]
-    assert sum(alone) + prices.CALL * len(calls) == pytest.approx(sum(calls))
-    text = table.plan(units, about, 570.0, 12)
-    assert machine in text and "none of this is measured" in text
-    for name, seconds in zip(STAGES, alone):
-        assert re.search(rf"^{name}.* {seconds:.0f} +{seconds / 60:.1f} ", text, re.M), name
-
-
-def test_h200_copies_faster_and_multiplies_alike():
-    units = {u.key: u for u in plan_units(tuple(STAGES))}
-    one, other = (prices.MACHINES[name] for name in ("H100", "H200"))
-    assert units["benchmark/rows-bf16"].price(other) < units["benchmark/rows-bf16"].price(one)
-    assert units["benchmark/ceilings"].price(other) == units["benchmark/ceilings"].price(one)
-
-
-def test_every_file_that_computes_on_the_device_is_run_there(tmp_path, monkeypatch):
-    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in (*TESTS, *stages.ELSEWHERE, LARGE[0]))
-    names = {u.arguments[1] for u in stages.test_units(False)}
-    assert {f"tests/test_{name}.py" for name in (*TESTS, LARGE[0])} <= names
-    (tmp_path / "tests").mkdir()
-    for name, text in {
-        "new": "from helpers import BACKENDS, DEVICE", "wrapped": "from helpers import (\n    A,\n    DEVICE,\n)",
-        "logps": "from helpers import DEVICE", "other": "import helpers", "cuda_host": "from helpers import DEVICE",
-    }.items():  # fmt: skip
-        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
-    assert set(stages.device_tests()) - set(TESTS) == {"new", "wrapped"}
-
-
-def test_at_most_eight_files():
-    logs = {stage.log for stage in STAGES.values()}
-    assert len(logs | {"evidence-h100.json", state.TESTS, "table.txt"}) <= 7  # and one that is being written
 
 
 # What is missing.

@@ -112,6 +112,31 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not (tmp_path / "shapes.json").exists()
 
 
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_a_dry_run_of_the_stage_without_a_gpu(tmp_path):
+    """As `make gpu-evidence` runs it with --device cpu: every kernel in two shapes, nothing is proposed."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    environ.pop("TRITON_INTERPRET", None)
+    words = ["evidence.unit", "shapes", "--suite", "tiny", "--device", "cpu", "--result", tmp_path / "result.json"]
+    run = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "a dry run: no shape is proposed" in run.stdout
+    rows = json.loads((tmp_path / "result.json").read_text())["shapes"]["rows"]
+    assert all(row["ms"] > 0 and row["rows"] * row["columns"] < 20_000 for row in rows)
+    tried = [(row["kernel"], tuple(row["shape"])) for row in rows]
+    assert tried == [(name, shape) for name in launch_shapes.CANDIDATES for shape in launch_shapes.candidates(name)[:2]]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+@pytest.mark.parametrize("words, interpreted", [((), "1"), (("--suite", "tiny"), "0")])
+def test_only_a_dry_run_goes_without_a_gpu(words, interpreted):
+    command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--device", "cpu", *words]
+    environ = os.environ | {"TRITON_INTERPRET": interpreted}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert run.returncode == 2 and "--device cpu: goes with --suite tiny and TRITON_INTERPRET=1 alone" in run.stderr
+
+
 SPILLS = """
 import json, sys
 sys.path.insert(0, "benchmarks")

@@ -60,13 +60,14 @@ PEERS = {
     "quack": Peer(3.5, 25.0),
 }
 CHUNKED = Peer(6, 2 * INDUCTOR)  # Liger's preference losses, which it compiles by torch.compile
+LIGER_GRPO = Peer(2 + 2 * 14, INDUCTOR)  # two of its four products are in fp32, each as long as 14 in bf16
 OTHER = Peer(4.5, 10.0)
 
 
 def peer(name: str, task: str) -> Peer:
     """What is known of a provider."""
     if "Liger" in name and task != "logps":
-        return CHUNKED
+        return LIGER_GRPO if task == "grpo" else CHUNKED
     return next((cost for part, cost in PEERS.items() if part in name), OTHER)
 
 

@@ -9,6 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
+import looks
+
 from evidence import goals
 from evidence.stages import ROOT, STAGES
 from evidence.state import FORMAT, UNFINISHED, read_json, slug
@@ -151,13 +153,10 @@ def report(found: dict) -> str:
     return "\n\n".join([*parts, *troubles(units)]) + "\n"
 
 
-OURS, OTHERS = "#0072B2", "#999999"
-
-
 def bars(units: dict) -> dict[str, list[tuple[str, float, str]]]:
-    """(label, share of a ceiling, colour) by panel: row passes and heads."""
+    """(label, share of a ceiling, colour) by panel: row passes and heads. Ours have fused_po's colour."""
     passes = [
-        (name, row["share"], OURS)
+        (name, row["share"], looks.OURS)
         for _, result in goals.results(units, "benchmark/rows-bf16")
         for name, row in result["rows"].items()
         if "share" in row
@@ -168,7 +167,8 @@ def bars(units: dict) -> dict[str, list[tuple[str, float, str]]]:
         for who, given in reports.items() if name.endswith(".main") else ():
             times = given.get("times the bare GEMMs")
             if times and who != "bare GEMMs":
-                heads.append((f"{who}: {about}", 1 / times[goals.BOTH], OURS if "fused_po" in who else OTHERS))
+                colour = looks.OURS if "fused_po" in who else looks.GREY
+                heads.append((f"{who}: {about}", 1 / times[goals.BOTH], colour))
     found = {"row passes in bf16, of copy bandwidth": passes, "heads, of their bare GEMMs": heads}
     return {title: rows for title, rows in found.items() if rows}
 

@@ -97,13 +97,14 @@ def selfcheck(args: argparse.Namespace) -> dict:
 def shapes(args: argparse.Namespace) -> dict:
     """benchmarks/launch_shapes.py, which times some launch shapes of each kernel."""
     script = ROOT / "benchmarks" / "launch_shapes.py"
-    if args.device == "cpu":
-        return {"reason": "launch shapes are timed on a GPU alone"}
+    size = ("--suite", "tiny") if args.suite == "tiny" else ("--quick",)
+    environ = os.environ | ({"TRITON_INTERPRET": "1"} if args.device == "cpu" else {})
     if not script.exists():
         return {"reason": "benchmarks/launch_shapes.py is not here"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shapes.json"
-        done = subprocess.run([sys.executable, str(script), "--quick", "--json", str(path)], cwd=ROOT)
+        words = [sys.executable, str(script), *size, "--device", args.device, "--json", str(path)]
+        done = subprocess.run(words, cwd=ROOT, env=environ)
         if done.returncode or not path.exists():
             return {"reason": f"launch_shapes.py ended with status {done.returncode}"}
         return {"shapes": read_json(path)}

@@ -189,7 +189,7 @@ def from_basis_kernel(
     if g_logps_ptr is not None:
         g_logp = tl.load(g_logps_ptr + row)
     if g_entropy_ptr is not None:
-        norm = tl.load(saved_ptr + tl.num_programs(0).to(tl.int64) + row)
+        norm = tl.load(saved_ptr + tl.num_programs(0) + row)
         entropy = tl.load(entropy_ptr + row)
         g_entropy = tl.load(g_entropy_ptr + row)
     if g_lse_ptr is not None:

@@ -156,16 +156,17 @@ def dpo_kernel(
     above = tl.where(h > 0.0, 1.0, e) / (1.0 + e)  # s(h)
     slope = beta * (label_smoothing * above - (1.0 - label_smoothing) * below)
 
+    fields, n_pairs = pairs_ptr + pair, tl.cast(pairs, tl.int64)
     tl.store(sequences_ptr + pair, chosen)
     tl.store(sequences_ptr + pairs + pair, rejected)
     tl.store(losses_ptr + pair, loss)
-    tl.store(pairs_ptr + SLOPE * pairs + pair, slope)
-    tl.store(pairs_ptr + CHOSEN_REWARD * pairs + pair, chosen_reward)
-    tl.store(pairs_ptr + REJECTED_REWARD * pairs + pair, rejected_reward)
-    tl.store(pairs_ptr + MARGIN * pairs + pair, h)
-    tl.store(pairs_ptr + ACCURACY * pairs + pair, tl.where(h > 0.0, 1.0, 0.0))
-    tl.store(pairs_ptr + KL_SUM * pairs + pair, kl_c + kl_r)
-    tl.store(pairs_ptr + TOKENS * pairs + pair, count_c + count_r)
+    tl.store(fields + SLOPE * n_pairs, slope)
+    tl.store(fields + CHOSEN_REWARD * n_pairs, chosen_reward)
+    tl.store(fields + REJECTED_REWARD * n_pairs, rejected_reward)
+    tl.store(fields + MARGIN * n_pairs, h)
+    tl.store(fields + ACCURACY * n_pairs, tl.where(h > 0.0, 1.0, 0.0))
+    tl.store(fields + KL_SUM * n_pairs, kl_c + kl_r)
+    tl.store(fields + TOKENS * n_pairs, count_c + count_r)
 
 
 def dpo(tokens, labels, ref_sums, beta, label_smoothing, kl, ignore_index):
@@ -206,7 +207,7 @@ def dpo_gradient_kernel(
     g_pair = tl.load(weights_ptr) * g_loss
     if g_losses_ptr is not None:
         g_pair += tl.load(g_losses_ptr + pair)
-    slope = tl.load(pairs_ptr + SLOPE * n_pairs + pair)
+    slope = tl.load(pairs_ptr + SLOPE * tl.cast(n_pairs, tl.int64) + pair)
     g_logp = times(g_pair, tl.where(sequence < n_pairs, slope, -slope))
     if g_sequences_ptr is not None:
         g_logp += tl.load(g_sequences_ptr + sequence)
