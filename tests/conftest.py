@@ -6,9 +6,13 @@ import os
 import tempfile
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
-if "ATEN_CPU_CAPABILITY" in os.environ and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # Inductor's cache does not distinguish instruction sets, and code made for another one crashes.
-    cache = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core, the processes that a test starts too
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # Inductor's cache does not distinguish instruction sets and numbers of threads: code made for others crashes.
+    made_for = (os.environ.get(name, "any") for name in ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"))
+    user = str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    cache = "-".join(("torchinductor", user, *made_for))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), cache)
 
 import pytest
@@ -20,8 +24,8 @@ if not torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         importlib.import_module("interpreter_speed").prepare_once()
 
-if os.environ.get("PYTEST_XDIST_WORKER") and "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(1)  # a process a core
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # PyTorch may have been imported before
 
 
 @pytest.fixture
