@@ -38,7 +38,7 @@ AROUND = (
     "test_ops", "test_autograd", "test_autograd_transforms", "test_bad_arguments", "test_benchmarks",
     "test_default_dtype", "test_determinism", "test_divergence", "test_draws", "test_edges", "test_errors",
     "test_faults_backend", "test_faults_memory", "test_faults_process", "test_found_by_fuzzing", "test_infinities",
-    "test_inplace_memory", "test_invariances", "test_large", "test_low_rank", "test_modules", "test_modules_liger",
+    "test_inplace_memory", "test_invariances", "test_low_rank", "test_modules", "test_modules_liger",
     "test_modules_openrlhf", "test_planner", "test_planner_gpu", "test_reduce", "test_saved_tensor_hooks",
     "test_selfcheck", "test_sequences", "test_small_batches", "test_strides", "test_sure_tokens", "test_swap",
 )  # fmt: skip
