@@ -91,11 +91,31 @@ def test_every_named_file_of_tests_exists_and_stages_are_checked():
     assert done.returncode == 2 and "got sleep; allowed: ops, selfcheck" in done.stderr
 
 
-def test_the_short_form_passes():
-    """Where torch is built with CUDA and there is no GPU: `make rehearse` makes such an environment."""
+@pytest.fixture
+def env():
+    """The variables of `python -m rehearsal`, where torch is built with CUDA and there is no GPU.
+
+    `make rehearse` makes such an environment.
+    """
     if (reason := build.cannot(PYTHON)) is not None:
         pytest.skip(reason)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT / "tests" / "support")
+    return env | {"PYTHONPATH": str(ROOT / "tests" / "support")}
+
+
+def test_a_device_can_be_hidden(env):
+    """By an empty CUDA_VISIBLE_DEVICES, as tests of several ranks hide it where there are too few."""
+    code = """import os, subprocess, sys
+from rehearsal import build
+build.LIBRARY.is_file() or build.build()
+for more in ({}, {"CUDA_VISIBLE_DEVICES": ""}):
+    seen = "import torch; print(torch.cuda.device_count(), torch.cuda.is_available(), torch.ones(2).sum().item())"
+    subprocess.run([sys.executable, "-c", seen], env=build.environment() | more, check=True)
+"""
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines() == ["1 True 2.0", "0 False 2.0"], done.stderr
+
+
+def test_the_short_form_passes(env):
     done = subprocess.run([PYTHON, "-m", "rehearsal", "--short"], capture_output=True, text=True, env=env, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -53,7 +53,9 @@ def after_triton() -> None:
 
 
 def start() -> None:
-    """Prepare this process if FUSED_PO_REHEARSAL is set to 1. Python may read a .pth file twice."""
-    if os.environ.get("FUSED_PO_REHEARSAL") == "1" and not any(isinstance(f, AfterImport) for f in sys.meta_path):
+    """Prepare this process if FUSED_PO_REHEARSAL is 1 and it may see the device. Python may read a .pth file twice."""
+    if os.environ.get("FUSED_PO_REHEARSAL") != "1" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, AfterImport("torch", after_torch))
         sys.meta_path.insert(0, AfterImport("triton", after_triton))

@@ -23,7 +23,12 @@ static __thread Error last = cudaSuccess;
 static Error fail(Error error) { return last = error; }
 
 // The device.
-Error cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+// Hidden from a process by an empty CUDA_VISIBLE_DEVICES, as a real one is.
+Error cudaGetDeviceCount(int *count) {
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  *count = visible == NULL || *visible != 0;
+  return *count ? cudaSuccess : fail(cudaErrorNoDevice);
+}
 Error cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 Error cudaSetDevice(int device) { return device == 0 ? cudaSuccess : fail(cudaErrorInvalidDevice); }
 Error cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
