@@ -87,8 +87,9 @@ def test_every_named_file_of_tests_exists_and_stages_are_checked():
     named = [ROOT / argument for argument in files if argument.startswith("tests/")]
     assert len(named) > 30 and all(path.is_file() for path in named)
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support")}
-    done = subprocess.run([sys.executable, "-m", "rehearsal", "sleep"], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "got sleep; allowed: ops, selfcheck" in done.stderr
+    for word, said in (("sleep", "got sleep; allowed: ops, selfcheck"), ("--python", "expected a script")):
+        done = subprocess.run([sys.executable, "-m", "rehearsal", word], capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and said in done.stderr
 
 
 @pytest.fixture

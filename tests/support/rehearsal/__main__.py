@@ -5,6 +5,7 @@
     python -m rehearsal --short                  the short form: minutes
     python -m rehearsal selfcheck benchmark      these stages
     python -m rehearsal -- tests/test_kl.py -x   pytest with these arguments, as a rehearsal
+    python -m rehearsal --python -- benchmarks/evidence --suite tiny --out runs/dry      Python with these arguments
 
 Exit status: 0 if all passed, 1 if a stage failed, 2 if no rehearsal can be made here.
 """
@@ -162,8 +163,11 @@ def main() -> int:
     parser.add_argument(
         "--every", type=int, default=8, metavar="N", help="of each test's cases every N-th (default: 8)"
     )
-    own, pytest_arguments = partition(sys.argv[1:])
+    parser.add_argument("--python", action="store_true", help="what follows -- are Python's arguments, not pytest's")
+    own, arguments = partition(sys.argv[1:])
     args = parser.parse_args(own)
+    if args.python and not arguments:
+        parser.error("--python: got nothing after --, expected a script and its arguments")
     if args.every < 1:
         parser.error(f"--every: got {args.every}, expected a whole number >= 1")
     if unknown := set(args.stages) - {stage.name for stage in STAGES}:
@@ -173,9 +177,10 @@ def main() -> int:
         return 2
     if not build.LIBRARY.is_file():
         build.build()
-    if pytest_arguments:
+    if arguments:
         os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, *PYTEST, *pytest_arguments], build.environment())
+        words = arguments if args.python else [*PYTEST, *arguments]
+        os.execve(sys.executable, [sys.executable, *words], build.environment())
     chosen = [s for s in (SHORT_STAGES if args.short else STAGES) if not args.stages or s.name in args.stages]
     os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every)
     shutil.rmtree(LOGS, ignore_errors=True)
