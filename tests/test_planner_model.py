@@ -106,6 +106,12 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
     assert asked == [True]
 
 
+def silent(*_, **__):
+    """A connection that nobody answers."""
+    threading.Event().wait(3)
+    raise TimeoutError
+
+
 def test_a_hub_out_of_reach_is_found_within_seconds(monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -116,7 +122,7 @@ def test_a_hub_out_of_reach_is_found_within_seconds(monkeypatch):
         assert model.unreachable() is None
     assert model.unreachable().startswith("127.0.0.1 cannot be reached: ")
     monkeypatch.setattr(model, "PATIENCE", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: threading.Event().wait(3))
+    monkeypatch.setattr(socket, "create_connection", silent)
     assert model.unreachable() == "127.0.0.1 does not answer in 0.2 s"
     monkeypatch.setattr(model, "getproxies", lambda: {"https": "http://proxy"})
     assert model.unreachable() is None
