@@ -205,7 +205,7 @@ def cuda_units(tiny: bool) -> list[Unit]:
     timed = 3 * 8  # vocabularies, ways
     return [
         Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, (REAL, "nvcc")),
-        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 102) / 2, (REAL, "nvcc")),
+        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 110) / 2, (REAL, "nvcc")),
         Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, (REAL, "nvcc"), 4 * prices.GIB),
         Unit(
             "cuda", "one-read", ("one-read", *size), lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,

@@ -40,7 +40,7 @@ class _Task(NamedTuple):
 def chunks_of(groups: Tensor, labels: Tensor, ignore_index: int, limit: Optional[int]) -> list[Tensor]:
     """Rows [N] in chunks of whole groups, none of more than `limit` scored tokens unless it is one group.
 
-    limit None: one chunk. So few tokens are one chunk too, which takes no sync.
+    One chunk, without a sync, where limit is None or the tokens are few.
     """
     order = torch.argsort(groups, stable=True)
     if limit is None or order.numel() <= limit:
