@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl_source import execute, function, trainer
 
+import fused_po
 from fused_po import losses
 
 GOOD = torch.tensor([True, False, True, True, False, False, True])
@@ -208,3 +209,21 @@ BAD = [
 def test_bad_call(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_long_answers_keep_their_digits_as_a_sum_of_differences(seed):
+    """docs/losses.md says so: two sums of 512 log-probs lose digits in fp32 before one is taken from the other."""
+    logps = -torch.rand(8, 512, dtype=torch.float64) * 6
+    ref_logps, good = logps + 0.1 * torch.randn(8, 512), torch.arange(8) < 4
+
+    def gradient(dtype, of_differences):
+        leaf, ref = logps.to(dtype).requires_grad_(), ref_logps.to(dtype)
+        if of_differences:
+            given = fused_po.sequence_logps(leaf - ref), None
+        else:
+            given = fused_po.sequence_logps(leaf), fused_po.sequence_logps(ref)
+        return torch.autograd.grad(losses.kto(*given, good, 0.5, beta=0.1).sum(), leaf)[0].double()
+
+    truth, single = gradient(torch.float64, True), torch.float32
+    errors = [(gradient(single, way) - truth).norm() / truth.norm() for way in (True, False)]
+    assert errors[0] < 2 * torch.finfo(single).eps and errors[0] < errors[1]
