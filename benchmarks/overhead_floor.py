@@ -1,8 +1,8 @@
-"""The least that a PyTorch writing of a log-prob can cost here: the arithmetic of fused_po's contract, nothing else.
+"""The arithmetic of a log-prob as fused_po does it, in PyTorch calls and nothing else: a floor for what a call costs.
 
-No package, no options, no backends: straight PyTorch calls in one autograd.Function. What stays is what every call
-has to do: labels out of range are an error, ignored rows give 0, a log-prob close to 0 keeps its relative precision
-(so the label stays out of the sum of exponentials), and the backward reads what the forward kept.
+No options, no backends, no package. What stays is what every call has to do: labels out of range are an error, ignored
+rows give 0, a log-prob close to 0 keeps its relative precision (the label stays out of the sum of exponentials), and
+the backward reads what the forward kept. It is a floor for this arithmetic; another one may cost less.
 """
 
 from __future__ import annotations
@@ -10,79 +10,80 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+IGNORE = -100
 
-def check(labels: Tensor, n_cols: int, ignore_index: int) -> bool:
+
+def none_ignored(labels: Tensor, n_cols: int) -> bool:
     """Refuse labels out of range; whether none is ignored."""
     least, most = torch.aminmax(labels)
     if least.item() >= 0 and most.item() < n_cols:
         return True
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= n_cols))
-    if bad.any():
+    if ((labels != IGNORE) & ((labels < 0) | (labels >= n_cols))).any():
         raise ValueError("labels out of range")
     return False
 
 
-def statistics(z: Tensor, label: Tensor, room: Tensor | None) -> tuple[Tensor, ...]:
-    """(log-probs, shift, norm, sum less 1, exponentials with the label's set to 0) of rows z, label [N, 1]."""
+def statistics(z: Tensor, labels: Tensor, room: Tensor | None) -> tuple[Tensor, ...]:
+    """(log-probs, shift, norm, sum less 1, exponentials with the label's set to 0, labels or 0 [N, 1]) of rows z."""
+    whole = none_ignored(labels, z.shape[1])
+    label = labels[:, None] if whole else labels[:, None].clamp(min=0)
     shift = z.amax(1)
     target = z.gather(1, label).squeeze(1).sub_(shift)
     e = torch.sub(z, shift[:, None], out=room).exp_().scatter_(1, label, 0)
     rest = torch.expm1(target).add_(e.sum(1))
     norm = rest.log1p()
-    return target - norm, shift, norm, rest, e
+    logp = target - norm
+    return logp if whole else logp.where(labels != IGNORE, 0), shift, norm, rest, e, label
 
 
 class Logits(torch.autograd.Function):
     """Log-probs of labels [N] from logits [N, V]; nothing but the row's statistics is kept."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        whole = check(labels, logits.shape[-1], ignore_index)
-        z, label = logits.detach(), labels[:, None]
-        logp, shift, norm, _, _ = statistics(z, label if whole else label.clamp(min=0), None)
-        ctx.save_for_backward(logits, labels, logp, shift, norm)
-        ctx.whole = whole
-        return logp if whole else logp.where(labels != ignore_index, 0)
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        logp, shift, norm, _, _, label = statistics(logits.detach(), labels, None)
+        ctx.save_for_backward(logits, labels, label, logp, shift, norm)
+        return logp
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        logits, labels, logp, shift, norm = ctx.saved_tensors
-        if not ctx.whole:
-            g, labels = g.where(labels >= 0, 0), labels.clamp(min=0)
-        dz = torch.sub(logits, shift[:, None]).sub_(norm[:, None]).exp_().mul_((-g)[:, None])
-        return dz.scatter_(1, labels[:, None], torch.expm1(logp).mul_(-g)[:, None]), None, None
+        logits, labels, label, logp, shift, norm = ctx.saved_tensors
+        g = g.where(labels >= 0, 0)[:, None].neg_()
+        dz = torch.sub(logits, shift[:, None]).sub_(norm[:, None]).exp_().mul_(g)
+        return dz.scatter_(1, label, torch.expm1(logp)[:, None].mul_(g)), None
 
 
 class Linear(torch.autograd.Function):
     """Log-probs of labels [N] from hidden [N, H] and the head [V, H]; D, the log-prob's gradient, is kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        whole = check(labels, weight.shape[0], ignore_index)
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         z = torch.mm(hidden, weight.t())
-        label = labels[:, None] if whole else labels[:, None].clamp(min=0)
-        logp, _, _, rest, e = statistics(z, label, z)
-        if any(ctx.needs_input_grad):
-            e.mul_((rest + 1).reciprocal_().neg_()[:, None]).scatter_(1, label, torch.expm1(logp).neg_()[:, None])
-            ctx.save_for_backward(hidden, weight, labels, e)
-        ctx.whole = whole
-        return logp if whole else logp.where(labels != ignore_index, 0)
+        logp, _, _, rest, e, label = statistics(z, labels, z)
+        e.mul_((rest + 1).reciprocal_().neg_()[:, None]).scatter_(1, label, torch.expm1(logp).neg_()[:, None])
+        ctx.save_for_backward(hidden, weight, labels, e)
+        return logp
 
     @staticmethod
     def backward(ctx, g: Tensor):
         hidden, weight, labels, d = ctx.saved_tensors
-        g = g[:, None] if ctx.whole else g.where(labels >= 0, 0)[:, None]
-        d_hidden = torch.mm(d, weight).mul_(g) if ctx.needs_input_grad[0] else None
+        g = g.where(labels >= 0, 0)[:, None]
+        d_hidden = torch.mm(d, weight).mul_(g)
         d_weight = torch.mm(d.t(), hidden * g) if ctx.needs_input_grad[1] else None
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None
 
 
-def logps_from_logits(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def logps_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs, shaped like the labels."""
-    return Logits.apply(logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index).view(labels.shape)
+    rows, flat = logits.view(-1, logits.shape[-1]), labels.view(-1)
+    found = Logits.apply(rows, flat) if torch.is_grad_enabled() else statistics(rows, flat, None)[0]
+    return found.view(labels.shape)
 
 
-def linear_logps(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Log-probs, shaped like the labels."""
-    states = hidden.view(-1, hidden.shape[-1])
-    return Linear.apply(states, weight, labels.view(-1), ignore_index).view(labels.shape)
+    rows, flat = hidden.view(-1, hidden.shape[-1]), labels.view(-1)
+    if torch.is_grad_enabled():
+        return Linear.apply(rows, weight, flat).view(labels.shape)
+    z = torch.mm(rows, weight.t())
+    return statistics(z, flat, z)[0].view(labels.shape)
