@@ -160,18 +160,19 @@ def main() -> int:
     )
     parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--short", action="store_true", help="a few minutes")
-    parser.add_argument(
-        "--every", type=int, default=8, metavar="N", help="of each test's cases every N-th (default: 8)"
-    )
+    parser.add_argument("--every", type=int, metavar="N", help="of each test's cases every N-th (default: 8)")
     parser.add_argument("--python", action="store_true", help="what follows -- are Python's arguments, not pytest's")
     own, arguments = partition(sys.argv[1:])
     args = parser.parse_args(own)
     if args.python and not arguments:
         parser.error("--python: got nothing after --, expected a script and its arguments")
-    if args.every < 1:
+    if arguments and (args.stages or args.short or args.every is not None):
+        parser.error("--: got stages, --short or --every before it, which only a run of stages reads; leave them out")
+    if args.every is not None and args.every < 1:
         parser.error(f"--every: got {args.every}, expected a whole number >= 1")
-    if unknown := set(args.stages) - {stage.name for stage in STAGES}:
-        parser.error(f"stages: got {', '.join(sorted(unknown))}; allowed: {', '.join(s.name for s in STAGES)}")
+    stages = SHORT_STAGES if args.short else STAGES
+    if unknown := set(args.stages) - {stage.name for stage in stages}:
+        parser.error(f"stages: got {', '.join(sorted(unknown))}; allowed: {', '.join(s.name for s in stages)}")
     if (reason := build.cannot()) is not None:
         print(f"rehearsal: {reason}", file=sys.stderr)
         return 2
@@ -181,8 +182,8 @@ def main() -> int:
         os.chdir(ROOT)
         words = arguments if args.python else [*PYTEST, *arguments]
         os.execve(sys.executable, [sys.executable, *words], build.environment())
-    chosen = [s for s in (SHORT_STAGES if args.short else STAGES) if not args.stages or s.name in args.stages]
-    os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every)
+    chosen = [stage for stage in stages if not args.stages or stage.name in args.stages]
+    os.environ["FUSED_PO_REHEARSAL_EVERY"] = str(args.every or 8)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     shipped = (ROOT / "examples" / "data" / "comparisons-test.jsonl").read_text(encoding="utf-8")
