@@ -79,10 +79,10 @@ def best_seconds(run: Callable[[], object], on_gpu: bool, times: int = 5) -> flo
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of large copies of random numbers: 1 GiB each on a GPU, which holds 2 GiB."""
+    """Bytes a second, read and written, of a large copy of random numbers. On a GPU its two buffers take 1 GiB each."""
     on_gpu = device.type == "cuda"
     source = torch.rand(1 << 28 if on_gpu else 1 << 25, dtype=torch.float32, device=device)
-    target, copies = torch.empty_like(source), 8 if on_gpu else 1  # so many that waiting for the last costs nothing
+    target, copies = torch.empty_like(source), 8 if on_gpu else 1  # one wait for several short copies
 
     def run() -> None:
         for _ in range(copies):
