@@ -299,6 +299,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", metavar="FILE", help="write the rows here, after every kernel")
     args = parser.parse_args()
+    if args.quick and args.suite == "tiny":
+        parser.error("--quick: goes with --suite gpu alone; --suite tiny is quicker")
     if args.device == "cpu" and (args.suite != "tiny" or os.environ.get("TRITON_INTERPRET") != "1"):
         parser.error("--device cpu: goes with --suite tiny and TRITON_INTERPRET=1 alone; shapes are timed on a GPU")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -128,6 +128,12 @@ def test_a_dry_run_of_the_stage_without_a_gpu(tmp_path):
     assert tried == [(name, shape) for name in launch_shapes.CANDIDATES for shape in launch_shapes.candidates(name)[:2]]
 
 
+def test_a_dry_run_is_not_made_quick():
+    command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--suite", "tiny", "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2 and "--quick: goes with --suite gpu alone" in run.stderr
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 @pytest.mark.parametrize("words, interpreted", [((), "1"), (("--suite", "tiny"), "0")])
 def test_only_a_dry_run_goes_without_a_gpu(words, interpreted):
