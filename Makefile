@@ -68,9 +68,10 @@ peers: $(READY) ## install Liger too, for `make bench` to measure
 peer-wheels: $(READY) ## download the wheels of the peers that a machine without a network can take: wheels/peers
 	$(RUN) benchmarks/peer_wheels.py fetch
 
-lint: $(READY) ## formatting and lints
+lint: $(READY) ## formatting, lints, and the types of the public names
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 NO_GPU := gpu-check: torch finds no CUDA GPU here. With one, this runs the whole test suite on it, slow tests included.
 

@@ -77,6 +77,6 @@ setup(
         "data": data,
         "bench": bench,
         "test": test,
-        "dev": [*demo, *data, *test, "rich", "ruff"],
+        "dev": [*demo, *data, *test, "mypy", "rich", "ruff"],
     },
 )

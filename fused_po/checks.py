@@ -8,10 +8,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
+from typing import Optional, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")  # the arguments and the result of a decorated function, for type checkers
+R = TypeVar("R")
 
 LARGEST = sys.float_info.max
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -269,16 +272,16 @@ def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tu
     return softcap / temperature, logit_scale / softcap
 
 
-def called(**theirs: str) -> Callable:
+def called(**theirs: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function whose errors name its own arguments: ours, of the functions it calls, to theirs."""
 
     def renamed(error: Exception) -> Exception:
         names, colon, rest = str(error).partition(": ")
         return type(error)(", ".join(theirs.get(name, name) for name in names.split(", ")) + colon + rest)
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def run(*arguments, **options):
+        def run(*arguments: P.args, **options: P.kwargs) -> R:
             try:
                 return function(*arguments, **options)
             except (TypeError, ValueError) as error:

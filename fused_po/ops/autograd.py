@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")  # the arguments and the result of a decorated function, for type checkers
+R = TypeVar("R")
 
 INSTEAD = "compute these log-probs with torch.log_softmax where you need them"
 SECOND = (
@@ -193,7 +196,7 @@ def made_in_inference(value: object) -> bool:
     return isinstance(value, tuple) and any(isinstance(v, Tensor) and v.is_inference() for v in value)
 
 
-def public(function: Callable) -> Callable:
+def public(function: Callable[P, R]) -> Callable[P, R]:
     """A public function over ops: see the top of this file."""
     names = tuple(inspect.signature(function).parameters)
 
@@ -207,7 +210,7 @@ def public(function: Callable) -> Callable:
         return usable(value)
 
     @functools.wraps(function)
-    def call(*arguments, **options):
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             check_graph(function.__name__)
             return function(*arguments, **options)

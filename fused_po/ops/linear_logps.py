@@ -5,7 +5,7 @@ The ops around the schedules of head.py: what the forward keeps for the backward
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from fused_po.ops.logps import (
 )
 from fused_po.parallel import WHOLE, ProcessGroupLike, Shards, placed
 from fused_po.schedule import Schedule, logits_budget
+
+if TYPE_CHECKING:
+    from fused_po.ops.logps import EntropyStats, LogpsEntropy, LogpsFirst, LogpsStats
 
 
 @custom_op("fused_po::linear_logps_fwd", mutates_args=())
@@ -107,6 +110,63 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
             "them, or run under torch.autocast"
         )
     return hidden.dtype
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsEntropy,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> EntropyStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsFirst = ...,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> LogpsStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: tuple[str, ...],
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> TokenStats: ...
 
 
 @public

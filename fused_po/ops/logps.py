@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Literal, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,24 @@ class TokenStats(NamedTuple):
     mean_logits: Optional[Tensor] = None
     is_top1: Optional[Tensor] = None
     log_sum_sq_probs: Optional[Tensor] = None
+
+
+if TYPE_CHECKING:
+    # At run time every result is a TokenStats. These tell a type checker which fields are not None.
+    from typing_extensions import Unpack
+
+    LogpsFirst = tuple[Literal["logps"], Unpack[tuple[str, ...]]]
+    LogpsEntropy = tuple[Literal["logps"], Literal["entropy"], Unpack[tuple[str, ...]]]
+
+    class LogpsStats(TokenStats):
+        """The results of outputs=("logps", ...), the default."""
+
+        logps: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    class EntropyStats(LogpsStats):
+        """The results of outputs=("logps", "entropy", ...)."""
+
+        entropy: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def output_bits(outputs: tuple[str, ...]) -> int:
@@ -216,6 +234,54 @@ def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
     if shards.partial:
         raise ValueError("process_group: got sequence_dim or partial_grad, which are for hidden states; leave them out")
     return shards
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsEntropy,
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> EntropyStats: ...
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsFirst = ...,
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> LogpsStats: ...
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: tuple[str, ...],
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> TokenStats: ...
 
 
 @public
