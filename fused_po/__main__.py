@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from fused_po.planner import command as planner
 from fused_po.schedule import BUDGET_VARIABLE
 
 PACKAGES = {  # what it is for, and the command that installs it
-    "triton": ("the kernels on a GPU", "pip install triton"),
+    "triton": ("the kernels on a GPU", backends.kernels.how_to_get_triton()),
     "transformers": ("integrations.transformers, the examples", "pip install 'transformers>=5.17'"),
     "peft": ("adapters (LoRA), the examples' --lora", "pip install peft"),
     "datasets": ("the examples on data sets of the Hub", "pip install datasets"),
@@ -33,6 +34,7 @@ PACKAGES = {  # what it is for, and the command that installs it
     "liger-kernel": ("integrations.liger, `make peers bench`", "pip install liger-kernel==0.8.5"),
     "axolotl": ("integrations.axolotl", "pip install 'axolotl>=0.19'"),
 }
+BUILDS = {"triton": ("triton", "triton-rocm", "pytorch-triton-rocm")}  # PyTorch for ROCm brings one of its own
 DTYPES = {**selfcheck.DTYPES, "fp64": torch.float64}
 WIDE = ("linear_logps", "linear_kl", "linear_dpo", "chunked_loss", "gae")  # their kernels see fp32, or fp64
 OPS = ("logps_from_logits", "kl_from_logits", "dpo_from_logits", "policy_loss_from_logits", *WIDE)
@@ -41,10 +43,11 @@ QUICK, FULL = selfcheck.Size(192, 4099, 96), selfcheck.Size(512, 50257, 256)
 
 
 def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The installed version of a package, under any of the names it is distributed by; None if it is not installed."""
+    for name in BUILDS.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def devices() -> dict[str, str]:
@@ -101,9 +104,9 @@ def print_info(found: dict) -> None:
         lines.append(", ".join(f"{name}={value}" for name, value in found["settings"].items()))
     for device, about in found["devices"].items():
         lines.append(f"\n{device}: {about}\n")
-        lines.append("  " + f"{'inputs of':20}" + "".join(f"{dtype:11}" for dtype in DTYPES).rstrip())
+        lines.append("  " + f"{'inputs of':24}" + "".join(f"{dtype:11}" for dtype in DTYPES).rstrip())
         for op, choices in found["ops"][device].items():
-            lines.append("  " + f"{op:20}" + "".join(f"{choices[dtype]:11}" for dtype in DTYPES).rstrip())
+            lines.append("  " + f"{op:24}" + "".join(f"{choices[dtype]:11}" for dtype in DTYPES).rstrip())
         by_answer: dict[str, list[str]] = {}
         for dtype, answers in found["backends"][device].items():
             for backend, answer in answers.items():
