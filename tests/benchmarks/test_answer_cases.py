@@ -8,7 +8,7 @@ import peers
 import providers
 import pytest
 import torch
-from test_benchmark_providers import NAMED, nll
+from test_providers import NAMED, nll
 
 
 class LigerLosses:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cases
 import counting
@@ -14,9 +13,10 @@ import providers
 import pytest
 import report
 import torch
-from helpers import DEVICE
+from numerics import DEVICE
+from repository import ROOT
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 NAMED = {provider.name: provider for provider in providers.PROVIDERS}
 QUICK = [NAMED[name] for name in ("fused_po", "fused_po, none kept", "eager", "TRL")]

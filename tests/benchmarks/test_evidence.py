@@ -12,8 +12,8 @@ import pytest
 import torch
 from evidence import publish, runner, state, table
 from evidence.stages import STAGES
-from evidence_units import ABOUT, call, unit
-from pipeline import ROOT
+from evidence_stand_ins import ABOUT, call, unit
+from repository import ROOT, SUPPORT
 
 
 def ran(tmp_path: Path) -> list[str]:
@@ -28,7 +28,7 @@ def status(run: runner.Runner) -> dict[str, str]:
 
 DRIVER = """
 import sys
-sys.path[:0] = [{tests!r}, {benchmarks!r}]
+sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_evidence as t
 t.call(Path({folder!r}), [t.unit("first"), t.unit("second", t.WAITS), t.unit("third")])
@@ -39,7 +39,8 @@ WAITS = "(here / 'pid').write_text(str(__import__('os').getpid()))\nwhile (here 
 def killed_while_the_second_runs(tmp_path: Path) -> None:
     (tmp_path / "pid").unlink(missing_ok=True)
     (tmp_path / "wait").touch()
-    words = DRIVER.format(tests=str(ROOT / "tests"), benchmarks=str(ROOT / "benchmarks"), folder=str(tmp_path))
+    paths = [str(path) for path in (Path(__file__).parent, SUPPORT, ROOT / "benchmarks")]
+    words = DRIVER.format(paths=paths, folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", words], cwd=ROOT)
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     child = int((tmp_path / "pid").read_text())

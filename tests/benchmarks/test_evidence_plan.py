@@ -5,7 +5,7 @@ import re
 import pytest
 from evidence import prices, stages, state, table
 from evidence.stages import LARGE, STAGES, TESTS, plan_units
-from pipeline import ROOT
+from repository import ROOT
 
 
 @pytest.mark.parametrize("machine", prices.MACHINES)
@@ -31,15 +31,17 @@ def test_h200_copies_faster_and_multiplies_alike():
 
 
 def test_every_file_that_computes_on_the_device_is_run_there(tmp_path, monkeypatch):
-    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in (*TESTS, *stages.ELSEWHERE, LARGE[0]))
+    files = stages.test_files()
+    assert len(files) == len(list((ROOT / "tests").rglob("test_*.py"))), "two files of tests have the same name"
+    assert files.keys() >= {*TESTS, *stages.ELSEWHERE, LARGE[0]}
     names = {u.arguments[1] for u in stages.test_units(False)}
-    assert {f"tests/test_{name}.py" for name in (*TESTS, LARGE[0])} <= names
-    (tmp_path / "tests").mkdir()
+    assert {files[name] for name in (*TESTS, LARGE[0])} <= names
+    (tmp_path / "tests" / "ops").mkdir(parents=True)
     for name, text in {
-        "new": "from helpers import BACKENDS, DEVICE", "wrapped": "from helpers import (\n    A,\n    DEVICE,\n)",
-        "logps": "from helpers import DEVICE", "other": "import helpers", "cuda_host": "from helpers import DEVICE",
+        "new": "from numerics import BACKENDS, DEVICE", "wrapped": "from numerics import (\n    A,\n    DEVICE,\n)",
+        "logps": "from numerics import DEVICE", "other": "import numerics", "cuda_host": "from numerics import DEVICE",
     }.items():  # fmt: skip
-        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+        (tmp_path / "tests" / "ops" / f"test_{name}.py").write_text(text)
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     assert set(stages.device_tests()) - set(TESTS) == {"new", "wrapped"}
 

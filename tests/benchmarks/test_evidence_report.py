@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from evidence import goals, publish, rows, stages, state, table, tools
-from evidence_units import ABOUT, unit
-from helpers import DEVICE, count_launches
-from pipeline import ROOT
+from evidence_stand_ins import ABOUT, unit
+from numerics import DEVICE, count_launches
+from repository import ROOT
 
 from fused_po import selfcheck
 

@@ -1,13 +1,13 @@
 """benchmarks/kl_variance.py on a policy of a few steps: the estimates' means and errors over the same rollouts."""
 
 import sys
-from pathlib import Path
 
 import kl_variance
 import pytest
 import torch
+from repository import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import comparisons  # noqa: E402

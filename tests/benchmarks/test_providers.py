@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import cases
@@ -15,9 +14,9 @@ import peers
 import providers
 import pytest
 import torch
+from repository import ROOT
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMED = {q.name: q for q in providers.PROVIDERS}
 KL_NAMED = {q.name: q for q in kl_providers.KL_PROVIDERS}
 

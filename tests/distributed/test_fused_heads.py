@@ -2,10 +2,10 @@
 
 import os
 
-import pipeline  # noqa: F401  (puts examples/ on the path)
+import example_runs  # noqa: F401  (puts examples/ on the path)
 import pytest
 import torch
-from ranks import Ranks
+from rank_pool import Ranks
 from tiny_models import batch, causal_lm
 from torch import distributed
 

@@ -6,12 +6,12 @@ import shutil
 import signal
 import time
 
-import pipeline
+import example_runs
 import pytest
 import torch
 import transformers
-from pipeline import metrics, script, weights
-from ranks import GROUP_TIMEOUT, Ranks
+from example_runs import metrics, script, weights
+from rank_pool import GROUP_TIMEOUT, Ranks
 
 import checkpoints  # isort: skip
 import common  # isort: skip
@@ -22,7 +22,7 @@ import parallel  # isort: skip
 STEPS = 10
 SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: no number of ranks divides it
 PPO = ("--num-mini-batches", "1", "--num-ppo-epochs", "2", "--max-update-kl", "9")
-PPO += ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
+PPO += ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 ENGINES = {
     "ddp": ("--parallel", "ddp"),
     "ddp in parts": ("--parallel", "ddp", "--micro-batch-size", "2"),
@@ -56,7 +56,7 @@ def four():
 def words(tmp_path_factory):
     """Flags of small data, and a model to start from: 167 tokens, which neither 2 nor 4 divides."""
     folder = tmp_path_factory.mktemp("distributed")
-    data = pipeline.small_data(folder, uneven=True)
+    data = example_runs.small_data(folder, uneven=True)
     args = script("dpo").parse(data)
     tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

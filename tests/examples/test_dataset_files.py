@@ -6,9 +6,9 @@ import json
 import lzma
 import sys
 
-import pipeline
+import example_runs
 import pytest
-from pipeline import run, script
+from example_runs import run, script
 
 import dataset  # isort: skip
 import files  # isort: skip
@@ -299,7 +299,7 @@ def tiny(kind: str, vocab: int, positions: int):
 @pytest.fixture(scope="module")
 def encoded():
     """(tokenizer, rows, tokens of the longest)."""
-    rows = dataset.read(str(pipeline.comparisons.TEST), "test")[:20]
+    rows = dataset.read(str(example_runs.comparisons.TEST), "test")[:20]
     tokenizer = models.train_tokenizer(dataset.texts_of(rows))
     rows = dataset.encode(rows, tokenizer, 100, 200)
     return tokenizer, rows, max(len(row["prompt_ids"] + row["chosen_ids"]) for row in rows)
@@ -348,9 +348,11 @@ def test_tokens_beyond_the_embedding(encoded):
 
 def test_a_script_says_so_at_its_start(tmp_path):
     """A saved GPT-2 with 16 positions, by a script: a message, no traceback, before any step."""
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(str(pipeline.comparisons.TRAIN), "train")[:60]))
+    tokenizer = models.train_tokenizer(
+        dataset.texts_of(dataset.read(str(example_runs.comparisons.TRAIN), "train")[:60])
+    )
     models.save(tmp_path / "gpt2", tiny("gpt2", len(tokenizer), 16), tokenizer)
-    words = [*pipeline.small_data(tmp_path), "--model", str(tmp_path / "gpt2"), "--steps", "1"]
+    words = [*example_runs.small_data(tmp_path), "--model", str(tmp_path / "gpt2"), "--steps", "1"]
     for name in ("dpo", "sft", "kto"):
         with pytest.raises(SystemExit, match="--max-length: the model has learned positions for 16 tokens"):
             run(name, words, tmp_path / name)

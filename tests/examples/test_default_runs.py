@@ -1,10 +1,10 @@
-"""Whole default runs of sft.py, reward.py and kto.py; dpo.py's is in test_example.py."""
+"""Whole default runs of sft.py, reward.py and kto.py; dpo.py's is in test_dpo_script.py."""
 
 import time
 from pathlib import Path
 
 import pytest
-from pipeline import run, script
+from example_runs import run, script
 
 MINUTES = 60  # seconds
 

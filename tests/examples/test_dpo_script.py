@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 
-import pipeline
+import example_runs
 import pytest
 import torch
-from pipeline import EXAMPLES
+from example_runs import EXAMPLES
 
 import checkpoints  # isort: skip
 import common  # isort: skip
@@ -150,7 +150,7 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
             dpo.train(arguments(small_data, broken, *(["--resume"] if stop > 2 else [])))
     shares = dpo.train(arguments(small_data, broken, "--resume"))
     assert shares == uninterrupted
-    states = [pipeline.weights(folder) for folder in (whole, broken)]
+    states = [example_runs.weights(folder) for folder in (whole, broken)]
     assert common.checkpoints(whole) == common.checkpoints(broken) == [6, 7]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
@@ -184,7 +184,7 @@ def test_a_killed_run_leaves_whole_checkpoints(small_data, tmp_path):
     found = common.checkpoints(tmp_path / "run")
     assert found
     for step in found:
-        assert all(value.isfinite().all() for value in pipeline.weights(tmp_path / "run", step).values())
+        assert all(value.isfinite().all() for value in example_runs.weights(tmp_path / "run", step).values())
 
 
 @pytest.mark.slow

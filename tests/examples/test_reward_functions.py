@@ -5,10 +5,10 @@ import math
 import textwrap
 import types
 
-import pipeline
+import example_runs
 import pytest
 import torch
-from pipeline import metrics, run, script
+from example_runs import metrics, run, script
 
 import dataset  # isort: skip
 import formats  # isort: skip
@@ -246,7 +246,7 @@ def test_a_run_with_logs_state_and_none(name, tmp_path):
             assert set(answer) <= {"yes", "no"} and "answer_text" not in how
             return [None if n % 3 == 1 else float(n) for n in range(len(prompts))]
     """)  # fmt: skip
-    words = pipeline.small_data(tmp_path, train=20, test=2)
+    words = example_runs.small_data(tmp_path, train=20, test=2)
     for path in (words[1], words[3]):
         rows = [json.loads(line) for line in open(path)]  # noqa: SIM115
         with open(path, "w") as file:

@@ -4,11 +4,11 @@ import itertools
 import json
 import math
 
-import eager
-import pipeline
+import eager_ops
+import example_runs
 import pytest
 import torch
-from pipeline import metrics, run, script, weights
+from example_runs import metrics, run, script, weights
 
 import fused_po
 from fused_po import losses
@@ -19,14 +19,14 @@ import models  # isort: skip
 import parallel  # isort: skip
 
 ppo, grpo, rollouts = (script(name) for name in ("ppo", "grpo", "rollouts"))
-TOYS = pipeline.ROOT / "tests" / "toy_rewards.py"
+TOYS = example_runs.SUPPORT / "toy_rewards.py"
 LETTERS = ("--reward-function", f"{TOYS}:letters")
 ALONE = ("--sft-steps", "0", "--max-completion-length", "6", *LETTERS)
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return pipeline.small_data(tmp_path_factory.mktemp("data"))
+    return example_runs.small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
@@ -260,12 +260,12 @@ def test_the_exact_kl_in_the_loss_is_plain_pytorchs(words, tmp_path, monkeypatch
     build = models.build
     monkeypatch.setattr(models, "build", lambda *args: (lambda m, t: (m.double(), t))(*build(*args)))
     run("ppo", [*words, *ALONE, *more], tmp_path / "fused")
-    eager.install(monkeypatch)
+    eager_ops.install(monkeypatch)
 
     def linear_kl(hidden, weight, ref_hidden, ref_weight, labels, *, bias, ref_bias, **how):
-        logs = eager.log_probs(hidden, weight, bias, **how)
-        refs = eager.log_probs(ref_hidden, ref_weight, ref_bias, **how).detach()
-        logps = eager.linear_logps(hidden, weight, labels, bias, **how).logps
+        logs = eager_ops.log_probs(hidden, weight, bias, **how)
+        refs = eager_ops.log_probs(ref_hidden, ref_weight, ref_bias, **how).detach()
+        logps = eager_ops.linear_logps(hidden, weight, labels, bias, **how).logps
         return fused_po.KLStats((logs.exp() * (logs - refs)).sum(-1).where(labels >= 0, 0), logps, None, None)
 
     monkeypatch.setattr(fused_po, "linear_kl", linear_kl)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pipeline import EXAMPLES, metrics, run, script, small_data
+from example_runs import EXAMPLES, metrics, run, script, small_data
 
 MINUTES = 60  # seconds
 

@@ -12,12 +12,12 @@ import time
 import types
 from pathlib import Path
 
-import pipeline
+import example_runs
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 import trl_source
-from pipeline import EXAMPLES, metrics, run, script
+from example_runs import EXAMPLES, metrics, run, script
 
 import common  # isort: skip
 import comparisons  # isort: skip
@@ -34,7 +34,7 @@ TEXTS = {"prompt": "1 or 2?", "chosen": "It is 2.", "rejected": "It is 1."}
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return [*pipeline.small_data(tmp_path_factory.mktemp("data")), "--sft-steps", "0", "--batch-size", "4"]
+    return [*example_runs.small_data(tmp_path_factory.mktemp("data")), "--sft-steps", "0", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -303,12 +303,12 @@ def test_a_loss_that_is_not_finite(words, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="loss nan, gradient norm nan: the weights stay as they are"):
         run("dpo", [*words, "--steps", "5", "--checkpoint-every", "1"], tmp_path / "run")
     assert common.checkpoints(tmp_path / "run")[-1] == 2
-    assert all(value.isfinite().all() for value in pipeline.weights(tmp_path / "run").values())
+    assert all(value.isfinite().all() for value in example_runs.weights(tmp_path / "run").values())
 
 
 def test_ctrl_c(tmp_path):
     """A real SIGINT: exit code 130, a message in place of a traceback, and a checkpoint to go on from."""
-    words = [*pipeline.small_data(tmp_path), "--sft-steps", "0", "--batch-size", "2", "--checkpoint-every", "1"]
+    words = [*example_runs.small_data(tmp_path), "--sft-steps", "0", "--batch-size", "2", "--checkpoint-every", "1"]
     folder = tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "dpo.py"), *words, "--steps", "100000", "--output", str(folder)]
     how = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

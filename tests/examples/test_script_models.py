@@ -6,11 +6,11 @@ import math
 import pathlib
 import shutil
 
-import pipeline
+import example_runs
 import pytest
 import torch
 import transformers
-from pipeline import metrics, run, script
+from example_runs import metrics, run, script
 from tiny_models import LLAMA, ROUTER, causal_lm
 
 import common  # isort: skip
@@ -18,7 +18,7 @@ import dataset  # isort: skip
 import dropout  # isort: skip
 import models  # isort: skip
 
-LETTERS = ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
+LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SHORT = ["--steps", "1", "--batch-size", "4", "--eval-every", "0", "--lr", "1e-3"]
 SHORT += ["--max-prompt-length", "48", "--max-length", "96"]
 ROWS = [{"prompt_ids": [1, 5, 6], "completion_ids": [8, 9, 10, 2]}, {"prompt_ids": [1, 20], "completion_ids": [21, 2]}]
@@ -33,7 +33,7 @@ def undrawn(monkeypatch):
 def words(tmp_path_factory):
     """words(config): flags of small data and short runs, with a model of this configuration."""
     folder = tmp_path_factory.mktemp("models")
-    data = pipeline.small_data(folder, train=16, test=2, uneven=True)
+    data = example_runs.small_data(folder, train=16, test=2, uneven=True)
     tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 

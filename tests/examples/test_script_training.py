@@ -3,13 +3,13 @@
 import copy
 import json
 
-import eager
-import pipeline
+import eager_ops
+import example_runs
 import pytest
 import torch
 from counting import flops
-from helpers import assert_error, assert_with_runs, nudge
-from pipeline import metrics, run, script, weights
+from example_runs import metrics, run, script, weights
+from numerics import assert_error, assert_with_runs, nudge
 
 import fused_po
 
@@ -19,7 +19,7 @@ import loop  # isort: skip
 import models  # isort: skip
 import references  # isort: skip
 
-LETTERS = ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
+LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 STEPS = {
     "sft": ("--eval-every", "0"),
     "dpo": (),
@@ -35,14 +35,14 @@ STEPS = {
 def words(tmp_path_factory):
     """Flags of small data, and a model of a few supervised steps to start from."""
     folder = tmp_path_factory.mktemp("pipeline")
-    data = pipeline.small_data(folder, uneven=True)
+    data = example_runs.small_data(folder, uneven=True)
     run("sft", data, folder / "sft", "--steps", "12", "--batch-size", "8")
     return [*data, "--model", str(folder / "sft" / "model"), "--lr", "1e-3"]
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Drawing takes longer than these runs; test_example.py and the slow tests draw."""
+    """Drawing takes longer than these runs; test_dpo_script.py and the slow tests draw."""
     monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
 
 
@@ -82,7 +82,7 @@ def test_twenty_steps_fused_are_twenty_plain_ones(name, words, tmp_path, monkeyp
     """Weights and losses: the RMS error is as `assert_error` allows from plain PyTorch's in fp32."""
     short = ("--steps", "20", "--batch-size", "4", "--lr", "1e-4")
     fused = trained(name, words, tmp_path / "fused", *short)
-    eager.install(monkeypatch)
+    eager_ops.install(monkeypatch)
 
     def plain(where: str, change):
         with pytest.MonkeyPatch.context() as patch:
@@ -285,10 +285,10 @@ STAGES = {  # flags; and the processes that die: in which of their optimizer ste
 def test_killed_in_mid_step_and_resumed(name, tmp_path):
     """The same bits as the run that nothing stopped: weights, metrics, what it measured."""
     more, kills = STAGES[name]
-    words = [*pipeline.small_data(tmp_path), *more, "--batch-size", "4", "--checkpoint-every", "1"]
+    words = [*example_runs.small_data(tmp_path), *more, "--batch-size", "4", "--checkpoint-every", "1"]
     whole = run(name, words, tmp_path / "whole")
     for at, more in kills:
-        pipeline.killed(name, [*words, *more], tmp_path / "broken", at)
+        example_runs.killed(name, [*words, *more], tmp_path / "broken", at)
     resumed = run(name, words, tmp_path / "broken", "--resume")
     assert resumed == whole
     ours, theirs = weights(tmp_path / "broken"), weights(tmp_path / "whole")

@@ -4,12 +4,12 @@ import copy
 import importlib.util
 import json
 
-import pipeline
+import example_runs
 import pytest
 import torch
 import transformers
-from pipeline import metrics, run, script, weights
-from ranks import Ranks
+from example_runs import metrics, run, script, weights
+from rank_pool import Ranks
 
 import checkpoints  # isort: skip
 import common  # isort: skip
@@ -17,7 +17,7 @@ import dataset  # isort: skip
 import models  # isort: skip
 import parallel  # isort: skip
 
-LETTERS = ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
+LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SAMPLING = dict.fromkeys(("ppo", "grpo", "online_dpo"), (*LETTERS, "--max-completion-length", "4"))
 SCRIPTS = {"sft": (), "reward": ("--pairs", "given"), "dpo": (), "kto": (), **SAMPLING}
 LORA = ("sft", "ppo")  # others with --lora, and other models, are slow
@@ -34,7 +34,7 @@ def undrawn(monkeypatch):
 def words(tmp_path_factory):
     """words(kind): flags of small data, short runs and a model with a tied head."""
     folder = tmp_path_factory.mktemp("tied")
-    data = pipeline.small_data(folder, train=16, test=2, uneven=True)
+    data = example_runs.small_data(folder, train=16, test=2, uneven=True)
     tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
@@ -88,7 +88,7 @@ def test_a_tied_model_from_start_to_end(kind, name, lora, words, tmp_path):
 @pytest.mark.slow
 def test_the_pipeline_of_a_tied_model(words, tmp_path, monkeypatch):
     """All four stages from a tied model; one that was stopped goes on from its checkpoint."""
-    found = importlib.util.spec_from_file_location("whole_pipeline", pipeline.EXAMPLES / "pipeline.py")
+    found = importlib.util.spec_from_file_location("whole_pipeline", example_runs.EXAMPLES / "pipeline.py")
     whole = importlib.util.module_from_spec(found)
     found.loader.exec_module(whole)
     given = lambda model, tokenizer, rows, *args, **how: [  # noqa: E731
@@ -183,7 +183,7 @@ def trained_on_ranks(words: list[str], output: str, *more: str) -> tuple[list[fl
         dpo.train(dpo.parse([*words, "--output", output, *more]))
         model = seen["model"]
         return [
-            row["loss"] for row in metrics(pipeline.Path(output))
+            row["loss"] for row in metrics(example_runs.Path(output))
         ], model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -6,9 +6,9 @@ import types
 from pathlib import Path
 
 import datasets
-import pipeline
+import example_runs
 import pytest
-from pipeline import run, script
+from example_runs import run, script
 from transformers import PreTrainedTokenizerFast
 
 import dataset  # isort: skip
@@ -375,7 +375,7 @@ def test_margins_of_pairs_are_rewards(tokenizer):
 
 @pytest.mark.slow
 def test_a_column_margin_changes_the_reward_models_loss(tmp_path):
-    words = pipeline.small_data(tmp_path)
+    words = example_runs.small_data(tmp_path)
     found = []
     for name, margin in (("plain", None), ("zero", 0), ("wide", 3.0)):
         path = tmp_path / f"{name}.jsonl"
@@ -385,7 +385,7 @@ def test_a_column_margin_changes_the_reward_models_loss(tmp_path):
         )
         more = ["--dataset", str(path), "--sft-steps", "1", "--steps", "1", "--batch-size", "4", "--lm-coef", "0"]
         run("reward", [*words, *more], tmp_path / name)
-        found.append(pipeline.metrics(tmp_path / name)[-1]["loss"])
+        found.append(example_runs.metrics(tmp_path / name)[-1]["loss"])
     assert found[0] == found[1] < found[2] - 2
 
 

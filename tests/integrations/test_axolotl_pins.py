@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from test_packaging import ROOT, python
+from repository import ROOT, python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 trl = pytest.importorskip("trl")

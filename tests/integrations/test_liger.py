@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modules import Batch
+from liger_batches import Batch
 
 from fused_po import modules
 from fused_po.integrations import liger

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import transformers
-from helpers import assert_close
+from numerics import assert_close
 from tiny_models import GPT2, LLAMA, MAMBA, MODELS, ROUTER, V, batch, causal_lm, spread
 
 import fused_po

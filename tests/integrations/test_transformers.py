@@ -5,7 +5,7 @@ import copy
 import counting
 import pytest
 import torch
-from helpers import IGNORE, assert_close, assert_error, nudge
+from numerics import IGNORE, assert_close, assert_error, nudge
 from tiny_models import MODELS, V, batch, causal_lm, vision_model
 
 import fused_po

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import IGNORE
+from numerics import IGNORE
 from tiny_models import V
 
 from fused_po.integrations.transformers import fuse_lm_head

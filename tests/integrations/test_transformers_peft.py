@@ -6,7 +6,7 @@ import warnings
 import counting
 import pytest
 import torch
-from test_integrations_transformers import batches_of, check, token_logps
+from test_transformers import batches_of, check, token_logps
 from tiny_models import batch, causal_lm
 
 import fused_po

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import assert_error, assert_with_runs, nudge
+from numerics import assert_error, assert_with_runs, nudge
 from tiny_models import batch, causal_lm
 
 from fused_po.integrations.transformers import fuse_lm_head

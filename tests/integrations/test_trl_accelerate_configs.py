@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 
-import pipeline
+import example_runs
 import pytest
 import torch
 import yaml
-from helpers import RUNS, assert_error
-from test_packaging import ROOT
+from numerics import RUNS, assert_error
+from repository import ROOT, SUPPORT
 
 CONFIGS = ROOT / "examples" / "accelerate"
 USED = {
@@ -22,14 +22,14 @@ USED = {
 
 
 def launched(engine: str, config: str, folder) -> dict[str, list[dict]]:
-    """By name, what each run of trl_engines.py logged, and which engine it found at work."""
-    paths = [ROOT, ROOT / "tests", ROOT / "benchmarks", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    """By name, what each run of run_accelerate_engines.py logged, and which engine it found at work."""
+    paths = [ROOT, SUPPORT, ROOT / "benchmarks", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))), "OMP_NUM_THREADS": "1"}
     env |= {"USE_LIBUV": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     launch += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
-    data = pipeline.small_data(folder, uneven=True)[1]
-    command = [sys.executable, *launch, str(ROOT / "tests" / "trl_engines.py"), engine, str(folder / engine), data]
+    data = example_runs.small_data(folder, uneven=True)[1]
+    command = [sys.executable, *launch, str(SUPPORT / "run_accelerate_engines.py"), engine, str(folder / engine), data]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     runs: dict[str, list[dict]] = {}

@@ -5,9 +5,9 @@ import types
 
 import numpy as np
 import torch
+from tiny_trl import ARGS, STEPS, V, assert_equal_training, model, rows, tokenizer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
-from trl_tiny import ARGS, STEPS, V, assert_equal_training, model, rows, tokenizer
 
 SAMPLES = 4  # a step
 

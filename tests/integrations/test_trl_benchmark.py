@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import training
-from trl_tiny import PlainHead, utils
+from tiny_trl import PlainHead, utils
 
 
 def test_the_longest_that_fits():

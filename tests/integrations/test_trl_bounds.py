@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from helpers import RUNS
-from test_integrations_trl_runs import dpo, grpo, sft
-from trl_tiny import assert_equal_runs, nudged, train, true_run
+from numerics import RUNS
+from tiny_trl import assert_equal_runs, nudged, train, true_run
+from trl_trainers import dpo, grpo, sft
 
 from fused_po.integrations.trl import patched
 from fused_po.integrations.trl.scoring import Scoring

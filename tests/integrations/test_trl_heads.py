@@ -6,13 +6,13 @@ TRL's head knows scales and softcaps by a few names. The stock trainers take the
 import warnings
 
 import pytest
-import test_integrations_trl_runs as runs
 import torch
 import transformers
-from test_integrations_trl_runs import a2po, cpo, orpo, tpo
+import trl_trainers as runs
+from tiny_trl import V, model, train
 from torch import nn
 from torch.nn.utils import prune
-from trl_tiny import V, model, train
+from trl_trainers import a2po, cpo, orpo, tpo
 
 from fused_po.integrations.trl import patched
 

@@ -4,13 +4,13 @@ import types
 
 import pytest
 import torch
-from helpers import assert_error, assert_with_runs
+from numerics import assert_error, assert_with_runs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_integrations_trl_runs import a2po, cpo, dpo, grpo, kto, lora, online_dpo, orpo, rloo, sft, tpo
+from tiny_trl import model, nudged, plain_head
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl_tiny import model, nudged, plain_head
+from trl_trainers import a2po, cpo, dpo, grpo, kto, lora, online_dpo, orpo, rloo, sft, tpo
 
 from fused_po import Schedule
 from fused_po.integrations.trl import patched

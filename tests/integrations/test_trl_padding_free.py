@@ -9,15 +9,10 @@ import pytest
 import torch
 import transformers
 import trl
-from helpers import RUNS
+from numerics import RUNS
 from peft import PromptTuningConfig, get_peft_model
-from test_integrations_trl_runs import lora
-from test_packaging import ROOT, python
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
-from trl.trainer import utils
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl_tiny import (
+from repository import ROOT, python
+from tiny_trl import (
     ARGS,
     SPECIAL,
     STEPS,
@@ -30,6 +25,11 @@ from trl_tiny import (
     plain_head,
     tokenizer,
 )
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from trl.trainer import utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl_trainers import lora
 
 from fused_po.integrations import packing
 from fused_po.integrations.trl import PaddingFreeDPOTrainer, patched

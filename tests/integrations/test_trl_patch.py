@@ -10,12 +10,12 @@ import torch
 import transformers
 import trl
 from counting import FlopCounter
-from helpers import RUNS, Scaling, assert_close
-from test_packaging import ROOT, python
+from numerics import RUNS, Scaling, assert_close
+from repository import ROOT, python
+from tiny_trl import PlainHead, V, model
 from trl.experimental.cpo import CPOTrainer
 from trl.trainer import utils
 from trl.trainer.base_trainer import _BaseTrainer
-from trl_tiny import PlainHead, V, model
 
 from fused_po import Schedule
 from fused_po.integrations.trl import patch, patched, unpatch

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_packaging import ROOT
+from repository import ROOT, SUPPORT
 
 TRAINERS = ("dpo", "sft", "grpo", "cpo", "orpo", "tpo", "online_dpo", "padding_free")
 ADAPTED = ("dpo_lora", "cpo_lora", "padding_free_lora")
@@ -20,9 +20,9 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_two_processes(launcher, tmp_path):
-    paths = [ROOT, ROOT / "tests", ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    paths = [ROOT, SUPPORT, ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
-    command = [sys.executable, "-m", *launcher.split(), ROOT / "tests" / "trl_two_processes.py", tmp_path]
+    command = [sys.executable, "-m", *launcher.split(), SUPPORT / "run_two_processes.py", tmp_path]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     equal = {line for line in done.stdout.splitlines() if "equal on rank" in line}

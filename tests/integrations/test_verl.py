@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE
+from numerics import DEVICE
 
 from fused_po import losses
 from fused_po.integrations import verl as fused

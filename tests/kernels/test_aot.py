@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import aot_model as model
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "aot.py"
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import nvcc
 import pytest
 import torch
+from repository import ROOT
 
 import fused_po
 from fused_po import kernels
 from fused_po.ops import backend as backends
 
-ROOT = Path(__file__).resolve().parent.parent
 cuda = importlib.import_module("fused_po.kernels.cuda")
 library = cuda.build
 KERNELS = {"gradient_kernel", "one_read_kernel", "scale_kernel", "statistics_kernel"}

@@ -5,26 +5,25 @@ import ctypes
 import importlib
 import math
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from evidence import tools
-from helpers import DEVICE, IGNORE, Scaling, assert_close, oracle, plain, random_labels
+from numerics import DEVICE, IGNORE, Scaling, assert_close, oracle, plain, random_labels
 from policy_problems import LOSSES, given, problem
+from repository import ROOT, SUPPORT
 
 import fused_po
 from fused_po import selfcheck
 from fused_po.reference.policy import Form, Given, token_terms
 
-ROOT = Path(__file__).resolve().parent.parent
 cuda = importlib.import_module("fused_po.kernels.cuda")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """tests/cuda_host.cpp, compiled."""
+    """tests/support/cuda_host.cpp, compiled."""
     missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)} to compile kernels/cuda/row.h for the host")
@@ -32,7 +31,7 @@ def host(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cuda_host")
     how = {"extra_include_paths": [str(ROOT / "kernels" / "cuda")], "extra_cflags": ["-O2"]}
-    source = str(ROOT / "tests" / "cuda_host.cpp")
+    source = str(SUPPORT / "cuda_host.cpp")
     cpp_extension.load("cuda_host", [source], build_directory=str(folder), is_python_module=False, **how)
     (built,) = folder.glob("*.so")  # PyTorch numbers the name if it has built it in this process before
     return ctypes.CDLL(str(built))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE
+from numerics import DEVICE
 
 SCRIPT = """
 import json, torch, fused_po

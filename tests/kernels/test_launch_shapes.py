@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import launch_shapes
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from numerics import BACKENDS, DEVICE
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
 launch = importlib.import_module("fused_po.kernels.triton.launch") if "triton" in BACKENDS else None
 

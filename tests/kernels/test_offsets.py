@@ -1,19 +1,19 @@
 """Products of row numbers, row counts and strides are 64-bit in every Triton kernel: read from the sources.
 
-tests/test_large.py runs some of the kernels on rows that lie far apart. Here no kernel runs: its functions are followed
-from the arguments on, through calls and branches, and each product is checked. A dropped cast to int64 at any one place
-is found.
+tests/robustness/test_extreme_sizes.py runs some of the kernels on rows that lie far apart. Here no kernel runs: its
+functions are followed from the arguments on, through calls and branches, and each product is checked. A dropped cast
+to int64 at any one place is found.
 """
 
 import ast
 import copy
 import functools
 import re
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-FOLDER = Path(__file__).resolve().parent.parent / "kernels" / "triton"
+FOLDER = ROOT / "kernels" / "triton"
 
 # What a value may be; of two that meet in a sum or a branch the later one counts. ROW: a 32-bit number that grows with
 # the number of rows, or a stride. A 32-bit product with it may pass 2^31. WIDE: a 64-bit number.

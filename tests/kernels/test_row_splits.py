@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import DEVICE, IGNORE, Scaling, assert_close, count_launches, fresh_seed, oracle, plain, random_labels
+from numerics import DEVICE, IGNORE, Scaling, assert_close, count_launches, fresh_seed, oracle, plain, random_labels
 
 import fused_po
 
@@ -22,7 +22,7 @@ PLAIN, SOFTCAP = Scaling(), Scaling(temperature=1.3, logit_scale=0.5, softcap=5.
 
 @functools.cache
 def shared_seed() -> int:
-    return fresh_seed("test_small_batches.py")
+    return fresh_seed("test_row_splits.py")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import counting
 import pytest
 import torch
-from helpers import DEVICE, IGNORE, random_labels
+from numerics import DEVICE, IGNORE, random_labels
 
 import fused_po
 from fused_po import Schedule, losses

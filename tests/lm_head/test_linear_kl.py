@@ -5,8 +5,8 @@ import functools
 import counting
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, RUNS, assert_close, random_labels
-from test_kl import DIRECTIONS, in_torch, loss_of, pair
+from kl_problems import DIRECTIONS, in_torch, loss_of, pair
+from numerics import BACKENDS, DEVICE, IGNORE, RUNS, assert_close, random_labels
 
 import fused_po
 from fused_po import Schedule

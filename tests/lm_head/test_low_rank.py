@@ -5,7 +5,7 @@ import itertools
 import counting
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, Scaling, assert_close, oracle, plain, random_labels
+from numerics import BACKENDS, DEVICE, Scaling, assert_close, oracle, plain, random_labels
 
 import fused_po
 from fused_po import Schedule

@@ -3,8 +3,8 @@
 import counting
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, Scaling, product_buffers, random_labels
-from test_logps import check_linear
+from logps_checks import check_linear
+from numerics import BACKENDS, DEVICE, IGNORE, Scaling, product_buffers, random_labels
 
 import fused_po
 from fused_po import Schedule

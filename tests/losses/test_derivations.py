@@ -2,16 +2,16 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from zoo import F64
 
 import fused_po
 from fused_po import losses
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "derivations.md"
+PAGE = ROOT / "docs" / "derivations.md"
 V = 5
 
 

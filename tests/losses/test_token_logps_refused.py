@@ -1,9 +1,9 @@
 """Losses of whole sequences refuse log-probs of tokens, and say what makes sequences of them."""
 
-import probing
+import public_calls
 import pytest
 import torch
-from probing import B, T, normal
+from public_calls import B, T, normal
 from torch import Tensor
 
 from fused_po import losses, modules, sequence_logps
@@ -19,19 +19,19 @@ OF_SEQUENCES = {
     *("nca_pair", "odds_ratio_metrics", "orpo", "preference_loss", "preference_metrics", "robust_dpo", "rpo"),
     *("sigmoid_norm", "simpo", "sppo_hard", "tdpo", "tpo", "unpaired_metrics", "DPOLoss.forward"),
 }
-TARGETS = [target for target in probing.targets() if target.name in OF_SEQUENCES]
+TARGETS = [target for target in public_calls.targets() if target.name in OF_SEQUENCES]
 
 
 def test_all_are_here():
     assert {target.name for target in TARGETS} == OF_SEQUENCES
     takes = {
-        target.name for target in probing.targets()
+        target.name for target in public_calls.targets()
         if {"chosen", "rejected"} <= {*target.arguments} or {"logps", "desirable"} <= {*target.arguments}
     }  # fmt: skip
     assert takes <= OF_SEQUENCES
 
 
-def with_tokens(target: probing.Target, shape: tuple[int, ...]) -> dict:
+def with_tokens(target: public_calls.Target, shape: tuple[int, ...]) -> dict:
     """A good call's arguments, those of sequences in another shape; every reference is given."""
     given = {n: normal(B) for n in ("ref_chosen", "ref_rejected", "ref_logps") if n in target.arguments} | target.good
     found = {}

@@ -4,32 +4,13 @@ import inspect
 
 import pytest
 import torch
-import zoo_divergence
-import zoo_pairwise
-import zoo_policy
-import zoo_reward
-import zoo_unpaired
-from helpers import assert_close
-from zoo import F64, Row, tensors
+from numerics import assert_close
+from zoo import F64, TABLE, backward, tensors
 
 from fused_po import losses
 
-TABLE: list[Row] = [*zoo_pairwise.ROWS, *zoo_divergence.ROWS, *zoo_reward.ROWS, *zoo_unpaired.ROWS, *zoo_policy.ROWS]
 every_row = pytest.mark.parametrize("row", TABLE, ids=[row.id for row in TABLE])
 DISTANCES = (0.0, 1.0, -1.0, 30.0, -30.0, 100.0, -100.0, 1e4, -1e4)
-
-
-def with_gradients(row: Row, inputs: list) -> list:
-    """The inputs, all of which require grad, so that those which must get none can be seen to."""
-    return [v.detach().requires_grad_(v.is_floating_point()) for v in inputs]
-
-
-def backward(row: Row, run, inputs: list) -> tuple[torch.Tensor, list]:
-    """(losses, the gradients of their sum in the inputs; None where there is none)."""
-    inputs = with_gradients(row, inputs)
-    value = run(*inputs)
-    value.sum().backward()
-    return value.detach(), [v.grad for v in inputs]
 
 
 @every_row

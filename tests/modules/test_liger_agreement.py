@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from test_modules import GRPO, GRPO_IDS, IGNORE, Answers, B, Batch, T, V, compare, grpo_arguments
+from liger_batches import GRPO, GRPO_IDS, IGNORE, Answers, B, Batch, T, V, compare, grpo_arguments
 
 from fused_po import modules
 

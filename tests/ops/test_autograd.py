@@ -1,9 +1,10 @@
 """Autograd around every op: edits of results, inference mode, hooks on saved tensors, modules, ranks."""
 
-import probing
+import public_calls
 import pytest
 import torch
-from autograd_ops import (
+from numerics import BACKENDS, DEVICE
+from op_table import (
     DIFFERENTIABLE,
     ROWS,
     STATS,
@@ -20,8 +21,7 @@ from autograd_ops import (
     tensors,
     total,
 )
-from helpers import BACKENDS, DEVICE
-from ranks import Ranks
+from rank_pool import Ranks
 from torch.utils.checkpoint import checkpoint
 
 import fused_po
@@ -92,14 +92,14 @@ def of_copies(target):
     computed = iter([leaf * 1 for leaf in leaves])
     good = {name: next(computed) if is_numbers(value) else value for name, value in target.good.items()}
     results = target.call(**good)
-    return [value for value in probing.tensors_in(results) if value.requires_grad], leaves
+    return [value for value in public_calls.tensors_in(results) if value.requires_grad], leaves
 
 
 def is_numbers(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
 
 
-PURE = {target.name: target for target in probing.every_target() if "backend" not in target.signature.parameters}
+PURE = {target.name: target for target in public_calls.every_target() if "backend" not in target.signature.parameters}
 LOSSES = {name: target for name, target in PURE.items() if of_copies(target)[0]}
 
 

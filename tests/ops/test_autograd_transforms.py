@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from autograd_ops import (
+from numerics import DEVICE
+from op_table import (
     ROWS,
     close,
     equal,
@@ -13,7 +14,6 @@ from autograd_ops import (
     run,
     tensors,
 )
-from helpers import DEVICE
 from torch.autograd import forward_ad
 
 import fused_po

@@ -4,11 +4,11 @@ import contextlib
 import inspect
 import warnings
 
-import probing
+import public_calls
 import pytest
 import torch
-from helpers import no_inductor
-from probing import VARIANTS, B, T, V, labels, normal
+from numerics import no_inductor
+from public_calls import VARIANTS, B, T, V, labels, normal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -22,7 +22,7 @@ START = {
     "num_tokens": 7, "num_sequences": 5, "alpha": 0.5, "batch_num_tokens": 7, "global_batch_size": 5, "kl": 0.2,
     "log_ratio_clamp": 20.0, "num_items_in_batch": 7.0, "max_completion_length": 8,
 }  # fmt: skip
-# Calls beside those of `probing`, so that every number is read in one of them.
+# Calls beside those of `public_calls`, so that every number is read in one of them.
 MORE = {
     "cispo": [{"cap": None, "epsilon": 0.2, "epsilon_high": 0.3}],
     "cpo": [{"loss_type": "alphapo", "alpha": 0.25}],
@@ -47,10 +47,10 @@ MORE = {
 ON_THE_HOST = {"chunked_loss", "bradley_terry_mle", "backends"}
 
 
-def calls() -> list[probing.Target]:
+def calls() -> list[public_calls.Target]:
     """Functions and methods, each with every call that is tried; no constructors."""
     found = []
-    for target in probing.targets():
+    for target in public_calls.targets():
         if isinstance(target.call, type) or target.name in ON_THE_HOST:
             continue
         found.append(target)
@@ -79,7 +79,7 @@ def series(name: str, value: object) -> list:
     return [value + i for i in range(3)] if isinstance(value, int) else [value * factor for factor in (1, 0.9, 0.8)]
 
 
-def numbers(target: probing.Target) -> dict[str, list]:
+def numbers(target: public_calls.Target) -> dict[str, list]:
     """Three values of each number that this call reads."""
     known = {p.name: p for p in target.signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     given = {name: p.default for name, p in known.items()} | target.good
@@ -104,7 +104,7 @@ def grown(value: object) -> object:
     return tree_map(lambda v: torch.cat((v, v)) if isinstance(v, Tensor) and v.shape[:1] == (B,) else v, value)
 
 
-def sequence_of_calls(target: probing.Target) -> list[dict]:
+def sequence_of_calls(target: public_calls.Target) -> list[dict]:
     """The arguments of two calls, between which every number and the batch change."""
     changing = numbers(target)
     found = [target.good | {name: values[i] for name, values in changing.items()} for i in range(2)]
@@ -160,7 +160,9 @@ def test_every_number_is_changed_in_some_call():
     assert left == set()
 
 
-MODULES = [target for target in probing.targets() if isinstance(target.call, type) and target.name in modules.__all__]
+MODULES = [
+    target for target in public_calls.targets() if isinstance(target.call, type) and target.name in modules.__all__
+]
 
 
 @pytest.mark.parametrize("built", MODULES, ids=[target.name for target in MODULES])
@@ -170,7 +172,7 @@ def test_modules_whose_numbers_differ(built, dynamic):
     torch._dynamo.reset()
     changing = numbers(built)
     made = [built.call(**built.good | {name: values[i] for name, values in changing.items()}) for i in range(3)]
-    good = probing.good_arguments(f"{built.name}.forward", inspect.signature(made[0].forward))
+    good = public_calls.good_arguments(f"{built.name}.forward", inspect.signature(made[0].forward))
     compiled = torch.compile(lambda module: module(**good), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for module in made:
         assert_same(compiled(module), module(**good))

@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, Scaling, assert_below
+from numerics import BACKENDS, DEVICE, IGNORE, Scaling, assert_below
 
 import fused_po
 from fused_po.ops import backend as backends

@@ -5,39 +5,13 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, assert_close, count_launches, k3, random_labels
+from numerics import BACKENDS, DEVICE, IGNORE, assert_close, count_launches, random_labels
+from plain_ops import dpo_in_torch
 
 import fused_po
 
 KLS = (None, "k1", "k2", "k3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def dpo_in_torch(logits, labels, ref_logps, beta, smoothing, kl, kl_coef, dtype):
-    """The loss and all that is reported, of logits [..., 2B, T, V], by autograd in `dtype`.
-
-    labels: [2B, T]; ref_logps: [..., 2B, T], or [..., 2B] sums.
-    """
-    valid = labels != IGNORE
-    at = labels.clamp(min=0).expand(logits.shape[:-1])[..., None]
-    logp = torch.where(valid, logits.to(dtype).log_softmax(-1).gather(-1, at).squeeze(-1), 0)
-    ref = ref_logps.to(dtype)
-    ref = torch.where(valid, ref, 0) if ref.ndim == logp.ndim else ref
-    chosen, rejected = logp.sum(-1).chunk(2, -1)
-    ref_chosen, ref_rejected = (ref.sum(-1) if ref.ndim == logp.ndim else ref).chunk(2, -1)
-    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    h = rewards[0] - rewards[1]
-    log_sigmoid = torch.nn.functional.logsigmoid
-    losses = -(1 - smoothing) * log_sigmoid(h) - smoothing * log_sigmoid(-h)
-    out = dict(losses=losses, chosen_logps=chosen, rejected_logps=rejected)
-    out |= dict(chosen_rewards=rewards[0], rejected_rewards=rewards[1], margins=h)
-    out["loss"] = losses.sum(-1) / max(1, losses.shape[-1])
-    if kl:
-        r = logp - ref
-        k = {"k1": r, "k2": r * r / 2, "k3": k3(r)}[kl]
-        out["kl_per_token"], out["kl"] = k, k.sum((-1, -2)) / valid.sum().clamp(min=1)
-        out["loss"] = out["loss"] + kl_coef * out["kl"]
-    return out
 
 
 def batch(pairs=3, length=5, v=70, dtype=torch.float32, distance=0.3):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import BACKENDS, DEVICE, assert_close
+from plain_ops import gae_loop
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,20 +23,6 @@ FACTORS = {
     "lam 0": (0.9, 0.0),
 }
 MASKS = ("none", "half", "holes", "rare", "padded", "empty")
-
-
-def loop(rewards, values, mask, last, gamma, lam):
-    """(advantages, returns) token by token, in the dtype of the rewards."""
-    advantages = torch.empty_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])
-    ahead = torch.zeros_like(advantage) if last is None else last
-    for t in reversed(range(rewards.shape[1])):
-        result = rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * advantage
-        advantage = result if mask is None else torch.where(mask[:, t], result, advantage)
-        ahead = values[:, t] if mask is None else torch.where(mask[:, t], values[:, t], ahead)
-        advantages[:, t] = advantage
-    returns = advantages + values
-    return (advantages, returns) if mask is None else tuple(torch.where(mask, x, 0) for x in (advantages, returns))
 
 
 def random_mask(kind, rows, length):
@@ -80,8 +67,8 @@ def check(rows, length, kind, bootstrap, factors, backend, dtype=torch.float32):
     inputs = problem(rows, length, kind, bootstrap, dtype)
     others = problem(max(64, 65536 // length), length, kind, bootstrap, dtype)
     ours = fused_po.gae(*inputs, gamma=factors[0], lam=factors[1], backend=backend)
-    exact = loop(*in_dtype(inputs, torch.float64), *factors)
-    theirs = zip(*(loop(*in_dtype(others, dtype), *factors) for dtype in (torch.float32, torch.float64)))
+    exact = gae_loop(*in_dtype(inputs, torch.float64), *factors)
+    theirs = zip(*(gae_loop(*in_dtype(others, dtype), *factors) for dtype in (torch.float32, torch.float64)))
     for name, value, precise, baseline in zip(("advantages", "returns"), ours, exact, theirs):
         assert value.shape == (rows, length)
         size = 63 if rows < 64 else rows * length
@@ -153,7 +140,7 @@ def test_float64_wherever_it_is_gives_float64(which, seed):
     inputs = list(problem(3, 33, "half", True))
     inputs[which] = inputs[which].double()
     results = fused_po.gae(*inputs, backend="reference")
-    for ours, exact in zip(results, loop(*in_dtype(inputs, torch.float64), 1.0, 0.95)):
+    for ours, exact in zip(results, gae_loop(*in_dtype(inputs, torch.float64), 1.0, 0.95)):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
 
@@ -321,7 +308,7 @@ def test_a_twentieth_of_the_loops_operations(kind, seed):
     """Each costs microseconds, whatever it computes; the numbers are few times as many. Times depend on the machine."""
     rewards, values, mask, _ = problem(64, 4096, kind)
     with Work() as theirs:
-        loop(rewards, values, mask, None, 1.0, 0.95)
+        gae_loop(rewards, values, mask, None, 1.0, 0.95)
     with Work() as ours:
         fused_po.gae(rewards, values, mask, backend="reference")
     assert theirs.operations >= 20 * ours.operations > 0

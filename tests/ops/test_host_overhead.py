@@ -11,7 +11,7 @@ import overhead_cases
 import overhead_floor
 import pytest
 import torch
-from helpers import BACKENDS
+from numerics import BACKENDS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import checks

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE
+from numerics import DEVICE
 
 import fused_po
 

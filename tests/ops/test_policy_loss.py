@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, assert_close
+from numerics import BACKENDS, DEVICE, IGNORE, assert_close
 from policy_problems import ANSWERS, LOSSES, given, ours_of, problem, torch_of
 
 import fused_po

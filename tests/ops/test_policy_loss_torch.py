@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, count_launches, random_labels
+from numerics import BACKENDS, DEVICE, IGNORE, count_launches, random_labels
 from policy_problems import given, problem
 
 import fused_po

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import Schedule, kernels

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, no_inductor, random_labels
+from numerics import BACKENDS, DEVICE, IGNORE, no_inductor, random_labels
 
 import fused_po
 from fused_po.ops import linear_logps as linear_module  # noqa: F401  (registers the ops)

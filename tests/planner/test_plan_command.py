@@ -3,17 +3,17 @@
 import importlib.util
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from fused_po import __main__ as command
 from fused_po.planner import communication, devices, report
 from fused_po.planner.command import chosen_head, chosen_work, human, size
 from fused_po.planner.cost import ours
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 HEAD = ("--vocab", "32000", "--hidden", "2048")
 QWEN = ("--vocab", "151936", "--hidden", "4096")
 LLAMA = ("--vocab", "128256", "--hidden", "16384")

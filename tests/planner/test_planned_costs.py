@@ -3,7 +3,7 @@
 import counting
 import pytest
 import torch
-from helpers import DEVICE, IGNORE
+from numerics import DEVICE, IGNORE
 
 import fused_po
 from fused_po import Schedule

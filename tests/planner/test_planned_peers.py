@@ -5,8 +5,8 @@ import kl_providers
 import providers
 import pytest
 import torch
-from helpers import DEVICE, IGNORE, product_buffers
-from test_planner import CASES, DTYPES, Case
+from numerics import DEVICE, IGNORE, product_buffers
+from test_planned_costs import CASES, DTYPES, Case
 
 from fused_po.planner import peers
 from fused_po.planner.cost import TOKEN_BYTES

@@ -4,9 +4,9 @@ import counting
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DEVICE, fresh_seed
-from ranks import Ranks
-from test_planner import CASES, ROW, SCRATCH, Case
+from numerics import DEVICE, fresh_seed
+from rank_pool import Ranks
+from test_planned_costs import CASES, ROW, SCRATCH, Case
 
 import fused_po
 from fused_po.planner.communication import all_reduce_bytes, scatter_bytes

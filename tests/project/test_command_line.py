@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from pipeline import ROOT
+from repository import ROOT
 
 import fused_po
 from fused_po import __main__ as command

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DRAWS, Beyond, assert_below, assert_close, decide
+from numerics import DRAWS, Beyond, assert_below, assert_close, decide
 
 
 @pytest.mark.parametrize("beyond, fails", [(0, False), (DRAWS // 2 - 1, False), (DRAWS // 2, True), (DRAWS - 1, True)])

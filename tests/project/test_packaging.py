@@ -5,34 +5,20 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT, python, run
 
 import fused_po
 
-ROOT = Path(__file__).resolve().parent.parent
 INTERPRET = {"TRITON_INTERPRET": "1"}
 KERNELS_SPEC = "import importlib.util as u, json; s = u.find_spec('kernels'); print(json.dumps(s and s.origin))"
-
-
-def run(*command, cwd, env=None) -> str:
-    """The output of a program that must succeed, without this process's PYTHONPATH."""
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean | (env or {}), capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def python(code: str, cwd, env=None, interpreter=sys.executable) -> str:
-    return run(interpreter, "-c", code, cwd=cwd, env=env)
 
 
 def stand_in(folder: Path) -> Path:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from pipeline import ROOT
+from repository import ROOT
 
 transformers = pytest.importorskip("transformers")
 from tiny_models import MODELS, batch, causal_lm  # noqa: E402

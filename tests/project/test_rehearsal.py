@@ -5,13 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rehearsal import __main__ as rehearsal
 from rehearsal import build
+from repository import ROOT, SUPPORT
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ROOT / ".rehearsal" / "bin" / "python"
 PYTHON = str(OWN) if OWN.exists() else sys.executable
 
@@ -60,7 +59,7 @@ print(((close - exact).abs() / exact).max().item())
 
 def test_accesses_and_hints_are_checked(tmp_path):
     """Out of bounds in a lane that is not masked, and a false hint behind an access, are faults; all else is not."""
-    code = KERNELS.format(support=str(ROOT / "tests" / "support"))
+    code = KERNELS.format(support=str(SUPPORT))
     script = tmp_path / "kernels.py"  # Triton reads a kernel's source from its file
     script.write_text(code, encoding="utf-8")
     env = os.environ | {"TRITON_INTERPRET": "1"}
@@ -86,7 +85,7 @@ def test_every_named_file_of_tests_exists_and_stages_are_checked():
     files = {argument for stage in rehearsal.STAGES for command in stage.commands for argument in command}
     named = [ROOT / argument for argument in files if argument.startswith("tests/")]
     assert len(named) > 30 and all(path.is_file() for path in named)
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support")}
+    env = os.environ | {"PYTHONPATH": str(SUPPORT)}
     for words, said in (
         ("sleep", "got sleep; allowed: ops, selfcheck"), ("--python", "expected a script"), ("--every 0", "got 0"),
         ("ops -- x.py", "which only a run of stages reads"), ("--short -- x.py", "which only a run of stages reads"),
@@ -107,7 +106,7 @@ def env():
     if (reason := build.cannot(PYTHON)) is not None:
         pytest.skip(reason)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return env | {"PYTHONPATH": str(ROOT / "tests" / "support")}
+    return env | {"PYTHONPATH": str(SUPPORT)}
 
 
 def test_a_device_can_be_hidden(env):

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import DEVICE
-from pipeline import ROOT
+from numerics import DEVICE
+from repository import ROOT
 
 import fused_po
 from fused_po import kernels

@@ -4,12 +4,12 @@ import ast
 import re
 import warnings
 
-import probing
+import public_calls
 import pytest
 import torch
-from pipeline import ROOT
+from repository import ROOT
 
-TARGETS = list(probing.every_target())
+TARGETS = list(public_calls.every_target())
 THING = object()
 WRONG = {  # put in each argument's place; for some arguments some of them are right
     "a thing": THING, "None": None, "a string": "?", "an int": 3, "a negative int": -1, "NaN": float("nan"),
@@ -91,13 +91,13 @@ def test_all_tensors_at_once(target):
                 pytest.fail(f"{call}: {type(error).__name__}: {error}")
             else:
                 assert not any(
-                    value.isnan().any() for value in probing.tensors_in(result) if value.device.type != "meta"
+                    value.isnan().any() for value in public_calls.tensors_in(result) if value.device.type != "meta"
                 ), call
 
 
 def test_all_that_is_public_is_probed():
     probed = {target.name.split(".")[0].split()[0] for target in TARGETS}
-    for space in (probing.fused_po, probing.losses, probing.modules):
+    for space in (public_calls.fused_po, public_calls.losses, public_calls.modules):
         values = {name: getattr(space, name) for name in space.__all__}
         results = {name for name, v in values.items() if isinstance(v, type) and issubclass(v, tuple)}
         assert {name for name, value in values.items() if callable(value)} - results <= probed

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from pipeline import ROOT, script
+from example_runs import ROOT, script
 
 import fused_po
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, assert_close
-from test_kl import in_torch
+from kl_problems import in_torch
+from numerics import BACKENDS, DEVICE, IGNORE, assert_close
 
 import fused_po
 from fused_po import Schedule, losses

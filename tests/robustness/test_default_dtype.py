@@ -2,17 +2,17 @@
 
 import warnings
 
-import probing
+import public_calls
 import pytest
 import torch
-from probing import B, T, V, labels, normal
+from public_calls import B, T, V, labels, normal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fused_po
 from fused_po import Schedule, losses, modules, selfcheck
 
-TARGETS = [target for target in probing.every_target() if target.name != "RunningMean.update"]  # it has a state
+TARGETS = [target for target in public_calls.every_target() if target.name != "RunningMean.update"]  # it has a state
 
 
 # Made here, before any default changes.

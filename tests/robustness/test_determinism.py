@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, random_labels
+from numerics import BACKENDS, DEVICE, IGNORE, random_labels
 
 import fused_po
 from fused_po import Schedule

@@ -3,10 +3,10 @@
 import math
 import warnings
 
-import probing
+import public_calls
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from numerics import BACKENDS, DEVICE
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fused_po
@@ -148,7 +148,7 @@ def test_shift_labels_of_masks():
 # What holds no numbers: every public function, with the shapes and dtypes of the real call.
 
 NEEDS_NUMBERS = {"RunningMean.update": "rewards", "bradley_terry_mle": "wins"}
-TARGETS = [target for target in probing.every_target() if target.name != "backends"]
+TARGETS = [target for target in public_calls.every_target() if target.name != "backends"]
 
 
 def shapes(out) -> list:

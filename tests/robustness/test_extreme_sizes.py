@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, Scaling, random_labels
-from test_gae import loop
-from test_logps import check_linear, check_logits
+from logps_checks import check_linear, check_logits
+from numerics import BACKENDS, DEVICE, IGNORE, Scaling, random_labels
+from plain_ops import gae_loop
 
 import fused_po
 from fused_po.ops import backend as backends
@@ -177,7 +177,7 @@ def test_gae_of_a_million_steps(seed):
     """In one row, and in as many rows."""
     rewards, values = torch.randn(2, 10**6, dtype=torch.float64, device=DEVICE)
     steps = fused_po.gae(rewards[None, :20000], values[None, :20000], gamma=0.9, lam=0.9)
-    for got, expected in zip(steps, loop(rewards[None, :20000], values[None, :20000], None, None, 0.9, 0.9)):
+    for got, expected in zip(steps, gae_loop(rewards[None, :20000], values[None, :20000], None, None, 0.9, 0.9)):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     row = fused_po.gae(rewards[None], values[None], gamma=0.9, lam=0.9)[0]
     torch.testing.assert_close(

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE
+from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import losses

@@ -4,9 +4,9 @@ In float64, where nothing but rounding may differ, and bit for bit where not eve
 """
 
 import torch
-from helpers import DEVICE, IGNORE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import DEVICE, IGNORE
 
 import fused_po
 from fused_po import Schedule

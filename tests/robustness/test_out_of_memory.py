@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from counting import run_inside
-from helpers import DEVICE, IGNORE
+from numerics import DEVICE, IGNORE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_po

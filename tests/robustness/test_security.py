@@ -7,10 +7,10 @@ import pickle
 import shutil
 from pathlib import Path
 
-import pipeline
+import example_runs
 import pytest
 import torch
-from pipeline import ROOT, run, script
+from example_runs import ROOT, run, script
 
 FILES = [
     path
@@ -148,7 +148,7 @@ def ran(tmp_path):
 def trained(tmp_path_factory):
     """(flags, folder of a short run with a cache of its reference's log-probs)."""
     folder = tmp_path_factory.mktemp("trained")
-    words = [*pipeline.small_data(folder, train=8, test=4), "--sft-steps", "0", "--batch-size", "4", "--steps", "1"]
+    words = [*example_runs.small_data(folder, train=8, test=4), "--sft-steps", "0", "--batch-size", "4", "--steps", "1"]
     words += ["--precompute-ref", "--ref-cache", str(folder / "cache")]
     run("dpo", words, folder / "run")
     return words, folder

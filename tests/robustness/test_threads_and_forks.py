@@ -8,7 +8,8 @@ import threading
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, IGNORE, REHEARSAL
+from numerics import BACKENDS, DEVICE, IGNORE, REHEARSAL
+from repository import SUPPORT
 
 import fused_po
 
@@ -97,8 +98,8 @@ def test_one_backward_through_many_ops_in_many_threads():
 
 FORK = """
 import os, sys, torch
-sys.path.insert(0, {tests!r})
-import test_faults_process as here
+sys.path[:0] = {paths!r}
+import test_threads_and_forks as here
 
 LABELS = here.LABELS.cpu()
 
@@ -126,7 +127,12 @@ def test_fork_after_import_and_after_use(tmp_path):
 
     With one thread: PyTorch's own operators hang in a child whose parent has used OpenMP's.
     """
-    command = [sys.executable, "-c", FORK.format(tests=os.path.dirname(__file__)), str(tmp_path / "results")]
+    command = [
+        sys.executable,
+        "-c",
+        FORK.format(paths=[os.path.dirname(__file__), str(SUPPORT)]),
+        str(tmp_path / "results"),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as checkpoint
+from repository import ROOT, SUPPORT  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of the same name as a script
 
@@ -26,6 +26,7 @@ KILL = """
 import importlib, os, signal, sys
 sys.path.insert(0, {examples!r})
 import torch
+from repository import ROOT, SUPPORT  # noqa: F401
 torch.set_num_threads({threads})
 script = importlib.import_module({script!r})
 clip, calls = torch.nn.utils.clip_grads_with_norm_, []

@@ -1,6 +1,6 @@
 """The tests under other arithmetic: each instruction set and number of threads, with fresh seeds; a table of counts.
 
-    python tests/arithmetic.py [--times 3] [-- arguments for pytest]
+    python tests/support/instruction_sets.py [--times 3] [-- arguments for pytest]
 
 Each set limits what PyTorch, oneDNN and MKL use of the processor, and so changes the order of their sums. The runs of a
 set have one thread and two in turns.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 SETS = {
     "as it is": (),

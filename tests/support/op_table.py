@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import DEVICE, IGNORE
+from numerics import DEVICE, IGNORE
 
 import fused_po
 

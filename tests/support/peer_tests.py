@@ -1,6 +1,6 @@
 """Tests against packages that are too large, or pinned too otherwise, to live beside ours: `make integrations`.
 
-    python tests/with_peers.py [verl openrlhf liger axolotl deepspeed]
+    python tests/support/peer_tests.py [verl openrlhf liger axolotl deepspeed]
 
 Each is installed into a folder of its own, .peers/<name>, without what it pins (torch, transformers, vllm, ...): that
 is this interpreter's. Then its tests run here with that folder on the path. Liger's own tests of its losses run too,
@@ -16,7 +16,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".peers"
 DEEPSPEED = (
     "deepspeed", "hjson", "msgpack", "py-cpuinfo", "einops", "pydantic", "pydantic-core", "annotated-types",
@@ -36,9 +36,9 @@ PEERS = {
     "deepspeed": ("deepspeed==0.19.8", *DEEPSPEED[1:]),
 }  # fmt: skip
 TESTS = {
-    "liger": ("test_integrations_liger.py", "test_modules_liger.py"),
-    "deepspeed": ("test_distributed_heads.py", "test_integrations_trl_engines.py"),
-    **{name: (f"test_integrations_{name}.py",) for name in ("verl", "openrlhf", "axolotl")},
+    "liger": ("integrations/test_liger.py", "modules/test_liger_agreement.py"),
+    "deepspeed": ("distributed/test_fused_heads.py", "integrations/test_trl_accelerate_configs.py"),
+    **{name: (f"integrations/test_{name}.py",) for name in ("verl", "openrlhf", "axolotl")},
 }
 # Liger's own: not those of its functional form; "NxM" cases of 1024 x 4096 take minutes on a CPU and are not chosen.
 LIGERS = "(dpo or cpo or simpo or orpo or kto) and not functional and not 4096"

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from helpers import DEVICE, IGNORE, k3, random_labels
+from numerics import DEVICE, IGNORE, k3, random_labels
 
 import fused_po
 

@@ -15,7 +15,7 @@ import traceback
 from typing import NamedTuple
 
 import torch
-from helpers import Beyond
+from numerics import Beyond
 
 WAIT = 600  # seconds a case may take
 GROUP_TIMEOUT = 300  # seconds a collective waits for the other ranks
@@ -26,7 +26,7 @@ class Failure(NamedTuple):
 
     what: str
     trace: str = ""
-    beyond: bool = False  # helpers.Beyond
+    beyond: bool = False  # numerics.Beyond
 
 
 def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -> None:

@@ -11,14 +11,14 @@ import sys
 import warnings
 from pathlib import Path
 
-import pipeline  # noqa: F401  (puts examples/ on the path)
+import example_runs  # noqa: F401  (puts examples/ on the path)
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from helpers import RUNS, nudge
+from numerics import RUNS, nudge
+from tiny_trl import plain_head
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
-from trl_tiny import plain_head
 
 import models  # isort: skip
 import trl_dpo  # isort: skip

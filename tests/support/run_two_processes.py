@@ -1,12 +1,12 @@
-"""The trainers on several processes, each with its own rows: started as in test_integrations_trl_launch.py."""
+"""The trainers on several processes, each with its own rows: started as in test_trl_two_processes.py."""
 
 import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from test_integrations_trl_runs import cpo, dpo, grpo, lora, online_dpo, orpo, padding_free, sft, tpo
+from tiny_trl import assert_equal_training
 from torch import distributed
-from trl_tiny import assert_equal_training
+from trl_trainers import cpo, dpo, grpo, lora, online_dpo, orpo, padding_free, sft, tpo
 
 ranks = PartialState(cpu=True, backend="gloo")
 assert ranks.num_processes == distributed.get_world_size() == 2

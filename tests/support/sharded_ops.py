@@ -9,9 +9,11 @@ import importlib
 import inspect
 import itertools
 import random
+import sys
 
 import torch
 import torch.distributed as dist
+from repository import SUPPORT
 
 import fused_po
 
@@ -123,10 +125,14 @@ def ops(how: str):
 
 
 def run(how: str, seed: int, module: str, name: str, options: dict) -> None:
-    """A test of another file, by its function's name, with the cut ops."""
+    """A test of another file, tests/<module>.py, by its function's name, with the cut ops."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is full of NaN
-    test = getattr(importlib.import_module(module), name)
+    folder, _, file = module.rpartition("/")
+    with_path = str(SUPPORT.parent / folder)
+    if with_path not in sys.path:
+        sys.path.insert(0, with_path)
+    test = getattr(importlib.import_module(file), name)
     fixtures = {"seed": seed, "poison": None}
     try:
         with ops(how):

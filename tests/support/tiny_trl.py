@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 
 import datasets
-from helpers import assert_error, assert_with_runs, nudge
+from numerics import assert_error, assert_with_runs, nudge
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl.trainer import utils

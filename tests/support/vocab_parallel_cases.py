@@ -1,4 +1,4 @@
-"""What the processes of test_parallel.py run, apart from other files' tests."""
+"""What the processes of test_vocab_parallel.py run, apart from other files' tests."""
 
 import os
 import time
@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 from counting import Collectives, run_inside
-from cut import own, same_everywhere
+from sharded_ops import own, same_everywhere
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module

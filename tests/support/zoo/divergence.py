@@ -6,10 +6,11 @@ from functools import partial
 from math import exp, log, log1p
 
 import torch
-from helpers import k3
-from zoo import F64, Row
+from numerics import k3
 
 from fused_po import losses
+
+from .row import F64, Row
 
 
 def tokens(n: int):

@@ -6,9 +6,10 @@ from functools import partial
 from math import exp, log, log1p
 
 import torch
-from zoo import F64, Row
 
 from fused_po import losses
+
+from .row import F64, Row
 
 # By hand: w = -1 - -2 = 1, l = -3 - -3.5 = 0.5, w - l = 0.5, and beta = 0.5 unless a row says otherwise.
 BY_HAND = (-1.0, -3.0, -2.0, -3.5)

@@ -6,9 +6,10 @@ from functools import partial
 from math import exp, log, sqrt
 
 import torch
-from zoo import F64, Row
 
 from fused_po import losses
+
+from .row import F64, Row
 
 NAN = float("nan")
 # By hand: two answers of two tokens, pi / pi_old = 1.5 and 0.5 in both, A = 2 and -1; the third position is masked.

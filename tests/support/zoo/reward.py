@@ -6,9 +6,10 @@ from functools import partial
 from math import exp, log, log1p
 
 import torch
-from zoo import F64, Row
 
 from fused_po import losses
+
+from .row import F64, Row
 
 
 def logistic(x):

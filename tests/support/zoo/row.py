@@ -1,4 +1,4 @@
-"""What a row of the zoo's table holds. The rows lie beside this file, one file a family: zoo_pairwise.py and so on."""
+"""What a row of the zoo's table holds, and the loss and gradients that it gives."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ def tensors(values: tuple, dtype: torch.dtype = F64) -> list[Tensor]:
     return [
         v if isinstance(v, Tensor) else torch.tensor([v] if isinstance(v, float) else v, dtype=dtype) for v in values
     ]
+
+
+def with_gradients(row: Row, inputs: list) -> list:
+    """The inputs, all of which require grad, so that those which must get none can be seen to."""
+    return [v.detach().requires_grad_(v.is_floating_point()) for v in inputs]
+
+
+def backward(row: Row, run, inputs: list) -> tuple[torch.Tensor, list]:
+    """(losses, the gradients of their sum in the inputs; None where there is none)."""
+    inputs = with_gradients(row, inputs)
+    value = run(*inputs)
+    value.sum().backward()
+    return value.detach(), [v.grad for v in inputs]

@@ -6,9 +6,10 @@ from functools import partial
 from math import exp, log1p
 
 import torch
-from zoo import F64, Row
 
 from fused_po import losses
+
+from .row import F64, Row
 
 GOOD = torch.tensor([True, False])  # by hand: r = -1 - -2 = 1 of a desirable answer, -3 - -3.5 = 0.5 of the other
 BY_HAND = ([-1.0, -3.0], [-2.0, -3.5], GOOD)
