@@ -1,7 +1,7 @@
 """Processes that form a group, start once and run many cases: `Ranks(4).run(function, *arguments)`.
 
-A case is a function of a module in this folder. It runs on every rank at the same time, with the group as the default
-one, and returns what can be pickled. The ranks use gloo on CPU, or nccl where there is a GPU for each.
+A case is a function of a module that can be imported by its name. It runs on every rank at the same time, with the
+group as the default one, and its result is pickled. The ranks use gloo on CPU, or nccl where there is a GPU for each.
 """
 
 import contextlib
