@@ -167,8 +167,11 @@ def test_prompts_are_grpos(rows, tokenizer):
 
 def test_nothing_is_put_twice_around_a_text_that_is_templated():
     """One BOS, one EOS: whatever of them the row, the template or the tokenizer writes."""
-    for made, bos, eos in ((models.train_tokenizer(TEXTS), "<s>", "</s>"), (bytes_tokenizer(), "", "<|end|>"),
-                           (bytes_tokenizer(add_eos=True), "", "<|end|>")):  # fmt: skip
+    for made, bos, eos in (
+        (models.train_tokenizer(TEXTS), "<s>", "</s>"),
+        (bytes_tokenizer(), "", "<|end|>"),
+        (bytes_tokenizer(add_eos=True), "", "<|end|>"),
+    ):
         begin, end = made.bos_token_id, made.eos_token_id
         plain = ours([PAIR], "preference", made)[0]
         for start, stop in ((bos, eos), (bos, ""), ("", eos), (bos, f"{eos}\n"), (f"\n{bos}", f" {eos}")):
@@ -221,19 +224,20 @@ def trl_row(row: dict) -> dict:
     return maybe_extract_prompt(row)
 
 
-FEEDBACK = {
-    "prompt": "1 or 2?", "chosen": ASK + SAY, "rejected": ASK + ERR, "messages": ASK + SAY, "score": 8.0
-}  # fmt: skip
+FEEDBACK = {"prompt": "1 or 2?", "chosen": ASK + SAY, "rejected": ASK + ERR, "messages": ASK + SAY, "score": 8.0}
 
 
-@pytest.mark.parametrize("row", [
-    FEEDBACK,
-    {**FEEDBACK, "chosen": ASK + SAY + ASK + SAY, "rejected": ASK + SAY + ASK + ERR},
-    {**FEEDBACK, "chosen": SYSTEM + ASK + SAY, "rejected": SYSTEM + ASK + ERR},
-    {**FEEDBACK, "rejected": ASK + SAY},  # the same answers, as some rows of UltraFeedback have
-    CHAT,
-    PAIR,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        FEEDBACK,
+        {**FEEDBACK, "chosen": ASK + SAY + ASK + SAY, "rejected": ASK + SAY + ASK + ERR},
+        {**FEEDBACK, "chosen": SYSTEM + ASK + SAY, "rejected": SYSTEM + ASK + ERR},
+        {**FEEDBACK, "rejected": ASK + SAY},  # the same answers, as some rows of UltraFeedback have
+        CHAT,
+        PAIR,
+    ],
+)
 def test_prompts_beside_conversations_are_trls(row):
     fields = ("prompt", "chosen", "rejected")
     wanted = {field: trl_row(copy.deepcopy(row))[field] for field in fields}
@@ -248,11 +252,22 @@ def test_prompts_beside_conversations_are_trls(row):
     assert (first["prompt"], first["completion"]) == (wanted["prompt"], wanted["chosen"])
 
 
-@pytest.mark.parametrize("own", [
-    {"chosen": 3}, {"chosen": "b"}, {"chosen": None, "rejected": None}, {"chosen": ["x", "y"], "rejected": ["z"]},
-    {"completion": 7}, {"completion": None}, {"label": "good"}, {"messages": 1}, {"text": 0.5}, {"columns": "x"},
-    {"chosen": ASK, "rejected": [[]]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"chosen": 3},
+        {"chosen": "b"},
+        {"chosen": None, "rejected": None},
+        {"chosen": ["x", "y"], "rejected": ["z"]},
+        {"completion": 7},
+        {"completion": None},
+        {"label": "good"},
+        {"messages": 1},
+        {"text": 0.5},
+        {"columns": "x"},
+        {"chosen": ASK, "rejected": [[]]},
+    ],
+)
 @pytest.mark.parametrize("prompt", ["1 or 2?", ASK])
 def test_columns_of_a_prompt_only_set_are_the_users_own(own, prompt, tokenizer):
     """Whatever their names; they are not tokenized."""
@@ -305,7 +320,7 @@ WRONG = [  # what is wanted, the row, what is said
     ("prompt", {"messages": ASK}, "wanted prompt"),
     ("completion", {"conversations": ["a"]}, "it has 'conversations'"),
     ("completion", {"conversations": [{"from": "user"}]}, "field 'messages' has .* expected messages"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("want, row, message", WRONG)

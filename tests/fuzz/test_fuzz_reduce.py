@@ -32,10 +32,17 @@ class TokensCase(NamedTuple):
 
 
 TOKENS = st.builds(
-    TokensCase, st.integers(0, 6), st.integers(0, 40), st.sampled_from(tuple(DTYPES)),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.booleans(),
-    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")), st.booleans(), SEEDS,
-)  # fmt: skip
+    TokensCase,
+    st.integers(0, 6),
+    st.integers(0, 40),
+    st.sampled_from(tuple(DTYPES)),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 1.0)),
+    st.booleans(),
+    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
+    st.booleans(),
+    SEEDS,
+)
 
 
 def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict]:
@@ -144,12 +151,20 @@ class StepsCase(NamedTuple):
 
 
 STEPS = st.builds(
-    StepsCase, st.integers(0, 3), st.integers(0, 70) | st.sampled_from((33, 1025)), st.sampled_from(tuple(DTYPES)[1:]),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 0.95)), st.booleans(), st.booleans(),
-    st.sampled_from((0.0, 1.0)) | st.floats(0, 1), st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
+    StepsCase,
+    st.integers(0, 3),
+    st.integers(0, 70) | st.sampled_from((33, 1025)),
+    st.sampled_from(tuple(DTYPES)[1:]),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 0.95)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from((0.0, 1.0)) | st.floats(0, 1),
+    st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
     st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
-    st.sampled_from(("reference", "reference", *BACKENDS)), SEEDS,
-)  # fmt: skip
+    st.sampled_from(("reference", "reference", *BACKENDS)),
+    SEEDS,
+)
 
 
 def check_gae(case: StepsCase) -> None:

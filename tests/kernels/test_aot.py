@@ -174,9 +174,15 @@ def test_the_model_of_speed_by_hand():
 def test_programs_that_a_multiprocessor_holds():
     gpu = model.GPUS["H100"]
     for registers, warps, shared, held in (
-        (32, 8, 0, 8), (33, 8, 0, 6), (40, 8, 32, 6), (64, 8, 32, 4), (255, 8, 0, 1), (32, 1, 0, 32), (64, 1, 0, 32),
+        (32, 8, 0, 8),
+        (33, 8, 0, 6),
+        (40, 8, 32, 6),
+        (64, 8, 32, 4),
+        (255, 8, 0, 1),
+        (32, 1, 0, 32),
+        (64, 1, 0, 32),
         (32, 8, 100 << 10, 2),
-    ):  # fmt: skip
+    ):
         assert model.residents(registers, warps, shared, gpu) == held, (registers, warps, shared)
 
 

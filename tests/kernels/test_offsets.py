@@ -22,9 +22,21 @@ OF_ROWS = re.compile(r"stride|rows|length|parts")
 # Arguments that do not grow with rows. Columns: of one row, fewer than 2^31; `n` is compared alone.
 COLUMNS = {"n_cols", "first_col", "part_cols", "n"}
 NUMBERS = {
-    "beta", "bound", "decay", "entropy_coef", "gamma", "high", "ignore_index", "inner", "kl_coef", "label_smoothing",
-    "low", "outer", "ref_inner", "ref_outer",
-}  # fmt: skip
+    "beta",
+    "bound",
+    "decay",
+    "entropy_coef",
+    "gamma",
+    "high",
+    "ignore_index",
+    "inner",
+    "kl_coef",
+    "label_smoothing",
+    "low",
+    "outer",
+    "ref_inner",
+    "ref_outer",
+}
 # Products of a row number in 32 bits that are the number of a row themselves, and at most their count.
 ROW_NUMBERS = {("merge_scores_kernel", "tl.program_id(0) * BLOCK"), ("merge_kl_kernel", "tl.program_id(0) * BLOCK")}
 # Casts of an address, not of a number.
@@ -211,21 +223,30 @@ def test_every_cast_is_needed_and_missed(name, cast):
     assert bool(found) == (name not in ADDRESSES), ast.unparse(cast)
 
 
-@pytest.mark.parametrize("line, fault", [
-    ("row = tl.program_id(0)\n    at = x_ptr + row * stride", True),
-    ("row = tl.program_id(0)\n    at = x_ptr + row.to(tl.int64) * stride", False),
-    ("at = x_ptr + (tl.program_id(0) * stride).to(tl.int64)", True),
-    ("at = x_ptr + (tl.program_id(0) // n_rows % 8) * stride", True),
-    ("at = x_ptr + tl.where(n_cols > 0, tl.program_id(0), 0)[None, :] * stride", True),
-    ("at = x_ptr + 3 * n_rows", True), ("at = x_ptr + 3 * tl.cast(n_rows, tl.int64)", False),
-    ("at = x_ptr + 3 * n_rows.to(tl.float32)", False), ("at = x_ptr + tl.program_id(1) * n_cols", False),
-    ("row = tl.program_id(0).to(tl.int64)\n    row = row.to(tl.int64) * stride\n    at = x_ptr + row * n_cols", False),
-    ("if n_cols > 1:\n        f = n_rows\n    else:\n        f = 1\n    at = x_ptr + 2 * f", True),
-    ("for i in tl.range(0, n_rows, 8):\n        at = x_ptr + i * 2", True),
-    ("f = 1\n    for i in tl.range(0, n_cols, 8):\n        at = x_ptr + f * 2\n        f = n_rows", True),
-    ("a, b = n_cols, n_rows\n    b *= 2", True), ("a, b = helper(n_rows)\n    at = x_ptr + a * 2", True),
-    ("a, b = helper(n_rows)\n    at = x_ptr + b * 2", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ("row = tl.program_id(0)\n    at = x_ptr + row * stride", True),
+        ("row = tl.program_id(0)\n    at = x_ptr + row.to(tl.int64) * stride", False),
+        ("at = x_ptr + (tl.program_id(0) * stride).to(tl.int64)", True),
+        ("at = x_ptr + (tl.program_id(0) // n_rows % 8) * stride", True),
+        ("at = x_ptr + tl.where(n_cols > 0, tl.program_id(0), 0)[None, :] * stride", True),
+        ("at = x_ptr + 3 * n_rows", True),
+        ("at = x_ptr + 3 * tl.cast(n_rows, tl.int64)", False),
+        ("at = x_ptr + 3 * n_rows.to(tl.float32)", False),
+        ("at = x_ptr + tl.program_id(1) * n_cols", False),
+        (
+            "row = tl.program_id(0).to(tl.int64)\n    row = row.to(tl.int64) * stride\n    at = x_ptr + row * n_cols",
+            False,
+        ),
+        ("if n_cols > 1:\n        f = n_rows\n    else:\n        f = 1\n    at = x_ptr + 2 * f", True),
+        ("for i in tl.range(0, n_rows, 8):\n        at = x_ptr + i * 2", True),
+        ("f = 1\n    for i in tl.range(0, n_cols, 8):\n        at = x_ptr + f * 2\n        f = n_rows", True),
+        ("a, b = n_cols, n_rows\n    b *= 2", True),
+        ("a, b = helper(n_rows)\n    at = x_ptr + a * 2", True),
+        ("a, b = helper(n_rows)\n    at = x_ptr + b * 2", False),
+    ],
+)
 def test_what_is_taken_for_a_product_that_is_too_narrow(line, fault):
     text = f"def some_kernel(x_ptr, n_rows, stride, n_cols):\n    {line}\ndef helper(a):\n    return a, 1"
     functions = {node.name: node for node in ast.parse(text).body}

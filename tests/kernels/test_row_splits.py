@@ -90,10 +90,22 @@ def check(n, v, dtype, scaling=PLAIN, outputs=OUTPUTS, launches=SPLIT, **how):
 
 # 32768: whole blocks of 4096 columns; 33000: whole 16-byte groups; 33003: every row begins elsewhere.
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("v, processors, parts", [
-    (32768, 0, 1), (32768, 2, 2), (32768, 8, 4), (32768, 100, 8), (33000, 4, 3), (33000, 8, 5),
-    (33003, 0, 1), (33003, 2, 2), (33003, 4, 3), (33003, 8, 5), (33003, 14, 9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "v, processors, parts",
+    [
+        (32768, 0, 1),
+        (32768, 2, 2),
+        (32768, 8, 4),
+        (32768, 100, 8),
+        (33000, 4, 3),
+        (33000, 8, 5),
+        (33003, 0, 1),
+        (33003, 2, 2),
+        (33003, 4, 3),
+        (33003, 8, 5),
+        (33003, 14, 9),
+    ],
+)
 def test_every_output_against_float64(dtype, v, processors, parts, split, seed, poison):
     split(processors)
     assert kernels.row_parts(3, v, BLOCK, processors)[0] == parts

@@ -132,10 +132,14 @@ def test_second_backward_no_grad_and_groups_in_any_order(seed):
 @pytest.mark.parametrize(
     "sizes, limit, expected",
     [
-        ([2, 3, 1], 5, [[0, 1], [2]]), ([2, 3, 1], 1, [[0], [1], [2]]), ([9, 1, 1], 2, [[0], [1, 2]]),
-        ([2, 3, 1], None, [[0, 1, 2]]), ([], 3, [[]]), ([0, 0, 4], 3, [[0, 1], [2]]),
+        ([2, 3, 1], 5, [[0, 1], [2]]),
+        ([2, 3, 1], 1, [[0], [1], [2]]),
+        ([9, 1, 1], 2, [[0], [1, 2]]),
+        ([2, 3, 1], None, [[0, 1, 2]]),
+        ([], 3, [[]]),
+        ([0, 0, 4], 3, [[0, 1], [2]]),
     ],
-)  # fmt: skip
+)
 def test_chunks_are_whole_groups_within_the_limit(sizes, limit, expected):
     groups = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size + 1)], dtype=torch.long)
     scored = torch.tensor([int(i > 0) for size in sizes for i in range(size + 1)], dtype=torch.long)

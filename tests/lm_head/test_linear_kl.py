@@ -28,9 +28,17 @@ def heads(dtype=torch.float32, n=40, h=16, ref_h=12, v=203):
 def run_linear(policy, reference, labels, how, **settings_):
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
     return fused_po.linear_kl(
-        hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, direction=how[0],
-        js_weight=how[1], **settings_,
-    )  # fmt: skip
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        labels,
+        bias=bias,
+        ref_bias=ref_bias,
+        direction=how[0],
+        js_weight=how[1],
+        **settings_,
+    )
 
 
 USES = {"kl": (1, 0, 0), "logps": (0, 1, 0), "kl, logps": (1, 1, 0), "all": (1, 1, 1)}
@@ -135,8 +143,14 @@ def test_rows_dropped_or_not_give_the_same(share, frozen, seed):
 
 def kl_step(policy, reference, labels, with_labels, schedule):
     """Forward and backward of the KL alone, or with the log-probs too."""
-    stats = run_linear(policy, reference, labels if with_labels else None, ("reverse", 0.5), schedule=schedule,
-                       mask=None if with_labels else labels != IGNORE)  # fmt: skip
+    stats = run_linear(
+        policy,
+        reference,
+        labels if with_labels else None,
+        ("reverse", 0.5),
+        schedule=schedule,
+        mask=None if with_labels else labels != IGNORE,
+    )
     loss = stats.kl.sum() + (stats.logps.sum() if with_labels else 0)
     return torch.autograd.grad(loss, [t for t in policy if t.requires_grad])
 
@@ -151,8 +165,11 @@ def test_gemms_counted_exactly(with_labels, seed):
     rows = Schedule(logits_budget=1 << 30)
     none = Schedule(logits_budget=0)
     for own, schedule, expected in (
-        (policy, rows, 4), (policy, none, 6), (frozen, rows, 3 + with_labels), (frozen, none, 3 + with_labels)
-    ):  # fmt: skip
+        (policy, rows, 4),
+        (policy, none, 6),
+        (frozen, rows, 3 + with_labels),
+        (frozen, none, 3 + with_labels),
+    ):
         assert (
             counting.flops(lambda o=own, s=schedule: kl_step(o, reference, labels, with_labels, s)) == expected * unit
         )

@@ -38,13 +38,22 @@ def test_the_counter_sees_every_product():
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
     x, y, z = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(2, 3, 5)
     products = [
-        lambda: torch.mm(a, b), lambda: torch.mm(a, b, out=c), lambda: a @ b, lambda: torch.addmm(c, a, b),
-        lambda: torch.addmm(c, a, b, out=c), lambda: c.addmm_(a, b), lambda: torch.nn.functional.linear(a, b.t()),
-    ]  # fmt: skip
+        lambda: torch.mm(a, b),
+        lambda: torch.mm(a, b, out=c),
+        lambda: a @ b,
+        lambda: torch.addmm(c, a, b),
+        lambda: torch.addmm(c, a, b, out=c),
+        lambda: c.addmm_(a, b),
+        lambda: torch.nn.functional.linear(a, b.t()),
+    ]
     batched = [
-        lambda: torch.bmm(x, y), lambda: torch.bmm(x, y, out=z), lambda: torch.baddbmm(z, x, y),
-        lambda: torch.baddbmm(z, x, y, out=z), lambda: z.baddbmm_(x, y), lambda: torch.matmul(x, y),
-    ]  # fmt: skip
+        lambda: torch.bmm(x, y),
+        lambda: torch.bmm(x, y, out=z),
+        lambda: torch.baddbmm(z, x, y),
+        lambda: torch.baddbmm(z, x, y, out=z),
+        lambda: z.baddbmm_(x, y),
+        lambda: torch.matmul(x, y),
+    ]
     assert [counting.flops(call) for call in products] == [2 * 3 * 4 * 5] * len(products)
     assert [counting.flops(call) for call in batched] == [2 * 2 * 3 * 4 * 5] * len(batched)
     if DEVICE == "cuda":

@@ -36,11 +36,22 @@ def trl_dpo(name, logps, ref_logps, mask, beta, smoothing, divergence):
     scores = [losses.f_divergence_score(r, divergence=divergence) for r in ratios]
     settings = SimpleNamespace(beta=beta, label_smoothing=smoothing, args=SimpleNamespace(discopop_tau=0.05))
     return execute(
-        branch(body, name), self=settings, device="cpu",
-        chosen_logps=chosen, rejected_logps=rejected, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected,
-        chosen_logratios=ratios[0], rejected_logratios=ratios[1], chosen_scores=scores[0], rejected_scores=scores[1],
-        delta_score=scores[0] - scores[1], per_token_logps=logps, completion_mask=mask, shift_completion_mask=mask,
-    ).per_sequence_loss  # fmt: skip
+        branch(body, name),
+        self=settings,
+        device="cpu",
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        chosen_logratios=ratios[0],
+        rejected_logratios=ratios[1],
+        chosen_scores=scores[0],
+        rejected_scores=scores[1],
+        delta_score=scores[0] - scores[1],
+        per_token_logps=logps,
+        completion_mask=mask,
+        shift_completion_mask=mask,
+    ).per_sequence_loss
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -217,7 +228,7 @@ BAD = [
     (lambda: losses.sft(pairs()[0], torch.ones(3)), r"mask: got shape \(3,\), expected \(4,\), that of logps"),
     (lambda: losses.wpo_weights(torch.zeros(3, 2), torch.ones(3, 2)), r"logps: got shape \(3, 2\), expected \[2B, T\]"),
     (lambda: losses.tdpo(*pairs(), pairs()[0], torch.randn(3)), r"rejected_kl: got shape \(3,\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, message", BAD)

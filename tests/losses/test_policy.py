@@ -345,7 +345,7 @@ BAD = [
     (lambda: losses.importance_weights(X, X, M, low=2.0, high=1.0), "high: got 1.0, allowed are numbers > 2.0"),
     (lambda: losses.off_policy_sequence_mask(X, X, A, M, threshold=0.0), "threshold: got 0.0"),
     (lambda: losses.policy_metrics(X, X, A, M, weights=X), "weights: got a tensor, which only vespo reads"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, message", BAD, ids=[message[:40] for _, message in BAD])

@@ -25,9 +25,10 @@ TARGETS = [target for target in public_calls.targets() if target.name in OF_SEQU
 def test_all_are_here():
     assert {target.name for target in TARGETS} == OF_SEQUENCES
     takes = {
-        target.name for target in public_calls.targets()
+        target.name
+        for target in public_calls.targets()
         if {"chosen", "rejected"} <= {*target.arguments} or {"logps", "desirable"} <= {*target.arguments}
-    }  # fmt: skip
+    }
     assert takes <= OF_SEQUENCES
 
 

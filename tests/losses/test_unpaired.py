@@ -27,9 +27,11 @@ def of_trl(logps, ref, good, kl, loss_type, weights, beta):
     end = next(i for i, code in enumerate(sources) if code.startswith("losses = torch.cat"))
     settings = dict(beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1], loss_type=loss_type)
     names = {
-        "chosen_logps": logps[good], "rejected_logps": logps[~good],
-        "ref_chosen_logps": ref[good], "ref_rejected_logps": ref[~good],
-    }  # fmt: skip
+        "chosen_logps": logps[good],
+        "rejected_logps": logps[~good],
+        "ref_chosen_logps": ref[good],
+        "ref_rejected_logps": ref[~good],
+    }
     return execute(body[start : end + 1], self=SimpleNamespace(**settings), kl=kl, **names)
 
 
@@ -39,9 +41,15 @@ def test_against_trls_kto_trainer(loss_type, seed):
     kl = torch.rand(())
     theirs = of_trl(logps, ref, GOOD, kl, loss_type, (1.5, 0.5), 0.3)
     ours = losses.kto(
-        logps, ref, GOOD, kl if loss_type == "kto" else None,
-        beta=0.3, desirable_weight=1.5, undesirable_weight=0.5, loss_type=loss_type,
-    )  # fmt: skip
+        logps,
+        ref,
+        GOOD,
+        kl if loss_type == "kto" else None,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        loss_type=loss_type,
+    )
     torch.testing.assert_close(torch.cat([ours[GOOD], ours[~GOOD]]), theirs.losses)
     gradients = [torch.autograd.grad(loss.mean(), logps, retain_graph=True)[0] for loss in (ours, theirs.losses)]
     torch.testing.assert_close(*gradients)
@@ -148,9 +156,15 @@ def test_metrics_by_hand():
     logps, ref = torch.tensor([1.0, 2.0, 4.0], requires_grad=True), torch.tensor([0.0, 4.0, 1.0])
     metrics = losses.unpaired_metrics(logps, ref, torch.tensor([True, False, True]), beta=0.5, kl=torch.tensor([0.25]))
     expected = {
-        "rewards/chosen": 1.0, "rewards/rejected": -1.0, "rewards/margins": 2.0,  # 0.5 (1 + 3) / 2, 0.5 (-2)
-        "logps/chosen": 2.5, "logps/rejected": 2.0, "count/chosen": 2, "count/rejected": 1, "kl": 0.25,
-    }  # fmt: skip
+        "rewards/chosen": 1.0,
+        "rewards/rejected": -1.0,
+        "rewards/margins": 2.0,  # 0.5 (1 + 3) / 2, 0.5 (-2)
+        "logps/chosen": 2.5,
+        "logps/rejected": 2.0,
+        "count/chosen": 2,
+        "count/rejected": 1,
+        "kl": 0.25,
+    }
     assert {name: value.item() for name, value in metrics.items()} == expected
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 

@@ -171,9 +171,11 @@ def grpo_oracle(name, batch, leaves, how, weights):
     loss, share = loss * mask, (clipped * mask).sum() / count
     sums = loss.sum(-1)
     total = {
-        "grpo": (sums / mask.sum(-1)).mean(), "sapo": (sums / mask.sum(-1)).mean(),
-        "dr_grpo": sums.sum() / (4 * how.get("max_completion_length", 1)), "luspo": sums.mean(),
-    }.get(name, sums.sum() / count)  # fmt: skip
+        "grpo": (sums / mask.sum(-1)).mean(),
+        "sapo": (sums / mask.sum(-1)).mean(),
+        "dr_grpo": sums.sum() / (4 * how.get("max_completion_length", 1)),
+        "luspo": sums.mean(),
+    }.get(name, sums.sum() / count)
     return total, ((kl * mask).sum() / count, share) if how["beta"] else (share,)
 
 

@@ -44,16 +44,21 @@ def compare(module, inputs, expected, leaf) -> None:
 
 
 BANDS = [
-    ("token", "mask", "ratio", (0.8, 1.25)), ("token", "clip", "ratio", (0.8, 1.25)),
+    ("token", "mask", "ratio", (0.8, 1.25)),
+    ("token", "clip", "ratio", (0.8, 1.25)),
     ("seq", "mask", "ratio", (0.9, 1.1)),
     *((level, "mask", kind, (-1.0, 0.05)) for level in ("token", "seq") for kind in ("binary_kl", "tv")),
-]  # fmt: skip
+]
 NAMES = [f"is_correction_{word}" for word in ("level", "mode", "gating", "threshold")]
 POLICY = [
-    {}, {"token_level_loss": False}, {"clip_eps_low": 0.1, "clip_eps_high": 0.3}, {"dual_clip": 1.5},
+    {},
+    {"token_level_loss": False},
+    {"clip_eps_low": 0.1, "clip_eps_high": 0.3},
+    {"dual_clip": 1.5},
     {"policy_loss_type": "gspo", "clip_eps_low": 0.01, "clip_eps_high": 0.02},
-    {"policy_loss_type": "gspo", "is_correction_level": "seq"}, *(dict(zip(NAMES, band)) for band in BANDS),
-]  # fmt: skip
+    {"policy_loss_type": "gspo", "is_correction_level": "seq"},
+    *(dict(zip(NAMES, band)) for band in BANDS),
+]
 
 
 def policy_oracle(how, logps, old, advantages, mask, rollout):
@@ -85,9 +90,10 @@ def correction_oracle(how, old, rollout, mask):
     for b in range(B):
         there, p, q = mask[b], rollout[b, mask[b]].exp(), old[b, mask[b]].exp()
         stat = {
-            "ratio": (q / p).log(), "tv": (p - q).abs(),
+            "ratio": (q / p).log(),
+            "tv": (p - q).abs(),
             "binary_kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
-        }[how["is_correction_gating"]]  # fmt: skip
+        }[how["is_correction_gating"]]
         stat = stat.mean().expand_as(stat) if how["is_correction_level"] == "seq" else stat
         stat = stat.exp() if how["is_correction_gating"] == "ratio" else stat
         outside[b, there] = ((stat < least) | (stat > most)).float()

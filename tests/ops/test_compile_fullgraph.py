@@ -38,11 +38,9 @@ MORE = {
         {"loss_type": "gspo", "epsilon": 0.2, "epsilon_high": 0.3, "delta": 4.0},
     ],
     "aggregate": [{"mode": "seq-mean-token-mean", "num_tokens": 9, "num_sequences": 4}],
-    **{
-        f"{name}.forward": [{"dp_size": 2, "batch_num_tokens": 9.0}] for name in ("PolicyLoss", "SFTLoss", "ValueLoss")
-    },
+    **{f"{name}.forward": [{"dp_size": 2, "batch_num_tokens": 9.0}] for name in ("PolicyLoss", "SFTLoss", "ValueLoss")},
     "token_weights": [{"num_tokens": 9, "num_sequences": 4}],
-}  # fmt: skip
+}
 # These look at values on the host, as their documentation says, so that no graph can hold them; or are no computation.
 ON_THE_HOST = {"chunked_loss", "bradley_terry_mle", "backends"}
 
@@ -152,9 +150,7 @@ def test_every_number_is_changed_in_some_call():
     for target in CALLS:
         name = target.name.split(" ")[0]
         changed.setdefault(name, set()).update(numbers(target))
-        of_call = {
-            p.name for p in target.signature.parameters.values() if is_number(p.name, p.default, p.annotation)
-        }  # fmt: skip
+        of_call = {p.name for p in target.signature.parameters.values() if is_number(p.name, p.default, p.annotation)}
         every.setdefault(name, set()).update(of_call)
     left = {(name, number) for name, wanted in every.items() for number in wanted - changed[name]}
     assert left == set()
@@ -255,15 +251,15 @@ def test_a_number_of_plain_arithmetic_compiles_twice_whatever_its_values():
 
 SQUARE, ONES = normal(V, V), labels(B, T)
 GRADIENTS = {
-    "dpo_from_logits": lambda z, v: fused_po.dpo_from_logits(
-        z, ONES, ref_logps=TOKENS, beta=v, kl="k3", kl_coef=v
-    ).loss,
+    "dpo_from_logits": lambda z, v: (
+        fused_po.dpo_from_logits(z, ONES, ref_logps=TOKENS, beta=v, kl="k3", kl_coef=v).loss
+    ),
     "linear_logps": lambda z, v: fused_po.linear_logps(z, SQUARE, ONES, temperature=v).logps.sum(),
-    "policy_loss": lambda z, v: fused_po.policy_loss_from_logits(
-        z, ONES, X, TOKENS, loss_type="ppo", temperature=v, entropy_coef=v
-    ).loss,
+    "policy_loss": lambda z, v: (
+        fused_po.policy_loss_from_logits(z, ONES, X, TOKENS, loss_type="ppo", temperature=v, entropy_coef=v).loss
+    ),
     "losses.dpo": lambda z, v: losses.dpo(*z.sum((1, 2)).view(2, -1), beta=v).mean(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -23,8 +23,10 @@ OPS = {
     "kl_from_logits": lambda z, **how: (fused_po.kl_from_logits(z, REF, **how).kl * ROWS).sum(),
     "dpo_from_logits": lambda z, **how: fused_po.dpo_from_logits(z, LABELS, REF, **how).loss,
     "dpo_from_logits full": lambda z, **how: fused_po.dpo_from_logits(z, LABELS, REF, kl="full", kl_coef=1, **how).loss,
-    "policy ppo": policy("ppo"), "policy gspo": policy("gspo"), "policy reinforce": policy("reinforce"),
-}  # fmt: skip
+    "policy ppo": policy("ppo"),
+    "policy gspo": policy("gspo"),
+    "policy reinforce": policy("reinforce"),
+}
 SHARED = {  # a leaf's values as [2, 3, 5] logits whose elements share memory
     "expanded": ((2, 1, 5), lambda x: x.expand(2, 3, 5)),
     "one row for all": ((5,), lambda x: x.expand(2, 3, 5)),
@@ -41,7 +43,7 @@ VIEWS = {  # and as logits whose elements do not
     "windows side by side": ((2, 15), lambda x: x.unfold(1, 5, 5)),
     "a diagonal": ((2, 3, 3, 5), lambda x: x.diagonal(dim1=1, dim2=2).transpose(1, 2)),
     "with an offset": ((35,), lambda x: x[5:].view(2, 3, 5)),
-}  # fmt: skip
+}
 
 
 def logits_of(shape, view):

@@ -109,11 +109,19 @@ def test_is_top1_is_argmax_with_ties(backend, v, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype, v", [
-    (torch.float32, 57), (torch.bfloat16, 16), (torch.bfloat16, 4099),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (torch.float32, 16), (torch.float32, 4099), (torch.bfloat16, 57))),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, v",
+    [
+        (torch.float32, 57),
+        (torch.bfloat16, 16),
+        (torch.bfloat16, 4099),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((torch.float32, 16), (torch.float32, 4099), (torch.bfloat16, 57))
+        ),
+    ],
+    ids=str,
+)
 def test_strides(backend, dtype, v, seed, poison):
     """Slices, transposes, unaligned starts: the same numbers as from contiguous logits, bitwise, gradients too."""
     base = torch.randn(3, 6, v + 3, device=DEVICE).to(dtype)

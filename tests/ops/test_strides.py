@@ -71,8 +71,13 @@ def problem() -> dict[str, torch.Tensor]:
 
 
 ALL = ("logps", "entropy", "lse", "mean_logits", "is_top1", "log_sum_sq_probs")
-SCHEDULES = {"kept": Schedule(), "recomputed": Schedule(logits_budget=0), "in tiles": Schedule(tile_bytes=V * 4 * 5),
-             "all rows": Schedule(compact=False), "bounded": Schedule(num_scored=N)}  # fmt: skip
+SCHEDULES = {
+    "kept": Schedule(),
+    "recomputed": Schedule(logits_budget=0),
+    "in tiles": Schedule(tile_bytes=V * 4 * 5),
+    "all rows": Schedule(compact=False),
+    "bounded": Schedule(num_scored=N),
+}
 
 
 def linear(hidden, weight, labels, bias, u, low, *, schedule, **on):
@@ -145,17 +150,25 @@ POLICIES = (("ppo", False), ("ppo", True), ("gspo", False), ("reinforce", True))
 FORMS = {
     "logps_from_logits": (scores, {}),
     **{f"linear_logps {name}": (linear, {"schedule": name}) for name in SCHEDULES},
-    "linear_logps frozen": (frozen, {}), "linear_kl": (kl_of_heads, {}),
+    "linear_logps frozen": (frozen, {}),
+    "linear_kl": (kl_of_heads, {}),
     "linear_kl recomputed": (kl_of_heads, {"schedule": "recomputed", "direction": "forward"}),
-    "kl_from_logits": (kl, {}), "kl_from_logits js": (kl, {"direction": "js", "inplace_backward": True}),
-    "dpo_from_logits": (dpo, {}), "dpo_from_logits logps": (dpo_of_logps, {}),
+    "kl_from_logits": (kl, {}),
+    "kl_from_logits js": (kl, {"direction": "js", "inplace_backward": True}),
+    "dpo_from_logits": (dpo, {}),
+    "dpo_from_logits logps": (dpo_of_logps, {}),
     "dpo_from_logits sums": (dpo_of_sums, {}),
-    "linear_dpo": (dpo_of_head, {}), "linear_dpo k3": (dpo_of_heads, {"estimator": "k3"}),
-    "linear_dpo full": (dpo_of_heads, {"estimator": "full"}), "chunked_loss": (chunked, {}), "gae": (gae, {}),
+    "linear_dpo": (dpo_of_head, {}),
+    "linear_dpo k3": (dpo_of_heads, {"estimator": "k3"}),
+    "linear_dpo full": (dpo_of_heads, {"estimator": "full"}),
+    "chunked_loss": (chunked, {}),
+    "gae": (gae, {}),
     "packed": (packed, {}),
-    **{f"policy_loss_from_logits {name}{' in place' * inplace}": (policy, {"loss_type": name, "inplace": inplace})
-       for name, inplace in POLICIES},
-}  # fmt: skip
+    **{
+        f"policy_loss_from_logits {name}{' in place' * inplace}": (policy, {"loss_type": name, "inplace": inplace})
+        for name, inplace in POLICIES
+    },
+}
 # Interpreted kernels take seconds: of these forms, with two layouts, in the ordinary tests.
 QUICK = ("linear_logps kept", "linear_logps all rows", "linear_dpo", "gae", "policy_loss_from_logits ppo in place")
 

@@ -13,14 +13,20 @@ from fused_po.planner import model
 from fused_po.planner.model import head_of, read_head
 
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-    "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
 GEMMA3 = {
-    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "dtype": "bfloat16",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "dtype": "bfloat16",
     "text_config": {"model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 2560},
     "vision_config": {"hidden_size": 1152, "vocab_size": 32000},
-}  # fmt: skip
+}
 THINKER = {"text_config": {"vocab_size": 152064, "hidden_size": 3584}, "audio_config": {"d_model": 1280}}
 
 

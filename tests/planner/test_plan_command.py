@@ -174,8 +174,13 @@ def test_sizes(text, value):
 
 def test_sizes_for_people():
     assert [human(v) for v in (0, 1023, 1024, 1000 * 2**20, 2**31, 3 * 2**40)] == [
-        "0B", "1023B", "1KiB", "1000MiB", "2GiB", "3TiB",
-    ]  # fmt: skip
+        "0B",
+        "1023B",
+        "1KiB",
+        "1000MiB",
+        "2GiB",
+        "3TiB",
+    ]
 
 
 @pytest.mark.parametrize(

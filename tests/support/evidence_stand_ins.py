@@ -7,9 +7,16 @@ from evidence import prices, runner, state
 from evidence.stages import Unit
 
 ABOUT = {
-    "device": "NVIDIA H100 80GB HBM3", "memory": 80 << 30, "versions": {"torch": "2.11.0"}, "rehearsal": False,
-    "evidence": True, "suite": "gpu", "commit": "abc", "reason": None, "capability": [9, 0],
-}  # fmt: skip
+    "device": "NVIDIA H100 80GB HBM3",
+    "memory": 80 << 30,
+    "versions": {"torch": "2.11.0"},
+    "rehearsal": False,
+    "evidence": True,
+    "suite": "gpu",
+    "commit": "abc",
+    "reason": None,
+    "capability": [9, 0],
+}
 H100 = prices.MACHINES["H100"]
 
 

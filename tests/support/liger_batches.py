@@ -57,14 +57,20 @@ def compare(ours: tuple, theirs: tuple, leaves: tuple) -> None:
 
 
 GRPO = [
-    ("dapo", {}), ("grpo", {}), ("bnpo", {}), ("dr_grpo", {"max_completion_length": 9}),
-    ("dapo", {"delta": 1.5}), ("grpo", {"importance_sampling_level": "sequence"}),
+    ("dapo", {}),
+    ("grpo", {}),
+    ("bnpo", {}),
+    ("dr_grpo", {"max_completion_length": 9}),
+    ("dapo", {"delta": 1.5}),
+    ("grpo", {"importance_sampling_level": "sequence"}),
     ("luspo", {"importance_sampling_level": "sequence", "beta": 0.0}),
-    ("cispo", {"epsilon_high": 1.1}), ("sapo", {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.3}),
+    ("cispo", {"epsilon_high": 1.1}),
+    ("sapo", {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.3}),
     ("vespo", {"vespo_k_pos": 1.5, "vespo_lambda_neg": 2.5}),
     ("dapo", {"use_bias_correction_kl": True, "temperature": 0.7}),
-    ("grpo", {"beta": 0.0}), ("grpo", {"use_ref_model": False}),
-]  # fmt: skip
+    ("grpo", {"beta": 0.0}),
+    ("grpo", {"use_ref_model": False}),
+]
 GRPO_IDS = [f"{name}-{'-'.join(how)}" for name, how in GRPO]
 
 
@@ -87,5 +93,8 @@ def grpo_arguments(batch, leaves, weights):
     ids = batch.ids, batch.mask.long(), batch.advantages
     return dict(
         zip(("_input", "lin_weight", "selected_token_ids", "attention_mask", "advantages"), (hidden, weight, *ids)),
-        bias=bias, ref_per_token_logps=batch.ref, old_per_token_logps=batch.old, vllm_is_ratio=weights,
-    )  # fmt: skip
+        bias=bias,
+        ref_per_token_logps=batch.ref,
+        old_per_token_logps=batch.old,
+        vllm_is_ratio=weights,
+    )

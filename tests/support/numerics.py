@@ -192,9 +192,13 @@ def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: lis
 
 
 def assert_within(
-    name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0,
+    name: str,
+    ours: torch.Tensor,
+    exact: torch.Tensor,
+    theirs_error: torch.Tensor,
+    unit: float = 0.0,
     theirs_rms: float | None = None,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """`assert_close` from plain PyTorch's errors; unit: a number whose rounding is let pass too.
 
     theirs_rms: in place of the RMS of all their errors.

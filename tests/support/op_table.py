@@ -167,7 +167,7 @@ ROWS = {
     ),
     "chunked_loss": Row(chunked, HEAD, ("labels", "groups", "weights")),
     "chunked_loss, frozen head": Row(chunked, ("hidden",), ("labels", "groups", "weights", "weight", "bias")),
-}  # fmt: skip
+}
 
 
 def leaves_of(name: str, t: dict) -> dict[str, torch.Tensor]:

@@ -19,9 +19,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".peers"
 DEEPSPEED = (
-    "deepspeed", "hjson", "msgpack", "py-cpuinfo", "einops", "pydantic", "pydantic-core", "annotated-types",
-    "typing-inspection", "psutil",
-)  # fmt: skip
+    "deepspeed",
+    "hjson",
+    "msgpack",
+    "py-cpuinfo",
+    "einops",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "psutil",
+)
 # name -> what pip installs, without dependencies: the version the tests were written for, and what it imports at once
 PEERS = {
     "verl": (
@@ -73,8 +81,17 @@ def ligers_own(folder: Path) -> int:
     """Liger's tests of its preference losses, with our classes installed by a plugin before they are imported."""
     source = HOME / "liger-source"
     if not any(source.glob("liger_kernel-*/test")):
-        pip("download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(source),
-            *PEERS["liger"])  # fmt: skip
+        pip(
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(source),
+            *PEERS["liger"],
+        )
         with tarfile.open(next(source.glob("*.tar.gz"))) as archive:
             archive.extractall(source, filter="data")
     plugin = HOME / "plugins"

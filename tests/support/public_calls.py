@@ -72,15 +72,19 @@ OWN = {  # where a name means something else, or a good call takes more than wha
     "plackett_luce_dpo": {"logps": normal(B, T)},
     "dpo_from_logits": {"ref_logps": normal(B, T)},
     "linear_dpo": {"ref_logps": normal(B, T)},
-    "cispo": {"cap": 3.0}, "kto": {"kl": 0.1}, "plackett_luce": {"rewards": normal(B, 3)},
+    "cispo": {"cap": 3.0},
+    "kto": {"kl": 0.1},
+    "plackett_luce": {"rewards": normal(B, 3)},
     "policy_loss_from_logits": {"advantages": normal(B, T), "old_logps": normal(B, T), "loss_type": "ppo"},
-    "gmpo": {"advantages": normal(B)}, "rloo": {"advantages": normal(B)},
+    "gmpo": {"advantages": normal(B)},
+    "rloo": {"advantages": normal(B)},
     "FusedLinearDPOLoss.forward": {"ref_input": normal(B, T, H), "ref_weight": normal(V, H)},
     "FusedLinearKTOLoss.forward": {"preference_labels": torch.arange(B) % 2 == 0},
     "FusedLinearGRPOLoss.forward": {"ref_per_token_logps": normal(B, T), "advantages": normal(B)},
-    "aggregate": {"token_loss": normal(B, T)}, "sequence_logps": {"logps": normal(B, T)},
+    "aggregate": {"token_loss": normal(B, T)},
+    "sequence_logps": {"logps": normal(B, T)},
     "GPTLMLoss.forward": {"logits": normal(B, T, V)},
-}  # fmt: skip
+}
 PER_TOKEN = ("mask", "action_mask", "loss_mask", "attention_mask", "chosen_kl")  # who takes these takes [B, T]
 
 
@@ -111,8 +115,14 @@ VARIANTS = {  # good calls that go another way than that of `targets`, and what 
     "sequence_logps": [{"logps": normal(T), "cu_seqlens": torch.tensor([0, 2, T]), "ld_alpha": 0.5}],
     "aggregate": [{"mode": "seq-mean-token-sum-norm", "max_length": 8.0, "num_sequences": 4, "world_size": 2}],
     "preference_loss": [
-        {"loss_type": ["ipo", "sigmoid"], "loss_weights": [1.0, 0.5], "chosen_length": normal(B).abs() + 1,
-         "rejected_length": normal(B).abs() + 1, "f_divergence": "alpha_divergence", "f_alpha": 0.3},
+        {
+            "loss_type": ["ipo", "sigmoid"],
+            "loss_weights": [1.0, 0.5],
+            "chosen_length": normal(B).abs() + 1,
+            "rejected_length": normal(B).abs() + 1,
+            "f_divergence": "alpha_divergence",
+            "f_alpha": 0.3,
+        },
     ],
     "grpo": [
         {"ref_logps": normal(B, T), "beta": 0.1, "weights": normal(B, T).abs(), "delta": 4.0},
@@ -121,7 +131,7 @@ VARIANTS = {  # good calls that go another way than that of `targets`, and what 
     "PolicyLoss": [{"is_correction_level": "token", "is_correction_mode": "clip", "dual_clip": 3.0}],
     "FusedLinearGRPOLoss": [{"loss_type": "vespo"}, {"loss_type": "sapo"}, {"loss_type": "luspo", "delta": 3.0}],
     "FusedLinearORPOLoss.forward": [{"nll_target": labels(B, T), "bias": normal(V)}],
-}  # fmt: skip
+}
 
 
 def targets() -> Iterator[Target]:

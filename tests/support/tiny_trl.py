@@ -34,9 +34,19 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 V = len(SPECIAL) + len(WORDS)
 # What every trainer is given: five steps that can be repeated, on the CPU, and a line of metrics for each.
 ARGS = dict(
-    report_to=[], max_steps=STEPS, logging_steps=1, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
-    optim="sgd", learning_rate=0.05, per_device_train_batch_size=2, gradient_checkpointing=False, seed=3,
-)  # fmt: skip
+    report_to=[],
+    max_steps=STEPS,
+    logging_steps=1,
+    save_strategy="no",
+    use_cpu=True,
+    bf16=False,
+    disable_tqdm=True,
+    optim="sgd",
+    learning_rate=0.05,
+    per_device_train_batch_size=2,
+    gradient_checkpointing=False,
+    seed=3,
+)
 # Logged, but not computed from the model.
 CLOCKS = ("step_time", "perf/", "in_queue")
 # Logged, and not subject to rounding.
@@ -55,9 +65,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(seed: int = 1, **config) -> LlamaForCausalLM:
     """Two layers of width 16, with weights large enough for its distributions to be far from uniform."""
     shape = dict(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**shape | config))
 

@@ -89,12 +89,17 @@ def distillation(beta: float, expected: float) -> Row:
     how = dict(beta=beta, temperature=2.0)
     odds = 2 * log(3)  # of logits, at a temperature of 2
     return Row(
-        "generalized_jsd", f"beta {beta}", partial(losses.generalized_jsd, **how),
-        lambda p, q: jsd(p, q, beta, 2.0), ([odds, 0.0], [0.0, odds]), expected,
-        lambda: [torch.randn(3, 5, dtype=F64) for _ in range(2)], (0,),
+        "generalized_jsd",
+        f"beta {beta}",
+        partial(losses.generalized_jsd, **how),
+        lambda p, q: jsd(p, q, beta, 2.0),
+        ([odds, 0.0], [0.0, odds]),
+        expected,
+        lambda: [torch.randn(3, 5, dtype=F64) for _ in range(2)],
+        (0,),
         lambda d: [torch.tensor([[d, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]])],
         "TRL's GKD agrees (run beside ours in test_divergence.py); Liger's JSD agrees",
-    )  # fmt: skip
+    )
 
 
 # m of beta 0.25: student's share 3/4 * 3/4 + 1/4 * 1/4 = 5/8, and 3/8

@@ -222,9 +222,11 @@ def cov_oracle(share: float, low: float, high: float, of_ppo):
         lp, n = logps.detach(), int(mask.sum())
         cov = (a - a[mask].sum() / n) * (lp - lp[mask].sum() / n)
         band = [
-            (-cov[i, j].item(), i, j) for i in range(len(cov)) for j in range(cov.shape[1])
+            (-cov[i, j].item(), i, j)
+            for i in range(len(cov))
+            for j in range(cov.shape[1])
             if mask[i, j] and low < cov[i, j] < high and ppo[i, j] <= plain[i, j]
-        ]  # fmt: skip
+        ]
         chosen = torch.zeros_like(mask)
         for _, i, j in sorted(band)[: max(int(share * n), 1)]:
             chosen[i, j] = True
