@@ -1,4 +1,4 @@
-"""Every fused loss inside checkpoints and under hooks on saved tensors; the weights of tokens in closed form."""
+"""Every fused loss inside checkpoints and under saved-tensor hooks; token weights in closed form."""
 
 import pytest
 import torch
