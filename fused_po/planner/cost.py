@@ -1,7 +1,7 @@
 """What our ops cost: the GEMMs, passes and allocations of ops/head.py and ops/kl_head.py, without running them.
 
-Sizes of tiles, blocks and what is kept come from the ops' own functions. tests/test_planner.py holds FLOPs to the
-counted ones exactly, and bytes up to what grows with the number of tokens alone.
+Sizes of tiles, blocks and what is kept come from the ops' own functions. tests/planner/test_planned_costs.py holds
+FLOPs to the counted ones exactly, and bytes up to what grows with the number of tokens alone.
 """
 
 from __future__ import annotations

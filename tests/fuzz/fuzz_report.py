@@ -20,9 +20,18 @@ import numpy as np
 
 BOUND = 2.0  # times plain PyTorch's error
 ORDER = (
-    "logps_from_logits", "linear_logps", "chunked_loss", "kl_from_logits", "linear_kl", "dpo_from_logits",
-    "linear_dpo", "sequence_logps", "aggregate", "gae", "losses",
-)  # fmt: skip
+    "logps_from_logits",
+    "linear_logps",
+    "chunked_loss",
+    "kl_from_logits",
+    "linear_kl",
+    "dpo_from_logits",
+    "linear_dpo",
+    "sequence_logps",
+    "aggregate",
+    "gae",
+    "losses",
+)
 FAR = "losses, far from the reference"  # held to be finite: there is no ratio
 
 
@@ -46,8 +55,10 @@ def table(ratios: dict[str, list[float]]) -> str:
         quantiles = " | ".join(f"{q:.2f}" for q in (np.median(values), np.quantile(values, 0.99), values.max()))
         lines.append(f"| `{op}` | {len(values)} | {exact} | {quantiles} |")
     every = np.concatenate([ratios[op] for op in ORDER])
-    lines.append(f"| all | {len(every)} | {100 * np.mean(every == 0):.0f} % | {np.median(every):.2f} | "
-                 f"{np.quantile(every, 0.99):.2f} | {every.max():.2f} |")  # fmt: skip
+    lines.append(
+        f"| all | {len(every)} | {100 * np.mean(every == 0):.0f} % | {np.median(every):.2f} | "
+        f"{np.quantile(every, 0.99):.2f} | {every.max():.2f} |"
+    )
     lines.append(f"| {FAR}: finite | {len(ratios[FAR])} | | | | |")
     return "\n".join(lines)
 

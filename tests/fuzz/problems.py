@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from fuzzing import DTYPES, SAMPLES, Values, copies_like, generator_of
-from helpers import DEVICE, IGNORE, Scaling
 from hypothesis import strategies as st
+from numerics import DEVICE, IGNORE, Scaling
 from torch import Tensor
 
 from fused_po import Schedule
@@ -70,10 +70,18 @@ def top_of(dtype: str, backend: str) -> float:
 def rows(draw, n: int, v: int, dtype: str, backend: str) -> Rows:
     """Rows of this shape, to be scaled by `scalings(rows)`."""
     return Rows(
-        n, v, dtype, draw(st.sampled_from(SIZES)), draw(st.sampled_from(("spread", "spread", "ties", "confident"))),
-        draw(st.sampled_from((0.0, 0.0, 0.0, 0.3, 0.95))), draw(st.sampled_from(IGNORED)), draw(st.booleans()),
-        draw(st.sampled_from(IGNORE_INDICES)), top_of(dtype, backend), draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        dtype,
+        draw(st.sampled_from(SIZES)),
+        draw(st.sampled_from(("spread", "spread", "ties", "confident"))),
+        draw(st.sampled_from((0.0, 0.0, 0.0, 0.3, 0.95))),
+        draw(st.sampled_from(IGNORED)),
+        draw(st.booleans()),
+        draw(st.sampled_from(IGNORE_INDICES)),
+        top_of(dtype, backend),
+        draw(SEEDS),
+    )
 
 
 def dtypes(backend: str) -> st.SearchStrategy:
@@ -146,14 +154,20 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return value.contiguous()
     shape = {
-        "sliced rows": (n + 2, v), "sliced columns": (n, v + 5), "every other row": (2 * n, v),
-        "every other column": (n, 2 * v), "transposed": (v, n),
-    }[layout]  # fmt: skip
+        "sliced rows": (n + 2, v),
+        "sliced columns": (n, v + 5),
+        "every other row": (2 * n, v),
+        "every other column": (n, 2 * v),
+        "transposed": (v, n),
+    }[layout]
     room = value.new_full(shape, torch.nan)
     view = {
-        "sliced rows": room[1 : n + 1], "sliced columns": room[:, 3 : v + 3], "every other row": room[::2],
-        "every other column": room[:, ::2], "transposed": room.t(),
-    }[layout]  # fmt: skip
+        "sliced rows": room[1 : n + 1],
+        "sliced columns": room[:, 3 : v + 3],
+        "every other row": room[::2],
+        "every other column": room[:, ::2],
+        "transposed": room.t(),
+    }[layout]
     return view.copy_(value)
 
 
@@ -199,11 +213,18 @@ class Plan(NamedTuple):
             logits_budget=None if self.kept is None else self.kept * row,
             logits_dtype=dtype if self.logits_dtype else None,
             tile_bytes=None if self.tile is None else max(1, self.tile * row),
-            compact=self.compact, num_scored=excess, skip_zero_rows=self.skip_zero_rows,
-        )  # fmt: skip
+            compact=self.compact,
+            num_scored=excess,
+            skip_zero_rows=self.skip_zero_rows,
+        )
 
 
 PLANS = st.builds(
-    Plan, st.none() | st.integers(0, 12), st.none() | st.integers(0, 5), st.booleans(), st.booleans(),
-    st.none() | st.integers(0, 3), st.booleans(),
-)  # fmt: skip
+    Plan,
+    st.none() | st.integers(0, 12),
+    st.none() | st.integers(0, 5),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(0, 3),
+    st.booleans(),
+)

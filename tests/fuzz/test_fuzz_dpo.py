@@ -19,8 +19,10 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling
+from plain_ops import dpo_in_torch
 from problems import (
     IGNORED,
     PLANS,
@@ -35,8 +37,6 @@ from problems import (
     incoming,
     laid_out,
 )
-from test_kl import in_torch
-from test_preference import dpo_in_torch
 
 import fused_po
 
@@ -85,14 +85,27 @@ def dpo_cases(draw) -> DPOCase:
     kls = {"model": (None, "k1", "k2", "k3", "full"), "tokens": (None, "k1", "k2", "k3"), "sums": (None,)}[reference]
     kl = draw(st.sampled_from(kls))
     return DPOCase(
-        pairs, length, draw(st.integers(1, 40) | st.sampled_from((64, 127, 300))), draw(st.sampled_from((0, 0, 1, 8))),
-        dtype, draw(st.sampled_from((0.1, 1.0, 4.0))), draw(st.sampled_from((1e-2, 0.3, 1.0))),
-        draw(st.sampled_from(IGNORED)), reference, draw(st.sampled_from((0.01, 0.1, 1.0))),
-        draw(st.sampled_from((0.0, 0.0, 0.2))), kl, draw(st.sampled_from((0.0, 0.4))) if kl else 0.0,
+        pairs,
+        length,
+        draw(st.integers(1, 40) | st.sampled_from((64, 127, 300))),
+        draw(st.sampled_from((0, 0, 1, 8))),
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 4.0))),
+        draw(st.sampled_from((1e-2, 0.3, 1.0))),
+        draw(st.sampled_from(IGNORED)),
+        reference,
+        draw(st.sampled_from((0.01, 0.1, 1.0))),
+        draw(st.sampled_from((0.0, 0.0, 0.2))),
+        kl,
+        draw(st.sampled_from((0.0, 0.4))) if kl else 0.0,
         draw(st.just(Scaling()) | SCALINGS),
-        draw(incoming(WEIGHED, dtype)), draw(st.sampled_from(("contiguous", "sliced rows", "every other column"))),
-        draw(st.booleans()), draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        draw(incoming(WEIGHED, dtype)),
+        draw(st.sampled_from(("contiguous", "sliced rows", "every other column"))),
+        draw(st.booleans()),
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def dpo_tensors(case: DPOCase, generator: torch.Generator) -> Values:

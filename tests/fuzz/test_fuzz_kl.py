@@ -20,8 +20,9 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORED,
     LAYOUTS,
@@ -42,7 +43,6 @@ from problems import (
     rows,
     scalings,
 )
-from test_kl import in_torch
 
 import fused_po
 
@@ -82,10 +82,18 @@ def kl_cases(draw) -> KLCase:
         found, forbidden = found._replace(masked=0.0), 0.0
     low = "fp64" if found.dtype == "fp64" else draw(st.sampled_from(("fp32", "bf16", found.dtype)))
     return KLCase(
-        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low,
-        draw(incoming(names, found.dtype)), labels,
-        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))), draw(st.booleans()), backend,
-    )  # fmt: skip
+        found,
+        draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))),
+        forbidden,
+        draw(DIRECTIONS),
+        scales,
+        low,
+        draw(incoming(names, found.dtype)),
+        labels,
+        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))),
+        draw(st.booleans()),
+        backend,
+    )
 
 
 def both_sides(case: KLCase, labels: torch.Tensor, generator: torch.Generator) -> Values:
@@ -181,11 +189,23 @@ def heads_cases(draw) -> HeadsCase:
     dtype, names = draw(dtypes(backend)), ("hidden", "weight", *["bias"] * bias)
     widths = draw(st.sampled_from((1, 2, 5, 16))), draw(st.sampled_from((1, 3, 16)))
     return HeadsCase(
-        n, v, widths, bias, dtype, draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))), draw(st.sampled_from((1e-2, 0.3, 1.0))),
-        draw(st.sampled_from(IGNORED)), draw(DIRECTIONS), (draw(scalings()), draw(scalings())),
-        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)), labels,
-        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)), draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        widths,
+        bias,
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))),
+        draw(st.sampled_from((1e-2, 0.3, 1.0))),
+        draw(st.sampled_from(IGNORED)),
+        draw(DIRECTIONS),
+        (draw(scalings()), draw(scalings())),
+        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)),
+        labels,
+        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)),
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def heads_tensors(case: HeadsCase, generator: torch.Generator) -> Values:

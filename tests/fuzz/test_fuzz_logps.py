@@ -20,8 +20,8 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORE_INDICES,
     IGNORED,
@@ -168,10 +168,23 @@ def head_cases(draw) -> HeadCase:
     dtype = draw(dtypes(backend))
     g = draw(incoming(weighed, dtype)) if weighed and trained else Incoming((), 1.0, 0.0, 0)
     return HeadCase(
-        n, v, width, rank, bias, dtype, draw(st.sampled_from((0.1, 1.0, 1.0, 8.0, 100.0))),
-        draw(st.sampled_from(IGNORED)), draw(st.sampled_from(IGNORE_INDICES)), draw(scalings()), outputs, g, trained,
-        draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        width,
+        rank,
+        bias,
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 1.0, 8.0, 100.0))),
+        draw(st.sampled_from(IGNORED)),
+        draw(st.sampled_from(IGNORE_INDICES)),
+        draw(scalings()),
+        outputs,
+        g,
+        trained,
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:

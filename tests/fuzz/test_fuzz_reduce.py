@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from fuzzing import DTYPES, Values, copies_like, evaluate, fuzz, generator_of, judge, plain_and_exact
-from helpers import BACKENDS, DEVICE
 from hypothesis import strategies as st
+from numerics import BACKENDS, DEVICE
+from plain_ops import aggregate_in_torch, gae_loop
 from problems import SEEDS, laid_out
-from test_gae import loop
-from test_reduce import plain as aggregated
 
 import fused_po
 from fused_po.reduce import MODES
@@ -33,10 +32,17 @@ class TokensCase(NamedTuple):
 
 
 TOKENS = st.builds(
-    TokensCase, st.integers(0, 6), st.integers(0, 40), st.sampled_from(tuple(DTYPES)),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.booleans(),
-    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")), st.booleans(), SEEDS,
-)  # fmt: skip
+    TokensCase,
+    st.integers(0, 6),
+    st.integers(0, 40),
+    st.sampled_from(tuple(DTYPES)),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 1.0)),
+    st.booleans(),
+    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
+    st.booleans(),
+    SEEDS,
+)
 
 
 def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict]:
@@ -114,7 +120,7 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
     def plainly(x: torch.Tensor) -> torch.Tensor:
         if not any(map(len, places)):
             return x.sum(-1) * 0
-        return aggregated([x[:, place] for place in places], mode, **how, **numbers) * ranks
+        return aggregate_in_torch([x[:, place] for place in places], mode, **how, **numbers) * ranks
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         loss, where = as_given(case, len(places), x, mask)
@@ -145,12 +151,20 @@ class StepsCase(NamedTuple):
 
 
 STEPS = st.builds(
-    StepsCase, st.integers(0, 3), st.integers(0, 70) | st.sampled_from((33, 1025)), st.sampled_from(tuple(DTYPES)[1:]),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 0.95)), st.booleans(), st.booleans(),
-    st.sampled_from((0.0, 1.0)) | st.floats(0, 1), st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
+    StepsCase,
+    st.integers(0, 3),
+    st.integers(0, 70) | st.sampled_from((33, 1025)),
+    st.sampled_from(tuple(DTYPES)[1:]),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 0.95)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from((0.0, 1.0)) | st.floats(0, 1),
+    st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
     st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
-    st.sampled_from(("reference", "reference", *BACKENDS)), SEEDS,
-)  # fmt: skip
+    st.sampled_from(("reference", "reference", *BACKENDS)),
+    SEEDS,
+)
 
 
 def check_gae(case: StepsCase) -> None:
@@ -167,7 +181,7 @@ def check_gae(case: StepsCase) -> None:
     def plainly(t: Values) -> Values:
         many = None if mask is None else mask.expand(len(t["last"]), *shape).flatten(0, 1)
         flat = [wide(t[name]).flatten(0, 1) for name in ("rewards", "values", "last")]
-        found = loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
+        found = gae_loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
         return {name: value.view(copies, *shape) for name, value in zip(("advantages", "returns"), found)}
 
     def ours(t: Values) -> Values:
