@@ -6,16 +6,15 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import setuptools
+from repository import ROOT
 
 import fused_po
 from fused_po import __main__ as command
 from fused_po import kernels
 
-ROOT = Path(__file__).resolve().parents[2]
 URL = "https://example.org/owner/name"
 
 

@@ -9,10 +9,10 @@ import typing
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import fused_po
 
-ROOT = Path(__file__).resolve().parents[2]
 TYPED = Path(__file__).parent / "typed"
 
 
