@@ -1,6 +1,6 @@
 """What our ops cost: the GEMMs, passes and allocations of `fused_po.lm_head`, without running them.
 
-Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run. tests/planner/test_planner.py
+Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run. tests/planner/test_planned_costs.py
 holds FLOPs to the counted ones exactly, and bytes up to what grows with the number of tokens alone.
 """
 
