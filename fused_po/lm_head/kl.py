@@ -64,7 +64,7 @@ class Saved(NamedTuple):
 
 
 @without_autocast
-def _forward_tiles(
+def forward(
     head: Head,
     policy: Operands,
     reference: Operands,
@@ -88,7 +88,7 @@ def _forward_tiles(
 
 
 @without_autocast
-def _backward_tiles(
+def backward(
     head: Head,
     policy: Operands,
     reference: Operands,
@@ -143,7 +143,7 @@ def _forward(
     rows = scored_rows(labels, head.ignore_index) if dropping.ignored else rows
     sides = Operands(hidden, weight, bias), Operands(ref_hidden, ref_weight, ref_bias)
     counted = negative_where_ignored(labels, head.ignore_index)
-    tokens, kept = _forward_tiles(head, *sides, settings, counted, rows, n_kept)
+    tokens, kept = forward(head, *sides, settings, counted, rows, n_kept)
     return Results(*results_of(tokens, settings.divergence.with_labels), kept)
 
 
@@ -180,7 +180,7 @@ def _backward(
     sides = Operands(hidden, weight, bias), Operands(ref_hidden, ref_weight, ref_bias)
     saved = Saved(negative_where_ignored(labels, head.ignore_index), rows, tokens, kept)
     grads = [None if g is None else g.contiguous() for g in (g_kl, g_logps, g_entropy)]
-    return _backward_tiles(head, *sides, settings, saved, grads, needs, dropping.zero_gradients)
+    return backward(head, *sides, settings, saved, grads, needs, dropping.zero_gradients)
 
 
 @_backward.register_fake

@@ -1,7 +1,8 @@
 """What our ops cost: the GEMMs, passes and allocations of `fused_po.lm_head`, without running them.
 
-Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run. tests/planner/test_planned_costs.py
-holds FLOPs to the counted ones exactly, and bytes up to what grows with the number of tokens alone.
+Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run.
+tests/planner/test_planned_costs.py holds FLOPs to the counted ones exactly, and bytes up to what grows with the number
+of tokens alone.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from numerics import DEVICE, IGNORE
 
 import fused_po
 from fused_po import Schedule
-from fused_po.planner.cost import TOKEN_BYTES, Plan, ours
+from fused_po.planner.cost import TOKEN_BYTES, Sizes, ours
 from fused_po.planner.work import Work
 
 ROW = 4 * 2048  # bytes of a row of logits, all that the reference backend's passes take at a time in these tests
@@ -77,7 +77,7 @@ def rule(work: Work) -> int:
 
     A CPU casts a block of a 16-bit head too, for the KL of both.
     """
-    plan = Plan(work)
+    plan = Sizes(work)
     block = 4 * plan.block * work.hidden * (1 + plan.cast * (1 + plan.kl))
     return work.budget + (1 + plan.kl) * work.tile_bytes + block + work.tokens * (5 * 4 * work.hidden + TOKEN_BYTES)
 
