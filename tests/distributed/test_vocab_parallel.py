@@ -92,7 +92,7 @@ SCHEDULES = [
     *both(
         "lm_head/test_schedules", "test_gradients_of_every_budget_against_float64", dtype=FP32, share=0.0, scaling=CAP
     ),
-    ("lm_head/test_schedules", "test_a_known_number_of_scored_tokens", {"bound": 24}),
+    ("lm_head/test_schedules", "test_a_given_number_of_scored_tokens", {"bound": 24}),
     *both("lm_head/test_low_rank", "test_the_log_probs_do_not_depend_on_what_is_kept"),
     *both("ops/test_kl", "test_forbidden_tokens"),
     *both("ops/test_kl", "test_nan_stays_in_its_row"),
