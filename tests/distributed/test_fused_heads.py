@@ -192,9 +192,8 @@ def test_context_parallelism_equals_the_whole_sequence(two):
     with torch.no_grad():
         whole = model_of()(ids, labels=labels, fused=True).loss.item()
     assert [loss for loss, _ in found] == pytest.approx([whole] * 2, rel=1e-9)
-    assert (
-        two.run(by_context_parallel, False)[0][0] < 0.95 * whole
-    )  # splitting before shifting loses the label at the boundary
+    # splitting before shifting loses the label at the boundary
+    assert two.run(by_context_parallel, False)[0][0] < 0.95 * whole
 
 
 def by_zero(stage: int) -> tuple[list[dict], list[int]]:

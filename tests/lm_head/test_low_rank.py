@@ -82,9 +82,8 @@ def grid():
 def test_against_float64_and_the_merged_head(backend, dtype, share, needs, weigh, scaling, seed, poison):
     """Every schedule, with ignored rows and rows without gradient. Plain PyTorch adds two projections."""
     n, v, row = 96, 203, 4 * 208
-    operands, labels = problem(
-        needs, dtype, 6 * n, 16, 3, v, "some"
-    )  # ours runs the first n rows, plain PyTorch all of them
+    # ours runs the first n rows, plain PyTorch all of them
+    operands, labels = problem(needs, dtype, 6 * n, 16, 3, v, "some")
     bias = torch.randn(v, device=DEVICE).to(dtype)
     g = torch.randint(-1, 2, (6 * n,), device=DEVICE).float()
     schedule = Schedule(logits_budget=int(share * n) * row, tile_bytes=8 * row)

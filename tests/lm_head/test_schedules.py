@@ -219,7 +219,10 @@ def test_retain_graph_checkpoint_hooks_and_compile(frozen, share, seed):
 
 @pytest.mark.parametrize("bound", (0, 20, 24))
 def test_a_given_number_of_scored_tokens(bound, seed):
-    """num_scored avoids the sync. Exact counts and upper bounds change no result; too low a bound raises or gives NaN."""
+    """num_scored avoids the sync.
+
+    Exact counts and upper bounds change no result; too low a bound raises or gives NaN.
+    """
     hidden, weight, labels, g = problem(n=24)
     labels[:8] = IGNORE
     labels = labels[torch.randperm(24, device=DEVICE)]

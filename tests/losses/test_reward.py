@@ -88,9 +88,8 @@ def test_strengths_from_two_pairs():
     exactly = dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fit.strengths, torch.tensor([1, 1 / 2, 5 / 3], dtype=F64), **exactly)
     assert fit.win_probability[1, 2].item() == pytest.approx(3 / 13, rel=1e-12)  # (1/2) / (1/2 + 5/3) = 0.2308
-    errors = torch.tensor(
-        [0, 1 / 8 + 1 / 4, 1 / 3 + 1 / 5], dtype=F64
-    ).sqrt()  # the variance of log-odds: 1 / wins + 1 / losses
+    # the variance of log-odds: 1 / wins + 1 / losses
+    errors = torch.tensor([0, 1 / 8 + 1 / 4, 1 / 3 + 1 / 5], dtype=F64).sqrt()
     torch.testing.assert_close(fit.standard_errors, errors, **exactly)
     assert fit.strengths.dtype == fit.standard_errors.dtype == fit.win_probability.dtype == F64
 

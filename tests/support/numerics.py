@@ -134,9 +134,8 @@ def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch
     valid, safe = labels != IGNORE, labels.clamp(min=0).expand(raw.shape[:-1])
     z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
     logp = z.log_softmax(-1)
-    shift = z.detach().amax(
-        -1, keepdim=True
-    )  # otherwise logsumexp's gradient, e^(z - lse), is wrong when lse rounds to z
+    # otherwise logsumexp's gradient, e^(z - lse), is wrong when lse rounds to z
+    shift = z.detach().amax(-1, keepdim=True)
     stats = {
         "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
         "entropy": EntropyOfKept.apply(z, kept) if kept and z.dtype == torch.float32 else entropy_of(logp),

@@ -23,8 +23,7 @@ for name, (stock, ours, args) in CASES.items():
         first = weight.clone()
         distributed.broadcast(first, 0)
         assert first.equal(weight), f"{name}, {parameter}: the processes' weights differ"
-    print(
-        f"{name} equal on rank {ranks.process_index}\n", end="", flush=True
-    )  # one write, since both processes use the same pipe
+    # one write, since both processes use the same pipe
+    print(f"{name} equal on rank {ranks.process_index}\n", end="", flush=True)
 ranks.wait_for_everyone()
 ranks.destroy_process_group()
