@@ -1,4 +1,4 @@
-"""`policy_loss_from_logits` as a citizen of PyTorch: launches, in place, opcheck, torch.compile, errors."""
+"""`policy_loss_from_logits` with PyTorch's features: launches, in place, opcheck, torch.compile, errors."""
 
 import math
 
@@ -38,8 +38,8 @@ def test_one_launch_forward_and_the_gradient_in_the_logits(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_losss_own_gradient_is_multiplied_in(backend, seed):
-    """Under gradient accumulation or a loss scaler; for a power of two that is exact in bf16."""
+def test_the_incoming_gradient_is_multiplied_in(backend, seed):
+    """As under gradient accumulation or a loss scaler. For a power of two the product is exact in bf16."""
     t = problem(torch.bfloat16, 2, 3, 9001)
     grads = []
     for factor in (1.0, 0.25, 3.0):
@@ -53,7 +53,7 @@ def test_the_losss_own_gradient_is_multiplied_in(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_takes_the_loss_scalers_factor_before_it_rounds(backend, seed):
+def test_fp16_gradients_are_scaled_before_rounding(backend, seed):
     t = problem(torch.float16, 2, 3, 300)
     weights = torch.full((2, 3), 1e-6, device=DEVICE)
     x = t["logits"].clone().requires_grad_()

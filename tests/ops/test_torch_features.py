@@ -1,4 +1,4 @@
-"""The ops as citizens of PyTorch: gradcheck, opcheck, compile, autocast, checkpointing, determinism."""
+"""The ops with PyTorch's features: gradcheck, opcheck, torch.compile, autocast, checkpointing, determinism."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_gradcheck_linear(softcap, schedule, seed):
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def test_only_what_requires_grad_gets_one(needs, dtype, seed):
+def test_only_tensors_that_require_grad_get_one(needs, dtype, seed):
     tensors = [torch.randn(s, device=DEVICE).to(dtype) for s in ((7, 6), (40, 6), (40,))]
     labels = random_labels(7, 40)
 
@@ -110,8 +110,8 @@ def test_opcheck_linear(backend, keep, compact, rank, seed):
 
 
 @pytest.mark.parametrize("keep", ("product", "basis"))
-def test_gradients_nobody_needs_are_of_the_head_s_dtype_and_device(keep, seed):
-    """Their places are taken by tensors without elements; a compiler plans with what it was told of them."""
+def test_unneeded_gradients_have_the_dtype_and_device_of_the_head(keep, seed):
+    """Empty tensors stand in for them; a compiler plans with their dtype and device."""
     hidden, weight = torch.randn(6, 5, device=DEVICE), torch.randn(37, 5, device=DEVICE, dtype=torch.bfloat16)
     labels = random_labels(6, 37, "some")
     settings, dropping = head_settings(torch.bfloat16, keep, "reference"), Dropping(True, False)
@@ -190,7 +190,7 @@ def test_in_place_backward_writes_over_the_logits(backend, seed, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_place_backward_cannot_run_twice_unnoticed(backend, seed):
+def test_a_second_in_place_backward_raises(backend, seed):
     logits = torch.randn(3, 41, device=DEVICE, requires_grad=True) * 1.0
     loss = fused_po.logps_from_logits(logits, random_labels(3, 41), inplace_backward=True, backend=backend).logps.sum()
     loss.backward(retain_graph=True)
@@ -258,8 +258,8 @@ def test_all_ignored_is_a_differentiable_zero(backend, seed, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bitwise_whatever_requires_grad(backend, seed):
-    """Policy and reference with equal weights and labels give a log-ratio of exactly 0, and two runs are equal."""
+def test_bitwise_equal_whichever_inputs_require_grad(backend, seed):
+    """Policy and reference with equal weights and labels give a log-ratio of exactly 0; two runs are bitwise equal."""
     hidden, weight = torch.randn(40, 16, device=DEVICE), torch.randn(203, 16, device=DEVICE)
     labels = random_labels(40, 203)
     trained = [t.clone().requires_grad_() for t in (hidden, weight)]
@@ -344,7 +344,7 @@ def test_shift_labels():
 
 @pytest.mark.parametrize("dynamic", (True, None))
 def test_compiled_sizes_and_numbers_may_change(dynamic, seed):
-    """On the device of the tests, with its kernels: the number of tokens, the temperature and beta differ by call."""
+    """The number of tokens, the temperature and beta change between calls, on the device of the tests."""
     torch.compiler.reset()
     weight = torch.randn(50, 6, device=DEVICE)
 

@@ -1,7 +1,7 @@
-"""What the head allocates on a GPU, counted without one: meta tensors, and GEMMs and kernels that fill nothing.
+"""The head's memory on a GPU, counted without one: meta tensors, and GEMMs and kernels that compute nothing.
 
-On a GPU the factors of the GEMMs and the basis are narrower than the logits; GEMMs write into buffers that are there,
-and the kernels allocate nothing but statistics.
+On a GPU the operands of the GEMMs and the basis have a narrower dtype than the logits. GEMMs write into existing
+buffers, and the kernels allocate only statistics.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_po.backend.interface import Divergence, Grads, KLRow, Outputs, SavedRow, Scaling
-from fused_po.lm_head import backward, forward, gemm, kl
+from fused_po.lm_head import backward, forward, gemm, kl, logps
 from fused_po.lm_head.head import Head, Operands
 from fused_po.lm_head.kl_tiles import KLHead
 from fused_po.lm_head.plan import Dtypes, Needs
@@ -27,7 +27,7 @@ ROW = 2 * V  # bytes of a row of the basis
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made under it held at once."""
+    """Records the peak of the bytes of all tensors created inside the context."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def compare(logits, ref_logits, labels, *how):
 
 
 def nothing(*arguments, **how):
-    """Writes into what is there."""
+    """Stands for a GEMM that writes into an existing buffer."""
 
 
 def run(work: Work, one_head: bool) -> int:

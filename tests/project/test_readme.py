@@ -24,8 +24,11 @@ def problem(request) -> dict:
         "reference": causal_lm(request.param, 1).double().requires_grad_(False),
     }
     return models | {
-        "input_ids": input_ids, "labels": labels, "mask": torch.ones_like(input_ids), "name": request.param,
-    }  # fmt: skip
+        "input_ids": input_ids,
+        "labels": labels,
+        "mask": torch.ones_like(input_ids),
+        "name": request.param,
+    }
 
 
 def plain(given: dict, model: str) -> torch.Tensor:

@@ -23,11 +23,11 @@ CALLS = {
     "linear_logps": lambda x, **how: fused_po.linear_logps(x, x.flip(1), LABELS.clamp(max=1), **how).logps,
     "kl_from_logits": lambda x, **how: fused_po.kl_from_logits(x, x.flip(1), LABELS, **how).kl,
     "linear_kl": lambda x, **how: fused_po.linear_kl(x, x, x.flip(1), x, **how).kl,
-    "dpo_from_logits": lambda x, **how: fused_po.dpo_from_logits(
-        x[None].repeat(2, 1, 1), LABELS[None].repeat(2, 1), ref_logps=x[:2, :3], **how
-    ).losses,
+    "dpo_from_logits": lambda x, **how: (
+        fused_po.dpo_from_logits(x[None].repeat(2, 1, 1), LABELS[None].repeat(2, 1), ref_logps=x[:2, :3], **how).losses
+    ),
     "gae": lambda x, **how: fused_po.gae(x, x.flip(1), **how)[0],
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -214,8 +214,10 @@ def test_coefficients_of_zero():
     """0 times infinity, wherever a coefficient, a weight, an advantage or a ratio may be 0."""
     c, r = tensor(-INF), tensor(-INF)
     one = tensor(1)
-    assert_same(value_and_slope(lambda x: losses.rpo(x, x * 0.0 - 1, chosen_length=one, alpha=0.0), tensor(-2.0))[0],
-                losses.dpo(tensor(-2.0), tensor(-1.0)))  # fmt: skip
+    assert_same(
+        value_and_slope(lambda x: losses.rpo(x, x * 0.0 - 1, chosen_length=one, alpha=0.0), tensor(-2.0))[0],
+        losses.dpo(tensor(-2.0), tensor(-1.0)),
+    )
     assert losses.rpo(c, tensor(-1.0), chosen_length=one, alpha=0.0).item() == INF
     assert losses.tdpo(tensor(0.0), tensor(0.0), None, None, tensor(0.0), tensor(INF), alpha=0.0).isfinite().all()
     assert losses.tpo(tensor(0.0), tensor(0.0), c, alpha=0.0).isfinite().all()
