@@ -117,10 +117,12 @@ def backward(
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
     bases = kept[:, :n_kept, : policy.weight.shape[0]]
     ready, ref_ready = policy.ready(chosen.rows, head.dtypes), reference.ready(chosen.rows, settings.ref_dtypes)
-    out = Gradients.empty(policy, needs)
+    out = Gradients.empty(policy, needs._replace(hidden=False))
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    tiles = KLBackward(settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases))
-    Backward(plan, head.shards, tiles, ready, out._replace(hidden=wide), needs, False).run()
+    arguments = settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
+    where = out._replace(hidden=wide)
+    # No name for the tiles: their memory is free before hidden's gradient is scattered.
+    Backward(plan, head.shards, KLBackward(*arguments), ready, where, needs, False).run()
     return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
 
 

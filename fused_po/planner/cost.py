@@ -171,8 +171,8 @@ def backward_moments(sizes: Sizes, lasting: dict[str, int]) -> dict[str, dict[st
         if sizes.kl and sizes.kept < n:  # it lies beside the policy's
             middle["reference's head, cast block"] = sizes.cast * sizes.block * w.ref_hidden * sizes.factor
     end = start | {"result: hidden's gradient": (sizes.subset or narrower) * d_hidden}
-    if sizes.kl:  # what the backward of both sides holds, it holds to its end
-        end |= tiles
+    if sizes.kl:
+        end["reference's hidden"] = tiles["reference's hidden"]
     if sizes.subset and narrower:
         end["hidden's gradient, scored tokens"] = w.needs[0] * n * w.hidden * own
     begun = start | {"hidden x incoming gradient": scaled * (wide + (sizes.factor != wide) * sizes.factor)}
