@@ -1,4 +1,4 @@
-"""The policy losses and metrics beside TRL's own code, run from its source; metrics of batches TRL cannot take."""
+"""Policy losses and metrics against TRL's code, run from its source; metrics of batches that TRL does not accept."""
 
 import ast
 import functools
@@ -20,7 +20,7 @@ function = functools.cache(trl_source.function)  # parsing TRL's file takes a se
 
 
 def run_trl(path: str, method: str, first: str, **names) -> SimpleNamespace:
-    """The statements of a TRL method from the assignment to `first` on, without its return."""
+    """The statements of a TRL method from the assignment to `first` on, without the return."""
     body = function(trainer(path), method).body
     assigned = [isinstance(s, ast.Assign) and getattr(s.targets[0], "id", "") == first for s in body]
     assert any(assigned), f"{method} does not assign {first} any more"
@@ -28,7 +28,7 @@ def run_trl(path: str, method: str, first: str, **names) -> SimpleNamespace:
 
 
 def trl_self(**settings):
-    """A trainer as far as a loss looks at it, of one process, in training."""
+    """A stand-in for a trainer in training on one process, with the attributes that a loss reads."""
     metrics = {"train": defaultdict(list)}
     gamma = execute([function(trainer("trainer/grpo_trainer.py"), "get_gamma_weights")], math=math).get_gamma_weights
     args = dict(
@@ -94,7 +94,7 @@ def trl_grpo(settings, logps, old, advantages, mask, ref, entropy, weights, path
 
 
 def whole_batch():
-    """Without NaN and empty answers, which TRL cannot take."""
+    """A batch without NaN and empty answers, which TRL does not accept."""
     mask = torch.rand(5, 7) > 0.3
     mask[:, 0] = True
     logps = -2 * torch.rand(5, 7, dtype=F64)
@@ -129,7 +129,7 @@ def test_trls_grpo_trainer_gives_the_same_loss_gradient_and_metrics(case, seed):
         weighted = settings.pop("weights", False)
         clipped = name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
         if (case == "delta" and not clipped) or ("importance_sampling_level" in settings and name == "vespo"):
-            continue  # ours refuses them, TRL ignores the first and half ignores the second
+            continue  # ours refuses them; TRL ignores the first, and ignores the second in part
         if name == "sapo":
             settings.setdefault("sapo_temperature_neg", 1.25)  # TRL rounds 1.05 to fp32
         ends = {"epsilon": 0.2, "epsilon_high": 0.3} if clipped else {"epsilon_high": 1.2} if name == "cispo" else {}
@@ -203,7 +203,7 @@ def test_trls_importance_sampling_modes(mode, seed):
     ]
     assert len(found) == 1, "TRL weighs in another way now"
     logps, old, _, mask, _ = whole_batch()
-    old[0, 0] = math.nan  # what the sampler could not score
+    old[0, 0] = math.nan  # tokens that the sampler did not score
     settings = {"mode": mode, "clip_min": 0.6, "clip_max": 1.5}
     done = execute(
         found[0].body,

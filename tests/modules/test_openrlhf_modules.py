@@ -1,4 +1,4 @@
-"""The modules called as OpenRLHF's, against formulas in the tests' own words."""
+"""The modules with OpenRLHF's signatures against independent formulas."""
 
 import inspect
 import re
@@ -15,14 +15,14 @@ WITH_EMPTY = FULL & (torch.arange(B) != 3)[:, None]
 
 
 def tokens(n: int = 3) -> list:
-    """n tensors [B, T] near one another, NaN where masked, so that whoever looks there is seen; the first a leaf."""
+    """n similar tensors [B, T] with NaN at masked positions, which must not be read; the first requires grad."""
     base = -torch.rand(B, T) - 0.05
     values = [torch.where(FULL, base * (0.4 * torch.randn(B, T)).exp(), torch.nan) for _ in range(n)]
     return [values[0].requires_grad_(), *values[1:]]
 
 
 def mean(values, mask, by_token):
-    """Over tokens, or over the sequences that have any of means over tokens."""
+    """The mean over tokens, or over non-empty sequences of their means over tokens."""
     values = torch.where(mask, values, 0)
     if by_token:
         return values.sum() / mask.sum()
@@ -84,7 +84,7 @@ def policy_oracle(how, logps, old, advantages, mask, rollout):
 
 
 def correction_oracle(how, old, rollout, mask):
-    """(weights, share outside), a sequence at a time."""
+    """(weights, share outside the band), one sequence at a time."""
     least, most = how["is_correction_threshold"]
     weights, outside = torch.zeros(B, T), torch.zeros(B, T)
     for b in range(B):
@@ -132,7 +132,7 @@ def test_sft_loss(by_token, seed):
 
 @pytest.mark.parametrize("by_token", (False, True))
 def test_ranks_and_micro_batches_add_up(by_token, seed):
-    """Two ranks with the counts of the step: the mean over ranks is the loss of all."""
+    """Two ranks with the counts of the whole step: the mean over ranks equals the loss of all tokens."""
     logps, old, _ = tokens()
     advantages, module = torch.randn(B, T), modules.PolicyLoss(token_level_loss=by_token)
     whole = module(logps, old, advantages, WITH_EMPTY)[0]
@@ -141,14 +141,14 @@ def test_ranks_and_micro_batches_add_up(by_token, seed):
     torch.testing.assert_close(sum(shares) / 2, whole)
 
 
-def test_no_mask_is_a_mask_of_ones(seed):
+def test_no_mask_equals_a_mask_of_ones(seed):
     logps, old, advantages = torch.randn(3, B, T)
     module, ones = modules.PolicyLoss(), torch.ones(B, T)
     for got, want in zip(module(logps, old, advantages)[:3], module(logps, old, advantages, ones)[:3]):
         assert torch.equal(got, want)
 
 
-def test_nothing_counts_gives_a_differentiable_zero():
+def test_an_empty_mask_gives_a_differentiable_zero():
     logps = torch.zeros(B, T, requires_grad=True)
     loss, *metrics, _, _ = modules.PolicyLoss()(logps, logps.detach(), torch.ones(B, T), torch.zeros(B, T))
     loss.backward()

@@ -10,13 +10,13 @@ from op_table import (
     STATS,
     B,
     close,
-    cut_over_ranks,
     equal,
     every,
     in_place_too,
     leaves_of,
     named,
     run,
+    split_over_ranks,
     storage,
     tensors,
     total,
@@ -326,4 +326,4 @@ CUT = [name for name in DIFFERENTIABLE if not name.startswith(("dpo_from", "poli
 
 @pytest.mark.parametrize("name", CUT)
 def test_editing_results_with_the_vocabulary_split_over_ranks(name, ranks):
-    ranks.run(cut_over_ranks, name)
+    ranks.run(split_over_ranks, name)

@@ -149,7 +149,7 @@ def test_help(words, capsys):
         (("selfcheck", "--seed", "x"), "argument --seed: got 'x', allowed are integers"),
     ],
 )
-def test_bad_words(words, message, capsys):
+def test_bad_flags(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(list(words))
     assert stopped.value.code == 2 and message in capsys.readouterr().err

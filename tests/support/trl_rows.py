@@ -23,7 +23,7 @@ TEXTS = ["1 or 2?", " It is 2.", " It is 1.", "user assistant system tools think
 
 
 def bytes_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
-    """As GPT-2's or Qwen's: nothing before a text, words that merge over the boundary of prompt and answer."""
+    """Like GPT-2's or Qwen's: no BOS token, and tokens that merge across the boundary of prompt and answer."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
     from tokenizers import models as kinds
 
@@ -38,7 +38,7 @@ def bytes_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def chat_version(tokenizer):
-    """The tokenizer with a template; a BOS is written by those that put one before a text."""
+    """The tokenizer with a chat template, which writes a BOS token if the tokenizer puts one before a text."""
     tokenizer.chat_template = TEMPLATE if tokens.put_before(tokenizer) else TEMPLATE.removeprefix("{{ bos_token }}")
     return tokenizer
 
