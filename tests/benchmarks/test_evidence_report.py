@@ -213,7 +213,7 @@ def test_a_run_becomes_results_and_readme_and_again_the_same(tmp_path, repositor
         assert text in page
     readme = (repository / "README.md").read_text()
     assert "not measured on a GPU yet" not in readme and "frozen head, share of the speed of 2 bare GEMMs" in readme
-    assert "gradient, of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
+    assert "gradient kernel, share of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
     assert publish.NOTHING["one-read"] in readme  # not measured: it stays
     before = everything(repository)
     said = publish.publish([out], None, repository)
