@@ -12,7 +12,8 @@ from fused_po.backend import choose as backends
 from fused_po.lm_head.kl import linear_kl
 from fused_po.lm_head.logps import linear_logps
 from fused_po.ops.autograd import public
-from fused_po.ops.dpo import DPOOutput, DPOSettings, check_loss, check_stacked, dpo_output, from_logps, with_exact_kl
+from fused_po.ops.dpo import DPOOutput, DPOSettings, dpo_output, from_logps, with_exact_kl
+from fused_po.ops.dpo_loss import check_loss, check_stacked
 from fused_po.parallel.vocab import ProcessGroupLike
 from fused_po.schedule import Schedule
 

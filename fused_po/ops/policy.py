@@ -15,16 +15,14 @@ from fused_po.losses.divergence import kl_loss
 from fused_po.losses.entropy import entropy_bonus
 from fused_po.losses.group_relative import ratio_of
 from fused_po.losses.numerics import weighed
-from fused_po.losses.policy import broadcast_advantages, clipped_surrogate
+from fused_po.losses.policy import clipped_surrogate
 from fused_po.losses.policy import tokens as checked_tokens
 from fused_po.ops.autograd import public, transforms_active
 from fused_po.ops.logps import GradientSettings, logits_gradient, logps_from_logits
-from fused_po.ops.policy_forms import TYPES, WITHOUT_RATIO, default_weights, form_of, per_token, terms_besides
+from fused_po.ops.policy_forms import IGNORE, TYPES, WITHOUT_RATIO, counted_labels, form_of, inputs_of, terms_besides
 from fused_po.ops.register import custom_op, differentiable
 from fused_po.ops.rows import as_rows
 from fused_po.reference.dpo import times
-
-IGNORE = -100
 
 
 class PolicyOutput(NamedTuple):
@@ -242,6 +240,24 @@ def answer_level(
     return PolicyOutput(loss, *(None if v is None else v.detach().clone() for v in rest))
 
 
+def policy_output(loss: Tensor, tokens: Tensor, loss_type: str, with_kl: bool) -> PolicyOutput:
+    """What a caller gets, from tokens [PolicyRow.COUNT, B, T]: copies, which may be edited."""
+
+    def field(row: int, wanted: bool = True) -> Optional[Tensor]:
+        return tokens[row].clone() if wanted else None
+
+    with_ratio = loss_type not in WITHOUT_RATIO
+    return PolicyOutput(
+        loss,
+        losses=field(PolicyRow.LOSS),
+        logps=field(PolicyRow.LOGP),
+        entropy=field(PolicyRow.ENTROPY),
+        kl=field(PolicyRow.KL, with_kl),
+        ratio=field(PolicyRow.RATIO, with_ratio),
+        clipped=field(PolicyRow.CLIPPED, with_ratio and loss_type != "sapo"),
+    )
+
+
 @public
 def policy_loss_from_logits(
     logits: Tensor,
@@ -312,40 +328,12 @@ def policy_loss_from_logits(
     form, per_answer = form_of(loss_type, settings, rest)
     temperature = checks.positive("temperature", temperature)
     name = backends.resolve(backend, logits.device, logits.dtype)
-    counted = labels != IGNORE
-    if mask is not None:
-        counted = counted & checks.mask_like("mask", mask, labels, "labels")
-    counted = counted.contiguous()  # sums over tokens go in the same order, whatever the arguments' layouts
-    # labels.where(labels != IGNORE, IGNORE) would be the labels; Inductor 2.13 makes wrong code of it for AVX 2.
-    labels = labels if mask is None else torch.where(counted, labels, IGNORE)
-    labels, dtype = labels.contiguous(), stats_dtype(logits.dtype)
-    if (advantages is None) != (loss_type == "sft"):
-        got = "None" if advantages is None else "a tensor"
-        raise ValueError(f"advantages: got {got} with {loss_type!r}; sft has none, the others need [B] or [B, T]")
+    labels, counted = counted_labels(labels, mask)
     reads_old = loss_type not in WITHOUT_RATIO or (kl is not None and form.kl_times_ratio)
-    checks.only_with("old_logps", None if old_logps is None else "a tensor", None, reads_old, "a ratio")
-    a = counted if advantages is None else broadcast_advantages(advantages, counted)
-    weights = default_weights(counted, loss_type) if weights is None else weights
     numbers = {"weights": weights, "old_logps": old_logps, "ref_logps": ref_logps}
-    per_tokens = (per_token(k, v, counted, dtype) for k, v in numbers.items())
-    inputs = TokenInputs(a.expand(labels.shape).to(dtype), *per_tokens)
+    inputs = inputs_of(advantages, numbers, counted, loss_type, reads_old, stats_dtype(logits.dtype))
     how = PolicySettings(form, 1.0 / temperature, inplace_backward, name)
     if per_answer:
         return answer_level(logits, labels, inputs, how, temperature)
     loss, tokens = token_level(logits, labels, inputs, how)
-
-    fields = tokens.detach().view(tokens.shape[0], *labels.shape)  # -1 would be ambiguous without tokens
-
-    def field(index: int, wanted: bool = True) -> Optional[Tensor]:
-        return fields[index].clone() if wanted else None
-
-    with_ratio = loss_type not in WITHOUT_RATIO
-    return PolicyOutput(
-        loss,
-        losses=field(PolicyRow.LOSS),
-        logps=field(PolicyRow.LOGP),
-        entropy=field(PolicyRow.ENTROPY),
-        kl=field(PolicyRow.KL, kl is not None),
-        ratio=field(PolicyRow.RATIO, with_ratio),
-        clipped=field(PolicyRow.CLIPPED, with_ratio and loss_type != "sapo"),
-    )
+    return policy_output(loss, tokens.detach().view(tokens.shape[0], *labels.shape), loss_type, kl is not None)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.backend.interface import Form
+from fused_po.backend.interface import Form, TokenInputs
 from fused_po.losses.group_relative import CLIPPED, GRPO_MODES, plan
-from fused_po.losses.policy import clip_range, ratio_bound
+from fused_po.losses.policy import broadcast_advantages, clip_range, ratio_bound
 from fused_po.reduce import token_weights
 
+IGNORE = -100
 TYPES = ("ppo", "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "gspo", "cispo", "sapo", "reinforce", "sft")
 WITHOUT_RATIO = ("reinforce", "sft")
 KLS = (None, "k2", "k3")
@@ -89,3 +90,34 @@ def per_token(name: str, value: object, mask: Tensor, dtype: torch.dtype) -> Opt
     checks.same_device(name, value, mask.device)
     checks.finite(name, value, mask)
     return torch.where(mask, value.detach(), 0).to(dtype)
+
+
+def counted_labels(labels: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    """(labels [B, T], IGNORE where a token does not count; whether it counts), both contiguous."""
+    counted = labels != IGNORE
+    if mask is not None:
+        counted = counted & checks.mask_like("mask", mask, labels, "labels")
+    counted = counted.contiguous()  # sums over tokens go in the same order, whatever the arguments' layouts
+    # labels.where(labels != IGNORE, IGNORE) would be the labels; Inductor 2.13 makes wrong code of it for AVX 2.
+    return (labels if mask is None else torch.where(counted, labels, IGNORE)).contiguous(), counted
+
+
+def inputs_of(
+    advantages: Optional[Tensor],
+    numbers: dict[str, Optional[Tensor]],
+    counted: Tensor,
+    loss_type: str,
+    reads_old: bool,
+    dtype: torch.dtype,
+) -> TokenInputs:
+    """What the losses read of tokens; numbers: the arguments weights, old_logps and ref_logps. counted: [B, T]."""
+    if (advantages is None) != (loss_type == "sft"):
+        got = "None" if advantages is None else "a tensor"
+        raise ValueError(f"advantages: got {got} with {loss_type!r}; sft has none, the others need [B] or [B, T]")
+    old = numbers["old_logps"]
+    checks.only_with("old_logps", None if old is None else "a tensor", None, reads_old, "a ratio")
+    a = counted if advantages is None else broadcast_advantages(advantages, counted)
+    if numbers["weights"] is None:
+        numbers = numbers | {"weights": default_weights(counted, loss_type)}
+    per_tokens = (per_token(name, value, counted, dtype) for name, value in numbers.items())
+    return TokenInputs(a.expand(counted.shape).to(dtype), *per_tokens)

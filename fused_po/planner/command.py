@@ -172,11 +172,24 @@ def chosen_work(args: argparse.Namespace, head: HeadShape, device: Device) -> Wo
         raise ValueError(f"--sequences: not with --loss {args.loss}, which is of pairs; give --pairs, or --loss logps")
     tokens = sequences * args.tokens
     return Work(
-        tokens=tokens, scored=max(1, round(tokens * args.scored)), vocab=head.vocab, hidden=head.hidden,
-        ref_hidden=head.hidden, dtype=head.dtype, bias=head.bias, loss=args.loss,
-        needs=(True, args.head == "trainable"), entropy=args.entropy, tile_bytes=tile, budget=budget,
-        device=torch.device(device.kind), sequences=sequences, tp=args.tp, dp=args.dp, dp_mode=args.dp_mode,
-    )  # fmt: skip
+        tokens=tokens,
+        scored=max(1, round(tokens * args.scored)),
+        vocab=head.vocab,
+        hidden=head.hidden,
+        ref_hidden=head.hidden,
+        dtype=head.dtype,
+        bias=head.bias,
+        loss=args.loss,
+        needs=(True, args.head == "trainable"),
+        entropy=args.entropy,
+        tile_bytes=tile,
+        budget=budget,
+        device=torch.device(device.kind),
+        sequences=sequences,
+        tp=args.tp,
+        dp=args.dp,
+        dp_mode=args.dp_mode,
+    )
 
 
 def human(value: float) -> str:
