@@ -289,11 +289,39 @@ def test_the_readme_is_short():
     assert 500 <= len(re.findall(r"\w[\w'.,-]*", text)) <= 700
 
 
-def test_the_readmes_precision_is_the_committed_one():
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "head.json").read_text(encoding="utf-8"))
-    found = next(b["extra_info"]["precision"] for b in results["benchmarks"] if "precision" in b["extra_info"])
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "head.json").read_text(encoding="utf-8"))
+INFOS = [benchmark["extra_info"] for benchmark in RESULTS["benchmarks"]]
+OURS_FP32 = "fused_po (fp32 tiles, the default)"
+
+
+def cells(page: str, name: str, table: int = 0) -> list[str]:
+    """The cells of a row by its first cell, of the table of that number among those that have such a row."""
+    rows = re.findall(rf"^\| {re.escape(name)} \|(.+)\|$", read(ROOT / page), re.M)
+    return [cell.strip() for cell in rows[table].replace("*", "").split("|")]
+
+
+def test_precision_is_the_committed_one():
+    found = next(info["precision"] for info in INFOS if "precision" in info)
     names = {"fused_po": "fused_po, fp32 tiles", "eager": "eager", "TRL 1.16": "TRL", "Liger 0.8.5": "Liger"}
     for name, key in names.items():
-        row = re.search(rf"^\| {name} \|(.+)\|$", read(PAGES[0]), re.M)[1].replace("*", "")
-        shown = [float(cell) for cell in row.split("|")]
-        assert shown == [float(f"{found[key][p][kind]:.1e}") for kind in (0, 1) for p in ("0.1", "0.9")], name
+        for page, own, table, chances in (
+            ("README.md", name, 0, ("0.1", "0.9")),
+            ("docs/performance.md", OURS_FP32 if name == "fused_po" else name, -1, ("0.1", "0.9", "0.9999")),
+        ):
+            expected = [float(f"{found[key][p][kind]:.1e}") for kind in (0, 1) for p in chances]
+            assert [float(cell) for cell in cells(page, own, table)] == expected, (page, name)
+
+
+def test_times_and_peaks_are_the_committed_ones():
+    wide = {info["case"]["head"]: info["providers"] for info in INFOS if info.get("case", {}).get("tokens") == 2048}
+    for name in ("fused_po", "torch.compile", "eager", "F.linear_cross_entropy", "TRL"):
+        expected = []
+        for head in ("trainable", "frozen"):
+            report, both = wide[head][name], "forward+backward"
+            seconds, over = report["seconds"][both], report["times the bare GEMMs"][both]
+            expected += [f"{seconds:.2f} s", f"{over:.2f}", f"{report['peak bytes'] / 1e6:.0f} MB"]
+        assert cells("docs/performance.md", "TRL 1.16" if name == "TRL" else name) == expected
+    readme = " ".join(read(PAGES[0]).split())
+    for name, text in (("fused_po", "**{}**;"), ("eager", "eager PyTorch takes {},"), ("TRL", "TRL 1.16 takes {} (")):
+        seconds = wide["trainable"][name]["seconds"]["forward+backward"]
+        assert text.format(f"{seconds:.2f} s") in readme, name
