@@ -13,7 +13,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from page_snippets import PAGES, ROOT, Block, blocks, commands, given, links, name_of, read  # noqa: E402
+from page_snippets import PAGES, ROOT, Block, blocks, commands, given, headings, links, name_of, read  # noqa: E402
 from tiny_models import MODELS, batch, causal_lm  # noqa: E402
 
 import fused_po  # noqa: E402
@@ -236,8 +236,10 @@ def test_a_script_takes_the_arguments_that_are_shown(script, lines, tmp_path):
 
 @each_page
 def test_files_in_commands_and_links_exist(page):
-    for link in links(page):
-        assert (page.parent / link).exists(), f"{name_of(page)} links to {link}"
+    for path, heading in links(page):
+        target = page.parent / path if path else page
+        assert target.exists(), f"{name_of(page)} links to {path}"
+        assert not heading or heading in headings(target), f"{name_of(page)} links to {path}#{heading}"
     for words in commands(page):
         if words[0] in ("accelerate", "pytest"):
             for word in words[1:]:
@@ -259,7 +261,7 @@ def test_functions_that_are_named_exist(page):
 
 def test_the_index_names_every_page():
     index = ROOT / "docs" / "index.md"
-    named = set(links(index))
+    named = {path for path, _ in links(index)}
     assert {page.name for page in PAGES[1:]} - {"index.md"} <= named
 
 

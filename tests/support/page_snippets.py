@@ -65,10 +65,16 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-def links(page: Path) -> list[str]:
-    """Where a page's links and pictures lead, within the repository and without the part after #."""
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, heading) that a page's links and pictures lead to within the repository; "" for the page, or its top."""
     found = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page)))
-    return [link.split("#")[0] for link in found if not re.match(r"https?://|#", link)]
+    return [tuple(link.partition("#")[::2]) for link in found if not re.match(r"https?://", link)]
+
+
+def headings(page: Path) -> set[str]:
+    """A page's headings as links name them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(page)), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def given() -> dict:
