@@ -46,7 +46,7 @@ test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
 
 test-arithmetic: $(READY) ## the ordinary tests under each instruction set, with 1 and 2 threads: a table of counts
-	$(RUN) tests/arithmetic.py --times $(TIMES) -- -m "not slow" $(WORKERS) $(ARGS)
+	$(RUN) tests/support/instruction_sets.py --times $(TIMES) -- -m "not slow" $(WORKERS) $(ARGS)
 
 fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: counts and a histogram in runs/fuzz
 	rm -rf runs/fuzz
@@ -55,7 +55,7 @@ fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: c
 	$(RUN) tests/fuzz/fuzz_report.py runs/fuzz -o runs/fuzz
 
 integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
-	$(RUN) tests/with_peers.py $(ARGS)
+	$(RUN) tests/support/peer_tests.py $(ARGS)
 
 bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench
 	mkdir -p runs/bench

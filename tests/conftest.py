@@ -17,7 +17,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 import pytest
 import torch
-from helpers import Beyond, decide, fresh_seed
+from numerics import Beyond, decide, fresh_seed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -30,7 +30,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 
 @pytest.fixture
 def seed(request):
-    """See `helpers.fresh_seed`; printed when the test fails."""
+    """See `numerics.fresh_seed`; printed when the test fails."""
     value = fresh_seed(request.node.nodeid)
     torch.manual_seed(value)
     request.node.user_properties.append(("seed", value))
@@ -39,7 +39,7 @@ def seed(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A test of a random problem that is little beyond its bound runs again with other seeds: `helpers.decide`."""
+    """A test of a random problem that is little beyond its bound runs again with other seeds: `numerics.decide`."""
     try:
         return (yield)
     except Beyond as first:

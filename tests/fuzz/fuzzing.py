@@ -18,8 +18,8 @@ from pathlib import Path
 import hypothesis
 import torch
 import tqdm
-from helpers import DEVICE, Scaling, assert_within, fresh_seed
 from hypothesis import strategies as st
+from numerics import DEVICE, Scaling, assert_within, fresh_seed
 from torch import Tensor
 
 Values = dict[str, Tensor]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from fuzzing import DTYPES, SAMPLES, Values, copies_like, generator_of
-from helpers import DEVICE, IGNORE, Scaling
 from hypothesis import strategies as st
+from numerics import DEVICE, IGNORE, Scaling
 from torch import Tensor
 
 from fused_po import Schedule

@@ -19,8 +19,10 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling
+from plain_ops import dpo_in_torch
 from problems import (
     IGNORED,
     PLANS,
@@ -35,8 +37,6 @@ from problems import (
     incoming,
     laid_out,
 )
-from test_kl import in_torch
-from test_preference import dpo_in_torch
 
 import fused_po
 

@@ -20,8 +20,9 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORED,
     LAYOUTS,
@@ -42,7 +43,6 @@ from problems import (
     rows,
     scalings,
 )
-from test_kl import in_torch
 
 import fused_po
 

@@ -20,8 +20,8 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORE_INDICES,
     IGNORED,

@@ -6,8 +6,7 @@ import torch
 from fuzzing import copies_like, count, fuzz, generator_of, judge
 from hypothesis import strategies as st
 from problems import SEEDS, laid_out
-from test_zoo import TABLE, backward
-from zoo import Row
+from zoo import TABLE, Row, backward
 
 COPIES = 64
 NAMES = {row.id: row for row in TABLE}

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from fuzzing import DTYPES, Values, copies_like, evaluate, fuzz, generator_of, judge, plain_and_exact
-from helpers import BACKENDS, DEVICE
 from hypothesis import strategies as st
+from numerics import BACKENDS, DEVICE
+from plain_ops import aggregate_in_torch, gae_loop
 from problems import SEEDS, laid_out
-from test_gae import loop
-from test_reduce import plain as aggregated
 
 import fused_po
 from fused_po.reduce import MODES
@@ -114,7 +113,7 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
     def plainly(x: torch.Tensor) -> torch.Tensor:
         if not any(map(len, places)):
             return x.sum(-1) * 0
-        return aggregated([x[:, place] for place in places], mode, **how, **numbers) * ranks
+        return aggregate_in_torch([x[:, place] for place in places], mode, **how, **numbers) * ranks
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         loss, where = as_given(case, len(places), x, mask)
@@ -167,7 +166,7 @@ def check_gae(case: StepsCase) -> None:
     def plainly(t: Values) -> Values:
         many = None if mask is None else mask.expand(len(t["last"]), *shape).flatten(0, 1)
         flat = [wide(t[name]).flatten(0, 1) for name in ("rewards", "values", "last")]
-        found = loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
+        found = gae_loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
         return {name: value.view(copies, *shape) for name, value in zip(("advantages", "returns"), found)}
 
     def ours(t: Values) -> Values:

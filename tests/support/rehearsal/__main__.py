@@ -1,10 +1,10 @@
 """`make rehearse`: the CUDA path on this machine's CPU, in stages. README.md says what it shows and what it does not.
 
-    python -m rehearsal                          every stage; of each test the first case and every eighth after it
-    python -m rehearsal --every 1                all cases: hours
-    python -m rehearsal --short                  the short form: minutes
-    python -m rehearsal selfcheck benchmark      these stages
-    python -m rehearsal -- tests/test_kl.py -x   pytest with these arguments, as a rehearsal
+    python -m rehearsal                              every stage; of each test the first case and every eighth after it
+    python -m rehearsal --every 1                    all cases: hours
+    python -m rehearsal --short                      the short form: minutes
+    python -m rehearsal selfcheck benchmark          these stages
+    python -m rehearsal -- tests/ops/test_kl.py -x   pytest with these arguments, as a rehearsal
     python -m rehearsal --python -- benchmarks/evidence --suite tiny --out runs/dry      Python with these arguments
 
 Exit status: 0 if all passed, 1 if a stage failed, 2 if no rehearsal can be made here.
@@ -32,18 +32,52 @@ SAMPLED = ("-p", "rehearsal.sample", "-m", "not slow", "-n", "auto", "--maxproce
 # Tests whose tensors lie on the GPU where there is one, but for those that train whole models or start other programs.
 # The first of them are the ones that decide: every op and schedule against float64.
 OPS = (
-    "test_logps", "test_schedules", "test_kl", "test_linear_kl", "test_preference", "test_policy",
-    "test_policy_logits", "test_policy_logits_ops", "test_chunked", "test_gae",
-)  # fmt: skip
+    "ops/test_logps",
+    "lm_head/test_schedules",
+    "ops/test_kl",
+    "lm_head/test_linear_kl",
+    "ops/test_dpo",
+    "losses/test_policy",
+    "ops/test_policy_loss",
+    "ops/test_policy_loss_torch",
+    "lm_head/test_chunked_loss",
+    "ops/test_gae",
+)
 AROUND = (
-    "test_ops", "test_autograd", "test_autograd_transforms", "test_bad_arguments", "test_benchmarks",
-    "test_default_dtype", "test_determinism", "test_divergence", "test_draws", "test_edges", "test_errors",
-    "test_faults_backend", "test_faults_memory", "test_faults_process", "test_found_by_fuzzing", "test_infinities",
-    "test_inplace_memory", "test_invariances", "test_low_rank", "test_modules", "test_modules_liger",
-    "test_modules_openrlhf", "test_planner", "test_planner_gpu", "test_reduce", "test_saved_tensor_hooks",
-    "test_selfcheck", "test_sequences", "test_small_batches", "test_strides", "test_sure_tokens", "test_swap",
-)  # fmt: skip
-SHORT = ("test_small_batches",)
+    "ops/test_torch_features",
+    "ops/test_autograd",
+    "ops/test_autograd_transforms",
+    "robustness/test_bad_arguments",
+    "benchmarks/test_benchmark_suite",
+    "robustness/test_default_dtype",
+    "robustness/test_determinism",
+    "losses/test_divergence",
+    "project/test_error_bounds",
+    "robustness/test_empty_and_meta_inputs",
+    "robustness/test_bad_calls",
+    "robustness/test_backend_failures",
+    "robustness/test_out_of_memory",
+    "robustness/test_threads_and_forks",
+    "robustness/test_corner_cases",
+    "robustness/test_infinities",
+    "ops/test_inplace_backward",
+    "robustness/test_invariances",
+    "lm_head/test_low_rank",
+    "modules/test_liger_modules",
+    "modules/test_liger_agreement",
+    "modules/test_openrlhf_modules",
+    "planner/test_planned_costs",
+    "planner/test_planned_gpu_memory",
+    "losses/test_reduce",
+    "ops/test_saved_tensor_hooks",
+    "project/test_selfcheck",
+    "losses/test_token_logps_refused",
+    "kernels/test_row_splits",
+    "ops/test_strides",
+    "ops/test_confident_labels",
+    "integrations/test_swap",
+)
+SHORT = ("kernels/test_row_splits",)
 
 
 class Stage(NamedTuple):
