@@ -249,6 +249,12 @@ def test_files_in_commands_and_links_exist(page):
 
 
 @each_page
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:tests|benchmarks|docs|examples|fused_po|kernels)/[\w./*]*)`", read(page))
+    assert not [path for path in named if not [*ROOT.glob(path)]]
+
+
+@each_page
 def test_functions_that_are_named_exist(page):
     for name in re.findall(r"\bfused_po\.([a-z_]+)\(", read(page)):
         assert hasattr(fused_po, name), name
