@@ -1,6 +1,7 @@
 # `make` lists the targets. Each makes .venv on its first run, and again when what it was made from changes.
 #
 #   make test ARGS="-k dpo"              arguments for the program behind a target
+#   make test ARGS=tests/losses          one folder of tests
 #   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
 #   make fuzz CASES=100000 SEED=7        more cases than the 20,000, and these again
 #   make test-arithmetic TIMES=3         each instruction set three times, with 1 and 2 threads in turns

@@ -64,7 +64,7 @@ class Saved(NamedTuple):
 
 
 @without_autocast
-def _forward_tiles(
+def forward(
     head: Head,
     policy: Operands,
     reference: Operands,
@@ -88,7 +88,7 @@ def _forward_tiles(
 
 
 @without_autocast
-def _backward_tiles(
+def backward(
     head: Head,
     policy: Operands,
     reference: Operands,
@@ -117,10 +117,12 @@ def _backward_tiles(
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
     bases = kept[:, :n_kept, : policy.weight.shape[0]]
     ready, ref_ready = policy.ready(chosen.rows, head.dtypes), reference.ready(chosen.rows, settings.ref_dtypes)
-    out = Gradients.empty(policy, needs)
+    out = Gradients.empty(policy, needs._replace(hidden=False))
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    tiles = KLBackward(settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases))
-    Backward(plan, head.shards, tiles, ready, out._replace(hidden=wide), needs, False).run()
+    arguments = settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
+    where = out._replace(hidden=wide)
+    # No name for the tiles: their memory is free before hidden's gradient is scattered.
+    Backward(plan, head.shards, KLBackward(*arguments), ready, where, needs, False).run()
     return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
 
 
@@ -143,7 +145,7 @@ def _forward(
     rows = scored_rows(labels, head.ignore_index) if dropping.ignored else rows
     sides = Operands(hidden, weight, bias), Operands(ref_hidden, ref_weight, ref_bias)
     counted = negative_where_ignored(labels, head.ignore_index)
-    tokens, kept = _forward_tiles(head, *sides, settings, counted, rows, n_kept)
+    tokens, kept = forward(head, *sides, settings, counted, rows, n_kept)
     return Results(*results_of(tokens, settings.divergence.with_labels), kept)
 
 
@@ -180,7 +182,7 @@ def _backward(
     sides = Operands(hidden, weight, bias), Operands(ref_hidden, ref_weight, ref_bias)
     saved = Saved(negative_where_ignored(labels, head.ignore_index), rows, tokens, kept)
     grads = [None if g is None else g.contiguous() for g in (g_kl, g_logps, g_entropy)]
-    return _backward_tiles(head, *sides, settings, saved, grads, needs, dropping.zero_gradients)
+    return backward(head, *sides, settings, saved, grads, needs, dropping.zero_gradients)
 
 
 @_backward.register_fake

@@ -107,10 +107,11 @@ def backward(
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
     ready = operands.ready(chosen.rows, head.dtypes)
-    out = Gradients.empty(operands, needs) if sums is None else sums
+    out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    tiles = LogpBackward(head, ready, incoming, chosen.kept(bases))
-    Backward(plan, head.shards, tiles, ready, out._replace(hidden=wide), needs, sums is not None).run()
+    where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
+    # No name for the tiles: their memory is free before hidden's gradient is scattered.
+    Backward(plan, head.shards, LogpBackward(head, ready, incoming, kept), ready, where, needs, add).run()
     return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
 
 

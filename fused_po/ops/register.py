@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import torch
@@ -70,6 +70,29 @@ def pack(flat: Iterator, fields: tuple[Field, ...]) -> list:
             value = next(flat)
             values.append(tuple(value) if type(value) is list else value)
     return values
+
+
+def unseen(arguments: tuple, tensors: Sequence[int]) -> bool:
+    """Whether nothing but autograd can see an op of these arguments: no compiler, mode, transform, tracer, profiler.
+
+    tensors: which arguments may be tensors. Only plain ones: subclasses, fake and meta tensors have rules of their own
+    in PyTorch's dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for i in tensors:
+        value = arguments[i]
+        if value is not None and (type(value) not in PLAIN or value.is_meta):
+            return False
+    return True
 
 
 class Op:
@@ -138,25 +161,8 @@ class Op:
         return function
 
     def unseen(self, arguments: tuple) -> bool:
-        """Whether nothing but autograd can see the op: no compiler, mode, transform, tracer, profiler.
-
-        Only plain tensors: subclasses, fake and meta tensors have rules of their own in PyTorch's dispatcher.
-        """
-        if (
-            torch.compiler.is_compiling()
-            or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-            or torch.autograd.profiler._is_profiler_enabled
-        ):
-            return False
-        for i in self.tensors:
-            value = arguments[i]
-            if value is not None and (type(value) not in PLAIN or value.is_meta):
-                return False
-        return True
+        """Whether nothing but autograd can see the op of these arguments."""
+        return unseen(arguments, self.tensors)
 
     def __call__(self, *arguments):
         """Run without a derivative."""
@@ -173,9 +179,17 @@ class Op:
             return self.function(*arguments)
 
 
+registered: list[Op] = []
+
+
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Op]:
     """Register the decorated function as an op."""
-    return lambda function: Op(name, function, mutates_args)
+
+    def register(function: Callable) -> Op:
+        registered.append(Op(name, function, mutates_args))
+        return registered[-1]
+
+    return register
 
 
 class _Once(torch.autograd.Function):

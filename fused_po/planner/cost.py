@@ -1,7 +1,8 @@
 """What our ops cost: the GEMMs, passes and allocations of `fused_po.lm_head`, without running them.
 
-Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run. tests/planner/test_planned_costs.py
-holds FLOPs to the counted ones exactly, and bytes up to what grows with the number of tokens alone.
+Sizes of tiles, blocks and what is kept come from lm_head/plan.py, by which the ops run.
+tests/planner/test_planned_costs.py holds FLOPs to the counted ones exactly, and bytes up to what grows with the number
+of tokens alone.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def backward_moments(sizes: Sizes, lasting: dict[str, int]) -> dict[str, dict[st
         if sizes.kl and sizes.kept < n:  # it lies beside the policy's
             middle["reference's head, cast block"] = sizes.cast * sizes.block * w.ref_hidden * sizes.factor
     end = start | {"result: hidden's gradient": (sizes.subset or narrower) * d_hidden}
-    if sizes.kl:  # what the backward of both sides holds, it holds to its end
-        end |= tiles
+    if sizes.kl:
+        end["reference's hidden"] = tiles["reference's hidden"]
     if sizes.subset and narrower:
         end["hidden's gradient, scored tokens"] = w.needs[0] * n * w.hidden * own
     begun = start | {"hidden x incoming gradient": scaled * (wide + (sizes.factor != wide) * sizes.factor)}

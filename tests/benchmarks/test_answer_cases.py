@@ -15,13 +15,31 @@ class LigerLosses:
     """The signatures of its chunked losses of answers, in plain PyTorch; they return (loss, metrics)."""
 
     class LigerFusedLinearGRPOLoss:
-        def __init__(self, beta=0.04, compiled=True, use_ref_model=True, chunk_size=1, epsilon_low=0.2,
-                     epsilon_high=0.2, loss_type="dapo", max_completion_length=None):  # fmt: skip
+        def __init__(
+            self,
+            beta=0.04,
+            compiled=True,
+            use_ref_model=True,
+            chunk_size=1,
+            epsilon_low=0.2,
+            epsilon_high=0.2,
+            loss_type="dapo",
+            max_completion_length=None,
+        ):
             assert beta == 0 and not use_ref_model and loss_type == "dapo"
             self.range = 1 - epsilon_low, 1 + epsilon_high
 
-        def __call__(self, _input, lin_weight, selected_token_ids, attention_mask, advantages, bias=None,
-                     ref_per_token_logps=None, old_per_token_logps=None):  # fmt: skip
+        def __call__(
+            self,
+            _input,
+            lin_weight,
+            selected_token_ids,
+            attention_mask,
+            advantages,
+            bias=None,
+            ref_per_token_logps=None,
+            old_per_token_logps=None,
+        ):
             assert _input.ndim == 3 and selected_token_ids.min() >= 0 and advantages.shape == _input.shape[:1]
             logps = -nll(_input.flatten(0, 1), lin_weight, selected_token_ids.flatten()).view(attention_mask.shape)
             ratio = (logps - old_per_token_logps).exp()
@@ -33,8 +51,18 @@ class LigerLosses:
             assert ignore_index == cases.IGNORE and use_ref_model and not average_log_prob
             self.beta = beta
 
-        def __call__(self, _input, lin_weight, target, bias=None, preference_labels=None, ref_input=None,
-                     ref_weight=None, ref_bias=None, kl=None):  # fmt: skip
+        def __call__(
+            self,
+            _input,
+            lin_weight,
+            target,
+            bias=None,
+            preference_labels=None,
+            ref_input=None,
+            ref_weight=None,
+            ref_bias=None,
+            kl=None,
+        ):
             assert preference_labels.dtype == torch.bool and preference_labels.shape == target.shape[:1]
 
             def sums(hidden, weight):

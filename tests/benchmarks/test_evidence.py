@@ -69,8 +69,9 @@ def test_a_run_that_is_killed_loses_the_unit_in_flight_alone(tmp_path):
     killed_while_the_second_runs(tmp_path)
     on_disk = state.read_json(tmp_path / "out" / "evidence-h100.json")["units"]
     assert {key: u["status"] for key, u in on_disk.items()} == {
-        "benchmark/first": "done", "benchmark/second": "running",
-    }  # fmt: skip
+        "benchmark/first": "done",
+        "benchmark/second": "running",
+    }
     assert on_disk["benchmark/first"]["result"] == {"name": 1.5}
     run, _ = call(tmp_path, units)
     assert status(run) == {"first": "done", "second": "done", "third": "done"}
@@ -104,10 +105,11 @@ def test_the_price_of_what_was_killed_goes_up(tmp_path):
 
 def test_failures_are_named_and_run_again_on_demand_alone(tmp_path):
     units = [
-        unit("good"), unit("bad", "print('before'); sys.exit('no such kernel')"),
+        unit("good"),
+        unit("bad", "print('before'); sys.exit('no such kernel')"),
         unit("nan", "pathlib.Path(result).write_text('{\"x\": NaN}'); sys.exit(0)"),
         unit("signal", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
-    ]  # fmt: skip
+    ]
     run, said = call(tmp_path, units)
     assert status(run) == {"good": "done", "bad": "failed", "nan": "failed", "signal": "failed"}
     assert table.troubles(units, run.state) == [
@@ -191,9 +193,12 @@ def test_tests_run_side_by_side_and_large_ones_alone(tmp_path):
     alone = "time.sleep(0.3)\nstate = json.loads((here / 'out' / 'evidence-h100.json').read_text())\n"
     alone += "assert [u['status'] for u in state['units'].values()].count('running') == 1"
     units = [
-        unit("large", alone, "tests", alone=True), unit("a", meet.format("a", "b"), "tests"),
-        unit("b", meet.format("b", "a"), "tests"), unit("timed", alone), unit("timed2", alone),
-    ]  # fmt: skip
+        unit("large", alone, "tests", alone=True),
+        unit("a", meet.format("a", "b"), "tests"),
+        unit("b", meet.format("b", "a"), "tests"),
+        unit("timed", alone),
+        unit("timed2", alone),
+    ]
     run, _ = call(tmp_path, units, jobs=4)
     assert set(status(run).values()) == {"done"}, run.state.units
 
@@ -204,10 +209,11 @@ def test_tests_run_side_by_side_and_large_ones_alone(tmp_path):
 @pytest.mark.parametrize(
     "needs, said",
     [
-        (("nvcc",), "no nvcc on PATH and no CUDA_HOME"), (("ncu",), "no ncu on PATH"),
+        (("nvcc",), "no nvcc on PATH and no CUDA_HOME"),
+        (("ncu",), "no ncu on PATH"),
         (("compute-sanitizer",), "no compute-sanitizer on PATH"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_program_is_said_and_the_rest_goes_on(needs, said, tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -284,10 +290,11 @@ def test_wrong_usage_is_refused_at_once(tmp_path):
     for words, said in (
         (("--out", str(tmp_path / "file" / "out")), "OUT: .* cannot be written .*name another folder"),
         (("--stages", "tests,everything"), "got everything; allowed are tests, selfcheck"),
-        (("--budget", "0"), "expected seconds above 0"), (("--plan", "A100"), "invalid choice"),
+        (("--budget", "0"), "expected seconds above 0"),
+        (("--plan", "A100"), "invalid choice"),
         (("--device", "cpu"), "cpu goes with --suite tiny alone"),
         (("--out", str(tmp_path / "o"), "--from", str(tmp_path / "none")), "FROM: .*is no folder"),
-    ):  # fmt: skip
+    ):
         done = command_line(*words)
         assert done.returncode == 2 and re.search(said, done.stderr), (words, done.stderr)
     done = command_line("--out", str(tmp_path / "o"), TRITON_INTERPRET="1")
@@ -353,8 +360,10 @@ def test_the_plugin_writes_each_test_down(tmp_path):
 
     assert run() == 9
     assert counts(ended, ["test_it.py"], "0/1", "one") == {
-        "passed": 2, "skipped": 1, "failed": ["test_it.py::test_bad"],
-    }  # fmt: skip
+        "passed": 2,
+        "skipped": 1,
+        "failed": ["test_it.py::test_bad"],
+    }
     (tmp_path / "mended").touch()
     with open(ended, "a") as file:
         file.write('["passed", "one", "test_it.py::cut')  # a line that the kill cut short

@@ -38,9 +38,12 @@ def test_every_file_that_computes_on_the_device_is_run_there(tmp_path, monkeypat
     assert {files[name] for name in (*TESTS, LARGE[0])} <= names
     (tmp_path / "tests" / "ops").mkdir(parents=True)
     for name, text in {
-        "new": "from numerics import BACKENDS, DEVICE", "wrapped": "from numerics import (\n    A,\n    DEVICE,\n)",
-        "logps": "from numerics import DEVICE", "other": "import numerics", "cuda_host": "from numerics import DEVICE",
-    }.items():  # fmt: skip
+        "new": "from numerics import BACKENDS, DEVICE",
+        "wrapped": "from numerics import (\n    A,\n    DEVICE,\n)",
+        "logps": "from numerics import DEVICE",
+        "other": "import numerics",
+        "cuda_host": "from numerics import DEVICE",
+    }.items():
         (tmp_path / "tests" / "ops" / f"test_{name}.py").write_text(text)
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     assert set(stages.device_tests()) - set(TESTS) == {"new", "wrapped"}

@@ -28,10 +28,12 @@ printf '"0","statistics_kernel","GPU Speed Of Light","Elapsed Cycles","cycle","5
 printf '"1","merge","Occupancy","Achieved Occupancy","%%","48.1"\\n' >> "$2"
 """
 SUMMARIES = {
-    "========= ERROR SUMMARY: 0 errors": 0, "========= ERROR SUMMARY: 3 errors": 3, "no summary": None,
+    "========= ERROR SUMMARY: 0 errors": 0,
+    "========= ERROR SUMMARY: 3 errors": 3,
+    "no summary": None,
     "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)": 0,
     "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)": 2,
-}  # fmt: skip
+}
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -117,11 +119,13 @@ def recorded() -> dict:
     results = {
         "tests/logps": {"passed": 3, "skipped": 0, "failed": []},
         "benchmark/rows-bf16": {"rows": rows, "dtype": "bf16"},
-        "benchmark/a.main": head(4096, 1.05), "benchmark/b.main": head(2048, 1.5),
-        "benchmark/c.main": head(4096, 1.04, vocabulary=32000), "sanitizer/memcheck-parts": {"errors": 0},
+        "benchmark/a.main": head(4096, 1.05),
+        "benchmark/b.main": head(2048, 1.5),
+        "benchmark/c.main": head(4096, 1.04, vocabulary=32000),
+        "sanitizer/memcheck-parts": {"errors": 0},
         "step/trl-llama-1b": {"training": training, "reports": {"TRL": step}},
         "ncu/kl": {"kernels": [{"kernel": "kl_kernel", "Duration": "1 us"}]},
-    }  # fmt: skip
+    }
     units = {key: done | {"stage": key.split("/")[0], "result": result} for key, result in results.items()}
     missing = {"stage": "ncu", "status": "cannot", "attempts": 0, "reason": "no ncu on PATH"}
     return units | {"ncu/policy": missing}

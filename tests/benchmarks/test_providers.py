@@ -59,11 +59,14 @@ def test_a_peer_that_does_not_import_says_why_in_one_line(install, kind):
         peers.code("some")
 
 
-@pytest.mark.parametrize("message, line", [
-    ("no such card\nmore", "RuntimeError: no such card"),
-    ("the compiler raised:\nno such type\nmore", "RuntimeError: the compiler raised: no such type"),
-    ("", "RuntimeError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        ("no such card\nmore", "RuntimeError: no such card"),
+        ("the compiler raised:\nno such type\nmore", "RuntimeError: the compiler raised: no such type"),
+        ("", "RuntimeError"),
+    ],
+)
 def test_an_error_is_given_in_one_line(message, line):
     assert peers.first_line(RuntimeError(message)) == line
 
@@ -226,11 +229,18 @@ def test_what_a_peer_cannot_do_is_refused_with_its_reason(name, case, device, re
     assert NAMED[name].refuses(case, device) == reason
 
 
-@pytest.mark.parametrize("capability, dtype, words", [
-    ((9, 0), "fp32", "its kernel for compute capability 9.0 takes bf16 alone"),
-    ((9, 0), "bf16", "its kernel for compute capability 9.0 needs nvidia-cutlass-dsl: ImportError: no cutlass here"),
-    ((8, 0), "fp32", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, dtype, words",
+    [
+        ((9, 0), "fp32", "its kernel for compute capability 9.0 takes bf16 alone"),
+        (
+            (9, 0),
+            "bf16",
+            "its kernel for compute capability 9.0 needs nvidia-cutlass-dsl: ImportError: no cutlass here",
+        ),
+        ((8, 0), "fp32", None),
+    ],
+)
 def test_ligers_scaled_cross_entropy_on_a_gpu(monkeypatch, capability, dtype, words):
     def no_cutlass(name):
         raise ImportError("no cutlass here")

@@ -1,4 +1,4 @@
-"""`fuse_lm_head` under DDP, FSDP1, FSDP2 and DeepSpeed's ZeRO, and with the sequence cut over ranks."""
+"""`fuse_lm_head` under DDP, FSDP1, FSDP2, DeepSpeed's ZeRO, tensor parallelism and context parallelism."""
 
 import os
 
@@ -23,7 +23,7 @@ def two():
 
 
 def device() -> torch.device:
-    """This rank's."""
+    """This rank's device."""
     return torch.device("cuda", distributed.get_rank()) if distributed.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -32,21 +32,21 @@ def model_of(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
 
 
 def problem() -> tuple:
-    """(ids, labels, how many are scored): the ranks' halves have other numbers of scored tokens."""
+    """(ids, labels, number of scored tokens). The halves of the two ranks have different numbers of scored tokens."""
     ids, labels = batch(0, rows=4)
     labels[0, :7] = -100
     return ids, labels, int((fused_po.shift_labels(labels) != -100).sum())
 
 
 def own_rows() -> tuple[dict, dict]:
-    """(this rank's half of the problem, as arguments; how many tokens its loss is divided by, engines taking means)."""
+    """(this rank's half of the problem as arguments, the divisor of its loss: engines average gradients over ranks)."""
     ids, labels, count = problem()
     mine = slice(distributed.get_rank() * 2, distributed.get_rank() * 2 + 2)
     return dict(input_ids=ids[mine].to(device()), labels=labels[mine].to(device())), count / 2
 
 
 def two_steps(call, arguments: dict, count: float, grads_of, step, fused: bool = True) -> list[dict]:
-    """The gradients of two steps by name."""
+    """The gradients of two steps, by name."""
     seen = []
     for _ in range(2):
         seen.append(grads_of(call(**arguments, fused=fused, num_items_in_batch=count).loss))
@@ -55,7 +55,7 @@ def two_steps(call, arguments: dict, count: float, grads_of, step, fused: bool =
 
 
 def by_torch(call, model, arguments, count, fused: bool = True) -> list[dict]:
-    """The same where backward and optimizer are torch's own."""
+    """The gradients of two steps with torch's own backward and optimizer."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def grads_of(loss):
@@ -74,7 +74,7 @@ def one_process(dtype: torch.dtype = torch.float64, fused: bool = True) -> list[
 
 
 def layers_and(model, *more):
-    """fully_shard on the layers, on what else is named, and on the rest."""
+    """Apply fully_shard to the layers, to the named modules and to the whole model."""
     from torch.distributed.fsdp import fully_shard
 
     for unit in [*model.model.layers, *more, model]:
@@ -95,7 +95,7 @@ def wrapped(name: str) -> list[dict]:
 
 
 def same(found: list[list[dict]], wanted: list[dict]) -> None:
-    """Every parameter's gradient, the head's too, whole and the same on both ranks; twice, with a step between."""
+    """The gradients of all parameters, the head's included, equal those of one process on both ranks, in two steps."""
     for seen in found:
         for grads, theirs in zip(seen, wanted):
             assert grads.keys() == theirs.keys() and "lm_head.weight" in grads
@@ -105,12 +105,12 @@ def same(found: list[list[dict]], wanted: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("name", WRAPS)
-def test_two_ranks_are_one_process(name, two):
+def test_two_ranks_equal_one_process(name, two):
     same(two.run(wrapped, name), one_process())
 
 
 def by_tensor_parallel(fused_first: bool) -> list[dict]:
-    """parallelize_module by the model's own plan: each rank has rows of the head, 49 of 97 and 48, and all tokens."""
+    """parallelize_module by the model's own plan: the ranks hold 49 and 48 of the head's 97 rows, and all tokens."""
     from parallel import tensor_parallel
 
     mesh = distributed.init_device_mesh(device().type, (2,))
@@ -124,12 +124,12 @@ def by_tensor_parallel(fused_first: bool) -> list[dict]:
 
 
 @pytest.mark.parametrize("fused_first", [True, False])
-def test_a_head_cut_by_rows_of_the_vocabulary_is_the_whole(fused_first, two):
+def test_a_vocabulary_sharded_head_equals_the_whole_head(fused_first, two):
     same(two.run(by_tensor_parallel, fused_first), one_process())
 
 
 def by_fsdp1() -> list[dict]:
-    """FullyShardedDataParallel, by layers, as accelerate's transformer wrap policy has it."""
+    """FullyShardedDataParallel, wrapped by layer like accelerate's transformer wrap policy."""
     from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -148,12 +148,12 @@ def by_fsdp1() -> list[dict]:
     return two_steps(outer, *own_rows(), grads_of, optimizer.step)
 
 
-def test_fsdp1_is_one_process(two):
+def test_fsdp1_equals_one_process(two):
     same(two.run(by_fsdp1), one_process())
 
 
-def cut_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """Attention of this rank's part of the sequence to the whole: keys and values [B, heads, T, D] are gathered."""
+def gathered_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """Attention from this rank's part of the sequence to all of it: keys and values [B, heads, T, D] are gathered."""
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
     key, value = (all_gather_tensor_autograd(t.contiguous(), 2, distributed.group.WORLD) for t in (key, value))
@@ -164,11 +164,11 @@ def cut_attention(module, query, key, value, attention_mask, scaling, dropout=0.
     return out.transpose(1, 2).contiguous(), None
 
 
-def cut_sequence(shifted_first: bool) -> tuple[float, list[dict]]:
-    """(loss, gradients): each rank has half of every sequence; under DDP."""
+def by_context_parallel(shifted_first: bool) -> tuple[float, list[dict]]:
+    """(loss, gradients) under DDP, where each rank has half of every sequence."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register("cut", cut_attention)
+    ALL_ATTENTION_FUNCTIONS.register("cut", gathered_attention)
     model = model_of().to(device())
     model.set_attn_implementation("cut")
     ids, labels, count = problem()
@@ -184,19 +184,20 @@ def cut_sequence(shifted_first: bool) -> tuple[float, list[dict]]:
     return loss.item(), by_torch(WRAPS["ddp"](model), model, given, count / 2)
 
 
-def test_a_sequence_cut_over_ranks_is_the_whole(two):
-    """Context parallelism: labels are shifted before the cut, since the last token's label lies on the next rank."""
-    found = two.run(cut_sequence, True)
+def test_context_parallelism_equals_the_whole_sequence(two):
+    """Context parallelism: labels are shifted before the split, since the last token's label is on the next rank."""
+    found = two.run(by_context_parallel, True)
     same([grads for _, grads in found], one_process())
     ids, labels, _ = problem()
     with torch.no_grad():
         whole = model_of()(ids, labels=labels, fused=True).loss.item()
     assert [loss for loss, _ in found] == pytest.approx([whole] * 2, rel=1e-9)
-    assert two.run(cut_sequence, False)[0][0] < 0.95 * whole  # cut first, the label at the cut is lost
+    # splitting before shifting loses the label at the boundary
+    assert two.run(by_context_parallel, False)[0][0] < 0.95 * whole
 
 
 def by_zero(stage: int) -> tuple[list[dict], list[int]]:
-    """(gradients of two steps, the head's entries here before each backward and in it). DeepSpeed computes in fp32."""
+    """(gradients of two steps, the number of head elements on this rank before and in each backward), in fp32."""
     if device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -205,9 +206,9 @@ def by_zero(stage: int) -> tuple[list[dict], list[int]]:
     model = model_of(torch.float32)
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # cut the small ones too
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # shard small parameters too
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # it clips otherwise
+        "gradient_clipping": 0.0,  # no clipping
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -215,7 +216,7 @@ def by_zero(stage: int) -> tuple[list[dict], list[int]]:
     entries, weight = [], model.lm_head.weight
 
     def watch(head, args):
-        if args[0].requires_grad and args[0].shape[1]:  # its gradient comes when the head's backward is done
+        if args[0].requires_grad and args[0].shape[1]:  # its gradient is ready when the head's backward is done
             args[0].register_hook(lambda grad: entries.append(weight.numel()))
 
     model.lm_head.register_forward_pre_hook(watch)
@@ -230,13 +231,14 @@ def by_zero(stage: int) -> tuple[list[dict], list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_is_one_process(stage, two):
-    """As near to float64 as the stock model on one process, twice; ZeRO-3 gathers the head, for the backward again."""
+def test_zero_equals_one_process(stage, two):
+    """Errors are bounded by those of the stock model on one process. ZeRO-3 gathers the head forward and backward."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed, ninja and a C++ compiler on a CPU")
     exact, stock = one_process(), one_process(torch.float32, fused=False)
     largest = [{key: grad.abs().max() for key, grad in grads.items()} for grads in exact]
 
-    def errors(runs: list[dict]) -> list[float]:  # one tensor's is luck: the worst of a step's, relative to the tensor
+    def errors(runs: list[dict]) -> list[float]:
+        # the error of one tensor is random: take the largest of a step, relative to its tensor
         return [
             max(float((grads[key] - truth[key]).abs().max() / big[key]) for key in truth)
             for grads, truth, big in zip(runs, exact, largest)
@@ -244,7 +246,7 @@ def test_zero_is_one_process(stage, two):
 
     whole = exact[0]["lm_head.weight"].numel()
     for seen, entries in two.run(by_zero, stage):
-        # between forward and backward nothing is there; from its second step on ZeRO-3 keeps what it needs next
+        # nothing is gathered between forward and backward; from the second step on ZeRO-3 keeps what it needs next
         assert entries[:2] == [0, whole] and entries[3] == whole if stage == 3 else {*entries} == {whole}
         assert seen[0].keys() == exact[0].keys()
         for ours, theirs in zip(errors(seen), errors(stock)):

@@ -20,7 +20,7 @@ import models  # isort: skip
 import parallel  # isort: skip
 
 STEPS = 10
-SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: no number of ranks divides it
+SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: not divisible by the number of ranks
 PPO = ("--num-mini-batches", "1", "--num-ppo-epochs", "2", "--max-update-kl", "9")
 PPO += ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 ENGINES = {
@@ -54,7 +54,7 @@ def four():
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """Flags of small data, and a model to start from: 167 tokens, which neither 2 nor 4 divides."""
+    """Flags for small data and a start model with a vocabulary of 167 tokens, which neither 2 nor 4 divides."""
     folder = tmp_path_factory.mktemp("distributed")
     data = example_runs.small_data(folder, uneven=True)
     args = script("dpo").parse(data)
@@ -68,18 +68,18 @@ def words(tmp_path_factory):
 
 
 def canned(model, tokenizer, rows, args, longest, **how):
-    """In place of sampling: an answer of the data, a bad one every third time, so that rewards differ."""
+    """Replaces sampling: answers from the data, every third one rejected, so that rewards differ."""
     answers = [row["rejected_ids" if sum(row["prompt_ids"]) % 3 == 0 else "chosen_ids"][:longest] for row in rows]
     return [{**row, "answer_ids": ids, "answer_text": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
 
 
 def trained_parameters(model) -> list:
-    """(name, parameter) of those with gradients; none without a model."""
+    """(name, parameter) of the parameters that require grad; empty without a model."""
     return [] if model is None else [(key, p) for key, p in model.named_parameters() if p.requires_grad]
 
 
 def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict, dict]:
-    """A run in float64; (gradients of its first step by name, whole; what it measured)."""
+    """A run in float64: (full gradients of its first step by name, what it measured)."""
     with pytest.MonkeyPatch.context() as patch:
         load, clip, first = models.load, parallel.clip_grad_norm, {}
 
@@ -103,7 +103,7 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
 
 
 def same_training(name, words, folder, engine, ranks) -> None:
-    """Gradients, losses and weights of all ranks are those of one process, to 1e7 roundings of float64."""
+    """Gradients, losses and weights of all ranks equal those of one process, up to 1e7 roundings of float64."""
     shares, gradients = trained(name, words, str(folder / "one"))
     found = ranks.run(trained, name, words, str(folder / "many"), *engine)
     close = dict(rtol=1e-9, atol=1e-9)
@@ -160,8 +160,8 @@ MORE = {
 
 
 @pytest.mark.parametrize("case", MORE)
-def test_what_saves_memory_works_on_ranks(case, words, tmp_path, two):
-    """Losses, gradient norms and the saved model of a short run are one process's."""
+def test_memory_saving_options_work_on_ranks(case, words, tmp_path, two):
+    """Losses, gradient norms and the saved model of a short run equal those of one process."""
     flags, engine = MORE[case]
     for name, more in (("one", ()), ("many", engine)):
         cache = ("--ref-cache", str(tmp_path / f"cache_{name}")) if "--precompute-ref" in flags else ()
@@ -202,14 +202,14 @@ def test_flags_that_do_not_fit_the_processes(size, flags, told, monkeypatch):
         script("dpo").parse(list(flags))
 
 
-def test_a_script_for_one_process_says_so(monkeypatch):
+def test_a_single_process_script_refuses_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="torchrun started 2 processes, but this script runs in one"):
         script("kto").parse([])
 
 
 def uncut(words: list[str], output: str) -> str:
-    """What is said to a model whose heads the ranks do not divide."""
+    """The error for a model whose number of attention heads is not divisible by the number of ranks."""
     args = script("dpo").parse([*words, "--parallel", "tp", "--output", output])
     shape = dict(hidden_size=30, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **shape))
@@ -218,13 +218,13 @@ def uncut(words: list[str], output: str) -> str:
     return str(stopped.value)
 
 
-def test_a_model_that_cannot_be_cut(words, tmp_path, two):
+def test_a_model_that_cannot_be_sharded(words, tmp_path, two):
     for said in two.run(uncut, words, str(tmp_path)):
         assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3"
 
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:
-    """A run that resumes; the weights as they are once its checkpoint is read."""
+    """The weights right after a resumed run has read its checkpoint."""
     found, load = {}, checkpoints.load
 
     def recorded(path, learner, parts):
@@ -238,8 +238,8 @@ def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch
     return found
 
 
-def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
-    """FSDP2 x TP saves after 5 of 10 steps; FSDP2 and TP on two ranks and one process read its bits and end alike."""
+def test_two_ranks_or_one_resume_from_four(words, tmp_path, four, two):
+    """FSDP2 x TP saves after 5 of 10 steps. Two ranks with FSDP2, two with TP, and one process load the same bits."""
     every = ("--checkpoint-every", "5")
     four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
     parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
@@ -261,7 +261,7 @@ def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
 
 
 def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
-    """(answers to one question asked 8 times, the state of torch's generator)."""
+    """(8 answers to the same prompt, the state of torch's generator)."""
     ppo, rollouts = script("ppo"), script("rollouts")
     args = ppo.parse([*words, "--parallel", "ddp", "--output", output, "--max-completion-length", "6"])
     model, tokenizer, prompts, _ = script("loop").start(args, script("loop").load_rows(args, "prompt"))
@@ -270,15 +270,15 @@ def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
     return [row["answer_ids"] for row in rows], torch.get_rng_state()
 
 
-def test_each_rank_draws_its_own_and_all_go_on_alike(words, tmp_path, two):
+def test_each_rank_samples_its_own_answers(words, tmp_path, two):
     (first, state), (second, other) = two.run(sampled, words, str(tmp_path))
     assert len(first) == 8 and first == second
-    assert first[:4] != first[4:]  # not the same draws twice
+    assert first[:4] != first[4:]  # the ranks drew different answers
     assert torch.equal(state, other)
 
 
 def disagreeing(words: list[str], output: str, how: str) -> str:
-    """What a run says on this rank when ranks differ in their model, or in their flags."""
+    """The error on this rank when the ranks have different models or different flags."""
     other = parallel.dist.get_rank() == 1
     more = ["--beta", "0.3"] if how == "settings" and other else []
     args = script("dpo").parse([*words, *SHORT, "--parallel", "fsdp", "--output", output, *more])
@@ -295,7 +295,7 @@ def disagreeing(words: list[str], output: str, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["settings", "weights"])
-def test_ranks_that_differ_are_told_at_once(how, words, tmp_path, two):
+def test_ranks_that_differ_raise_at_once(how, words, tmp_path, two):
     said = two.run(disagreeing, words, str(tmp_path), how)
     found = "beta: 0.3, 0.1 on rank 0" if how == "settings" else r"\(\(160, 32\), 'torch.float32'\), \(\(167, 32\)"
     for message in said:
@@ -304,7 +304,7 @@ def test_ranks_that_differ_are_told_at_once(how, words, tmp_path, two):
 
 
 def dying(words: list[str], output: str, engine: str) -> None:
-    """A run whose rank 1 is killed in its third step."""
+    """A run whose rank 1 is killed in the third step."""
     clip, calls = parallel.clip_grad_norm, []
 
     def counted(*how):
@@ -319,13 +319,13 @@ def dying(words: list[str], output: str, engine: str) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others(words, tmp_path):
-    """The rank that is left raises, no later than a collective waits; its last checkpoint is whole."""
+    """The other rank raises within the timeout of a collective; the last checkpoint is complete."""
     ranks = Ranks(2)
     try:
-        ranks.run(parallel.size)  # they have started
+        ranks.run(parallel.size)  # the processes have started
         begun = time.monotonic()
         (_, left), (_, dead) = ranks.answers(dying, words, str(tmp_path / "run"), "fsdp")
-        assert time.monotonic() - begun < GROUP_TIMEOUT + 10  # and two steps before
+        assert time.monotonic() - begun < GROUP_TIMEOUT + 10  # and two steps have run before
     finally:
         ranks.close()
     assert dead.what == "the process is dead"

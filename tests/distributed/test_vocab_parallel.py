@@ -1,4 +1,4 @@
-"""The vocabulary cut over 2 and 4 processes: the tests of the whole ops, and what is said between the ranks."""
+"""The vocabulary split over 2 and 4 processes: the tests of the unsplit ops, and the collectives between ranks."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ CAP = Scaling(temperature=1.3, logit_scale=0.5, softcap=5.0)
 
 @pytest.fixture(scope="module")
 def groups():
-    """Process groups by size, started when first asked for, and anew after a failure."""
+    """Process groups by size. They start on first use, and again after a failure."""
     made: dict[int, Ranks] = {}
 
     def get(n_ranks: int) -> Ranks:
@@ -29,7 +29,7 @@ def groups():
 
 
 def both(module, name, **options):
-    """A case for either backend."""
+    """One case for each backend."""
     return [(module, name, options | {"backend": backend}) for backend in BACKENDS]
 
 
@@ -92,7 +92,7 @@ SCHEDULES = [
     *both(
         "lm_head/test_schedules", "test_gradients_of_every_budget_against_float64", dtype=FP32, share=0.0, scaling=CAP
     ),
-    ("lm_head/test_schedules", "test_a_known_number_of_scored_tokens", {"bound": 24}),
+    ("lm_head/test_schedules", "test_a_given_number_of_scored_tokens", {"bound": 24}),
     *both("lm_head/test_low_rank", "test_the_log_probs_do_not_depend_on_what_is_kept"),
     *both("ops/test_kl", "test_forbidden_tokens"),
     *both("ops/test_kl", "test_nan_stays_in_its_row"),
@@ -104,7 +104,7 @@ SLOW_INTERPRETED = ("confident", "bitwise", "do_not_depend")
 
 
 def grid():
-    """(case, ranks, sizes), of which the interpreter's longest, and most of four ranks, are slow."""
+    """(case, ranks, sizes). The longest interpreted cases and most cases of four ranks are slow tests."""
     for case, n_ranks, how in itertools.product(CASES, (2, 4), ("chunk", "uneven", "empty")):
         interpreted = case[2].get("backend") == "triton"
         long = interpreted and any(word in case[1] for word in SLOW_INTERPRETED)
@@ -114,7 +114,7 @@ def grid():
 
 
 @pytest.mark.parametrize("case, n_ranks, how", list(grid()))
-def test_as_the_whole_op(groups, case, n_ranks, how, seed):
+def test_equals_the_unsplit_op(groups, case, n_ranks, how, seed):
     module, name, options = case
     groups(n_ranks).run(sharded_ops.run, how, seed, module, name, options)
 
@@ -122,8 +122,8 @@ def test_as_the_whole_op(groups, case, n_ranks, how, seed):
 @pytest.mark.parametrize("n_ranks", (2, 4))
 @pytest.mark.parametrize("outputs", (("logps",), ("logps", "entropy", "lse", "is_top1")), ids=("logps", "more"))
 @pytest.mark.parametrize("tile_rows, tiles", ((100, 1), (20, 1), (7, 3)))
-def test_one_all_gather_a_tile(groups, n_ranks, outputs, tile_rows, tiles):
-    """Shift, norm, log-prob and what else is asked for, of each row and a header; nothing more forward."""
+def test_one_all_gather_per_tile(groups, n_ranks, outputs, tile_rows, tiles):
+    """Forward: one all_gather per tile, of shift, norm, log-prob and the other outputs of each row, plus a header."""
     fields = 3 + sum(name in ("entropy", "is_top1") for name in outputs)
     rows = [20] if tiles == 1 else [7, 7, 6]
     for kept, frozen in ((0, False), (20, False), (8, False), (0, True)):
@@ -135,11 +135,11 @@ def test_one_all_gather_a_tile(groups, n_ranks, outputs, tile_rows, tiles):
             assert sum(size for _, size in backward) == 20 * cases.H, backward
 
 
-def test_what_is_said_is_said_under_a_product(groups):
-    """A tile's all_gather travels while the next tile is projected, the sum of hidden's gradient under the head's."""
+def test_collectives_overlap_products(groups):
+    """A tile's all_gather overlaps the next tile's projection; hidden's all_reduce overlaps the head's gradient."""
     for forward, backward in groups(2).run(cases.overlap):
-        assert forward == ["mm", "say", "mm", "say", "heard", "mm", "say", "heard", "heard"]
-        assert backward == ["mm", "say", "mm"]
+        assert forward == ["mm", "send", "mm", "send", "received", "mm", "send", "received", "received"]
+        assert backward == ["mm", "send", "mm"]
 
 
 @pytest.mark.parametrize("n_ranks", (2, 4))
@@ -149,7 +149,7 @@ def test_a_frozen_head(groups, n_ranks, rows, bias):
 
 
 @pytest.mark.parametrize("direction, times", (("reverse", 1), ("forward", 1), ("js", 2)))
-def test_the_divergence_gathers_once_or_twice(groups, direction, times):
+def test_the_kl_gathers_once_or_twice(groups, direction, times):
     for said in groups(2).run(cases.divergence, direction):
         assert len(said) == times, said
         assert said[0][1] == 2 * 8 * 21
@@ -157,7 +157,7 @@ def test_the_divergence_gathers_once_or_twice(groups, direction, times):
 
 @pytest.mark.parametrize("n_ranks", (2, 4))
 @pytest.mark.parametrize("v, bias", ((96, False), (97, True), (3, True)))
-def test_a_head_cut_by_parallelize_module(groups, n_ranks, v, bias):
+def test_a_head_sharded_by_parallelize_module(groups, n_ranks, v, bias):
     groups(n_ranks).run(cases.parallelized, v, bias)
 
 
@@ -200,21 +200,21 @@ def test_bad_input(groups):
             assert got.startswith(expected), got
 
 
-def test_ranks_with_other_labels_are_told(groups):
+def test_ranks_with_different_labels_raise(groups):
     for _, error in groups(2).answers(cases.other_labels):
         assert error.what.startswith("ValueError: process_group: its ranks were given different labels")
 
 
 @pytest.mark.parametrize("case", ("other_shapes", "one_dies"))
-def test_no_rank_waits_for_ever(case):
-    """Ranks that disagree on shapes, or a rank that is gone: an error within the group's timeout, no hang."""
+def test_no_rank_waits_forever(case):
+    """If ranks disagree on shapes or a rank dies, the others raise within the group's timeout instead of hanging."""
     timeout = 10
     ranks = Ranks(2, timeout)
     begin = time.monotonic()
     answers = ranks.answers(getattr(cases, case))
     took = time.monotonic() - begin
     ranks.close()
-    assert took < timeout + 60  # the processes' start is part of it
+    assert took < timeout + 60  # includes the start of the processes
     if case == "one_dies":
         assert answers[0][1] is None and answers[0][0] <= timeout + 5
         assert answers[1][1].what == "the process is dead"

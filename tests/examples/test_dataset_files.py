@@ -140,7 +140,7 @@ WRONG = {  # a file, what is said of it
     "hole.csv": (b"prompt,chosen,rejected\na,,c\n", "hole.csv, row 1: field 'chosen' is null"),
     "fields.csv": (b"question,answer\na,b\n", "row 1: field 'chosen' is missing; .* it has 'question'"),
     "bad.parquet": (b"PAR1", "bad.parquet: cannot be read as parquet"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -186,14 +186,17 @@ def test_folders_of_files_and_their_splits(tmp_path):
         )
 
 
-@pytest.mark.parametrize("source, split, found", [
-    ("org/name", None, ("org/name", None)),
-    ("org/name:dev", None, ("org/name", "dev")),
-    ("org/name:train[:10%]", None, ("org/name", "train[:10%]")),
-    ("org/name", "dev", ("org/name", "dev")),
-    (r"C:\data\rows", None, (r"C:\data\rows", None)),
-    ("hf://data/x", None, ("hf://data/x", None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, split, found",
+    [
+        ("org/name", None, ("org/name", None)),
+        ("org/name:dev", None, ("org/name", "dev")),
+        ("org/name:train[:10%]", None, ("org/name", "train[:10%]")),
+        ("org/name", "dev", ("org/name", "dev")),
+        (r"C:\data\rows", None, (r"C:\data\rows", None)),
+        ("hf://data/x", None, ("hf://data/x", None)),
+    ],
+)
 def test_names_with_a_split(source, split, found):
     assert files.parted(source, split, "--split") == found
 

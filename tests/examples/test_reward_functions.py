@@ -90,12 +90,15 @@ def test_columns_reach_a_function_untouched(flat, small, tmp_path):
     assert not {"prompt", "completion"} & given.keys()
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "2 + 2 = ?", "answer": "4"},
-    {"prompt": ASK, "answer": "4", "chat_template_kwargs": {"a": 1}},
-    {"prompt": "2 + 2 = ?", "chosen": " 4", "rejected": " 5", "completion": "x", "completion_ids": [1]},
-    {"prompt": "2 + 2 = ?", "completion": "4", "label": True, "source": "b"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2 = ?", "answer": "4"},
+        {"prompt": ASK, "answer": "4", "chat_template_kwargs": {"a": 1}},
+        {"prompt": "2 + 2 = ?", "chosen": " 4", "rejected": " 5", "completion": "x", "completion_ids": [1]},
+        {"prompt": "2 + 2 = ?", "completion": "4", "label": True, "source": "b"},
+    ],
+)
 def test_the_call_is_trls(row, small, tmp_path, monkeypatch):
     """The same names and values as TRL's own trainer gives for these rows and answers."""
     trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
@@ -153,12 +156,15 @@ def test_rewards_of_every_kind(name, tmp_path):
     assert judged(function(tmp_path, f"def score(prompts, completions{how}): {RETURNS[name]}")) == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("source, name", [
-    ("async def score(completion_ids, **how): return [float(ids[0]) + 1 for ids in completion_ids]", "score"),
-    ("class Score:\n    async def __call__(self, prompts, **how): return [1, 2]\nscore = Score()", "score"),
-    ("import functools\nasync def f(n, prompts, **how): return [n, 2]\nscore = functools.partial(f, 1)", "score"),
-    ("def score(**how):\n    async def later(): return [1, 2]\n    return later()", "score"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("async def score(completion_ids, **how): return [float(ids[0]) + 1 for ids in completion_ids]", "score"),
+        ("class Score:\n    async def __call__(self, prompts, **how): return [1, 2]\nscore = Score()", "score"),
+        ("import functools\nasync def f(n, prompts, **how): return [n, 2]\nscore = functools.partial(f, 1)", "score"),
+        ("def score(**how):\n    async def later(): return [1, 2]\n    return later()", "score"),
+    ],
+)
 def test_functions_that_are_async(source, name, tmp_path):
     assert judged(function(tmp_path, source, name)) == [1.0, 2.0]
 
@@ -188,7 +194,7 @@ WRONG = [
     ("def score(prompts, completions): return [1, 2]", {"level": 1}, "unexpected keyword argument 'level'"),
     ("def score(**how): return [1, 2]", {"prompts": 1}, "has a column 'prompts', the name of another argument"),
     ("def score(**how): return [1, 2]", {"log_metric": 1}, "has a column 'log_metric'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("source, own, message", WRONG)
@@ -238,14 +244,17 @@ def test_answers_that_cannot_be_scored_teach_nothing():
 )
 def test_a_run_with_logs_state_and_none(name, tmp_path):
     """What a function logs is in metrics.jsonl; it gets the step; some of its rewards are None."""
-    spec = function(tmp_path, """
+    spec = function(
+        tmp_path,
+        """
         def score(prompts, completions, answer, trainer_state, log_metric, log_extra, **how):
             log_metric("seen", trainer_state.global_step)
             log_metric("seen", trainer_state.max_steps)
             log_extra("answers", answer)
             assert set(answer) <= {"yes", "no"} and "answer_text" not in how
             return [None if n % 3 == 1 else float(n) for n in range(len(prompts))]
-    """)  # fmt: skip
+    """,
+    )
     words = example_runs.small_data(tmp_path, train=20, test=2)
     for path in (words[1], words[3]):
         rows = [json.loads(line) for line in open(path)]  # noqa: SIM115

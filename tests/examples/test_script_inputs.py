@@ -141,8 +141,11 @@ def test_a_data_sets_folder(tmp_path):
 
 
 WRONG = [  # what is wanted, the row, what is said
-    ("preference", {"prompt": "a", "completion": "b"},
-     r"line 1: field 'chosen' is missing; wanted chosen, rejected \(preference\); it has 'prompt', 'completion'"),
+    (
+        "preference",
+        {"prompt": "a", "completion": "b"},
+        r"line 1: field 'chosen' is missing; wanted chosen, rejected \(preference\); it has 'prompt', 'completion'",
+    ),
     ("unpaired", {"prompt": "a", "completion": "b"}, r"field 'label' is missing; wanted prompt, completion, label"),
     ("unpaired", {"prompt": "a", "completion": "b", "label": "yes"}, "field 'label' is str, expected true or false"),
     ("completion", {"prompt": "a"}, r"messages \(conversation\) or text \(language modelling\); it has 'prompt'"),
@@ -152,7 +155,7 @@ WRONG = [  # what is wanted, the row, what is said
     ("preference", {"chosen": [], "rejected": ASK}, "field 'chosen' has None, expected messages"),
     ("preference", {"chosen": "b", "rejected": "c"}, "field 'prompt' is empty once"),
     ("completion", {"messages": [{"role": "user"}]}, "expected messages with the strings role and content"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("want, row, message", WRONG)

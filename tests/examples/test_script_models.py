@@ -98,14 +98,23 @@ def test_rewards_and_regularisers_of_other_heads(tmp_path):
 
 DROPOUT = {
     "GPT2": GPT2,  # modules
-    "OPT": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                dropout=0.2, attention_dropout=0.2, layerdrop=0.3),
-    "Falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.2,
-                   attention_dropout=0.2),  # read from the configuration in the forward
+    "OPT": dict(
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        dropout=0.2,
+        attention_dropout=0.2,
+        layerdrop=0.3,
+    ),
+    "Falcon": dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.2, attention_dropout=0.2
+    ),  # read from the configuration in the forward
     "Llama": LLAMA | dict(attention_dropout=0.3),  # given to the attention function
     "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
     "Mixtral": LLAMA | dict(num_local_experts=4, router_jitter_noise=0.3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DROPOUT)

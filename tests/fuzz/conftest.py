@@ -1,4 +1,4 @@
-"""Says the seed, before the tests and with each that fails."""
+"""Print the seed, before the tests and for each test that fails."""
 
 import fuzzing
 import pytest

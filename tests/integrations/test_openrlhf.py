@@ -73,14 +73,17 @@ def test_compute_approx_kl(kind, unbiased, scale, seed):
 
 MASK = torch.arange(T) < torch.tensor([[6], [3], [5], [1]])
 POLICY = [
-    {}, {"token_level_loss": False}, {"dual_clip": 1.5}, {"policy_loss_type": "gspo"},
+    {},
+    {"token_level_loss": False},
+    {"dual_clip": 1.5},
+    {"policy_loss_type": "gspo"},
     {"policy_loss_type": "gspo", "is_correction_level": "seq"},
     {"is_correction_level": "token", "is_correction_threshold": (0.9, 1.2)},
     {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.9, 1.2)},
     {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.2)},
     {"is_correction_level": "seq", "is_correction_gating": "binary_kl", "is_correction_threshold": (-1.0, 0.01)},
     {"is_correction_level": "token", "is_correction_gating": "tv", "is_correction_threshold": (-1.0, 0.1)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("counts", ({}, {"dp_size": 2, "batch_num_tokens": 40.0, "global_batch_size": 9.0}))
@@ -102,10 +105,13 @@ def test_the_other_losses(installed, seed):
     tokens, rewards, logits = torch.randn(3, B, T), torch.randn(2, B), torch.randn(B, T, V)
     labels = torch.randint(0, V, (B, T)).masked_fill(~MASK, -100)
     calls = {
-        "ValueLoss": ({"clip_eps": 0.2}, (*tokens, MASK.float())), "SFTLoss": ({}, (tokens[0], MASK.float())),
-        "GPTLMLoss": ({}, (logits, labels)), "PairWiseLoss": ({}, (*rewards, torch.rand(B))),
-        "LogExpLoss": ({}, tuple(rewards)), "DPOLoss": ({"beta": 0.3, "label_smoothing": 0.1}, (*rewards, *rewards)),
-    }  # fmt: skip
+        "ValueLoss": ({"clip_eps": 0.2}, (*tokens, MASK.float())),
+        "SFTLoss": ({}, (tokens[0], MASK.float())),
+        "GPTLMLoss": ({}, (logits, labels)),
+        "PairWiseLoss": ({}, (*rewards, torch.rand(B))),
+        "LogExpLoss": ({}, tuple(rewards)),
+        "DPOLoss": ({"beta": 0.3, "label_smoothing": 0.1}, (*rewards, *rewards)),
+    }
     for name, (how, args) in calls.items():
         ours, theirs = getattr(loss, name)(**how)(*args), installed[name](**how)(*args)
         torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")

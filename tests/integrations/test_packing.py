@@ -26,14 +26,22 @@ MIXED = {
     "Mpt": dict(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
     "Falcon": dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
     "GptOss": LLAMA | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
-    "Mamba2": dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8,
-                   n_groups=1, chunk_size=4),
+    "Mamba2": dict(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=4,
+    ),
     "RecurrentGemma": LLAMA | dict(lru_width=32, attention_window_size=16, num_hidden_layers=3),
     "Qwen3Next": HYBRID | MOE | dict(layer_types=HYBRID["layer_types"], shared_expert_intermediate_size=8),
     "Lfm2": LLAMA | dict(layer_types=["conv", "full_attention"]),  # it leaks 3e-4 of the norm, two tokens far
     "FalconH1": LLAMA | MAMBA,
     "OlmoHybrid": HYBRID,
-}  # fmt: skip
+}
 SLOW = ("Bloom", "Mpt", "Falcon", "Mamba2", "RecurrentGemma", "OlmoHybrid")
 
 

@@ -38,10 +38,17 @@ class Worker:
             old = (-np.abs(draw.normal(3.0, 1.0, len(ids)))).astype(np.float32) * mask
             self.rollout_buffer.put(
                 RolloutSample(
-                    prompt=[], completion=[], input_ids=ids, completion_mask=mask, old_log_probs=old,
-                    advantage=float(draw.normal()), model_version=0, group_id=i // 2, metrics={"reward": float(i % 3)},
+                    prompt=[],
+                    completion=[],
+                    input_ids=ids,
+                    completion_mask=mask,
+                    old_log_probs=old,
+                    advantage=float(draw.normal()),
+                    model_version=0,
+                    group_id=i // 2,
+                    metrics={"reward": float(i % 3)},
                 )
-            )  # fmt: skip
+            )
 
     def start(self) -> None:
         pass

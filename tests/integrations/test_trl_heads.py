@@ -17,9 +17,17 @@ from trl_trainers import a2po, cpo, orpo, tpo
 from fused_po.integrations.trl import patched
 
 BASE = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+)
 MAMBA = dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4)
 MPT = dict(
     vocab_size=V, d_model=16, n_heads=2, n_layers=2, max_seq_len=64, pad_token_id=0, bos_token_id=1, eos_token_id=2

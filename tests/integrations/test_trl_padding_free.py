@@ -188,9 +188,17 @@ FAMILIES = {
 def causal_lm(family: str, dtype: torch.dtype = torch.float32, **config):
     """A tiny model with TRL's head."""
     shape = dict(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")(**shape | config)
     torch.manual_seed(4)
     made = transformers.AutoModelForCausalLM.from_config(config)
@@ -330,9 +338,7 @@ print(ours.PaddingFreeDPOTrainer.__module__, "trl" in sys.modules)
 
 def test_the_class_is_imported_late(tmp_path):
     here = {"PYTHONPATH": str(ROOT)}
-    assert python(COLD, tmp_path, here).split() == [
-        "False", "False", "fused_po.integrations.trl.padding_free", "True"
-    ]  # fmt: skip
+    assert python(COLD, tmp_path, here).split() == ["False", "False", "fused_po.integrations.trl.padding_free", "True"]
     code = "import sys; sys.modules['trl'] = None\ntry: from fused_po.integrations.trl import PaddingFreeDPOTrainer\n"
     code += "except ModuleNotFoundError as error: print(error)"
     assert "pip install 'trl>=1.15,<1.17'" in python(code, tmp_path, here)

@@ -94,9 +94,17 @@ def test_the_schedule_reaches_the_head(seed):
 # What TRL's head may be asked for: the model, its settings, the scaling they mean, and how labels are given.
 
 TINY = dict(
-    vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 class Case(NamedTuple):
@@ -169,9 +177,15 @@ def exactly(case: Case, hidden, head, labels):
     rows, labels = (hidden, labels) if case.labels == "shift_labels" else (hidden[:, :-1], labels[:, 1:])
     scaling = case.scaling
     flat = PlainHead.apply(
-        rows.flatten(0, 1), head.weight, head.bias, labels.clamp(min=0).flatten(), scaling.temperature, None,
-        scaling.softcap, scaling.logit_scale,
-    )  # fmt: skip
+        rows.flatten(0, 1),
+        head.weight,
+        head.bias,
+        labels.clamp(min=0).flatten(),
+        scaling.temperature,
+        None,
+        scaling.softcap,
+        scaling.logit_scale,
+    )
     valid = labels != -100
     values = {name: torch.where(valid, value.view(labels.shape), 0) for name, value in zip(FIELDS, flat)}
     return values, gradients(values, hidden, head)

@@ -36,9 +36,14 @@ def grpo_batch():
     mask = (torch.arange(T) < torch.tensor([[6], [3], [5], [1]])).long()
     logps = -torch.rand(B, T)
     return dict(
-        _input=hidden, lin_weight=weight, selected_token_ids=torch.randint(0, V, (B, T)), attention_mask=mask,
-        advantages=torch.randn(B), old_per_token_logps=logps, ref_per_token_logps=logps,
-    )  # fmt: skip
+        _input=hidden,
+        lin_weight=weight,
+        selected_token_ids=torch.randint(0, V, (B, T)),
+        attention_mask=mask,
+        advantages=torch.randn(B),
+        old_per_token_logps=logps,
+        ref_per_token_logps=logps,
+    )
 
 
 UNREAD = {

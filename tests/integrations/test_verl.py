@@ -128,9 +128,14 @@ def test_policy_losses_are_verls(name, verls, weighed, agg, installed, seed):
     for key in (f"fused_po_{name}", verls):
         function = core_algos.get_policy_loss_fn(key)
         loss, metrics = function(
-            old_log_prob=old, log_prob=logps, advantages=advantages, response_mask=mask, loss_agg_mode=agg,
-            config=config, rollout_is_weights=weights,
-        )  # fmt: skip
+            old_log_prob=old,
+            log_prob=logps,
+            advantages=advantages,
+            response_mask=mask,
+            loss_agg_mode=agg,
+            config=config,
+            rollout_is_weights=weights,
+        )
         results.append((loss, torch.autograd.grad(loss, logps)[0], metrics))
     torch.testing.assert_close(results[0][:2], results[1][:2])
     for metric in results[0][2]:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, without spills; the static figures that must not get worse."""
+"""Every kernel compiles without spills for GPUs that are not present; bounds on figures of the compiled code."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ TABLE = ROOT / "benchmarks" / "aot.py"
 
 
 def read_table(*arguments: str) -> dict:
-    """What benchmarks/aot.py finds, from a process of its own: kernels under the interpreter cannot be compiled."""
+    """The table of benchmarks/aot.py, from its own process, since kernels under the interpreter cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, TABLE, "--json", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -30,13 +30,13 @@ def table():
 
 @pytest.fixture(scope="module")
 def rows(table):
-    """Those of NVIDIA GPUs, which have figures."""
+    """Rows of NVIDIA GPUs, the only ones with figures."""
     return [row for row in table["rows"] if "registers" in row]
 
 
 @pytest.fixture(scope="module")
 def disassembled(rows):
-    """rows(architecture): those with all figures."""
+    """rows(architecture): the rows with all figures."""
 
     @functools.cache
     def of(arch: str) -> list[dict]:
@@ -62,7 +62,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(table, rows
     assert [row for row in rows if row["spills"]] == []
 
 
-def test_the_table_leaves_no_kernel_out(table):
+def test_the_table_has_every_kernel(table):
     sources = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
     assert set(re.findall(r"^def (\w+_kernel)\(", sources, re.M)) == set(table["functions"])
 
@@ -92,7 +92,7 @@ def test_an_unaligned_vocabulary_costs_at_most_a_third_more(disassembled, kernel
 
 
 def test_instructions_of_the_kl_loop(rows):
-    """Per pair of elements, with the guards for -inf; the bound of log-probs and entropy besides is two more."""
+    """Bounds per pair of elements, with the guards for -inf; log-probs and entropy may take two more."""
     for direction in ("reverse", "forward"):
         assert 12 < figure(rows, f"kl, {direction}")["instructions_per_element"] <= 18
         assert figure(rows, f"kl, {direction}, log-probs and entropy")["instructions_per_element"] <= 20.5
@@ -106,26 +106,26 @@ def test_gradient_kernels_load_and_store_128_bits(disassembled, arch):
             assert row["loads_128bit"] >= 2 and row["stores_128bit"] >= 2, row
 
 
-# Rows of two tensors whose 16-byte boundaries lie in different columns; `scale` has a masked path in its loop.
+# Kernels over two tensors whose 16-byte boundaries are in different columns; `scale` has a masked path in its loop.
 NARROW = {f"gradient, {label}, other phase" for label in ("basis", "logps", "all")}
 NARROW |= {"kl, reverse, other phase", "kl gradient, reverse, other phase", "scale"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_loops_load_128_bits_whatever_the_vocabulary(disassembled, arch):
+def test_loops_load_128_bits_for_any_vocabulary(disassembled, arch):
     rows = [row for row in disassembled(arch) if "narrow_loads" in row]
     assert len(rows) > 40
     assert [row["kernel"] for row in rows if row["narrow_loads"] and row["kernel"] not in NARROW] == []
 
 
 def test_gradients_leave_room_for_many_warps(rows):
-    """One path for every block: 64 registers and 32 warps a multiprocessor while edges had a path of their own."""
+    """One code path for every block. With a separate path for edges: 64 registers and 32 warps per multiprocessor."""
     for name, registers in (("gradient, logps", 40), ("dpo gradient, kl=k3", 40), ("kl gradient, reverse", 40)):
         assert figure(rows, name)["registers"] <= registers, name
     assert figure(rows, "kl, js")["registers"] <= 64  # 79 with a second pass of single elements
 
 
-LITTLE = 1.0  # times the bytes that must be in flight; what falls short is named, with the reason
+LITTLE = 1.0  # factors of the bytes that must be in flight; kernels below 1 are listed with the reason
 SHORT = {
     "statistics, all outputs": "seven running sums a lane: about 100 registers",
     "statistics of parts, all outputs": "the same",
@@ -135,7 +135,7 @@ SHORT = {
 
 
 def test_bytes_in_flight(rows):
-    """Of the kernels over bf16 logits, against Little's law on the card of sm_90 that needs the most."""
+    """Bytes in flight of the kernels over bf16 logits, against Little's law for the sm_90 card that needs most."""
     needs = max(gpu.needs for gpu in model.GPUS.values() if gpu.arch == "sm_90")
     chosen = [row for row in rows if row["arch"] == "sm_90" and row["dtype"] == "bf16" and row.get("in_flight")]
     assert len(chosen) > 35
@@ -157,7 +157,7 @@ SASS = """
 
 
 def test_the_model_of_speed_by_hand():
-    """Two loads together, then a third: two waits a turn; 4 cycles an instruction."""
+    """Two loads together, then a third: two waits per iteration; 4 cycles per instruction."""
     gpu = model.GPUS["H100"]
     code = model.instructions(SASS)
     (loop,) = model.loops(code)
@@ -167,20 +167,26 @@ def test_the_model_of_speed_by_hand():
     assert walk.in_flight == 32
     cycles = model.LATENCY * gpu.clock
     assert walk.seconds * gpu.clock == pytest.approx(2 * cycles + 4 * 7 - 4 * 1 - 4 * 1, abs=9)
-    assert model.busy(loop) == 2.0  # one exponential: 2 cycles, more than 7 instructions at 4 a cycle
+    assert model.busy(loop) == 2.0  # one exponential: 2 cycles, more than 7 instructions at 4 per cycle
     assert gpu.needs == pytest.approx(15.9e3, rel=0.01)  # 3.0 TB/s for 700 ns over 132 multiprocessors
 
 
-def test_programs_that_a_multiprocessor_holds():
+def test_resident_programs_per_multiprocessor():
     gpu = model.GPUS["H100"]
     for registers, warps, shared, held in (
-        (32, 8, 0, 8), (33, 8, 0, 6), (40, 8, 32, 6), (64, 8, 32, 4), (255, 8, 0, 1), (32, 1, 0, 32), (64, 1, 0, 32),
+        (32, 8, 0, 8),
+        (33, 8, 0, 6),
+        (40, 8, 32, 6),
+        (64, 8, 32, 4),
+        (255, 8, 0, 1),
+        (32, 1, 0, 32),
+        (64, 1, 0, 32),
         (32, 8, 100 << 10, 2),
-    ):  # fmt: skip
+    ):
         assert model.residents(registers, warps, shared, gpu) == held, (registers, warps, shared)
 
 
-# The keys of the compiled code that a call of each kernel asks for; run without the interpreter.
+# Prints the cache keys of the compiled code for a call of each kernel; runs without the interpreter.
 KEYS = """
 import sys
 import torch
@@ -232,8 +238,8 @@ print(len(done))
 """
 
 
-def test_a_vocabulary_of_one_word_compiles():
-    """Triton takes an argument that is 1 for a constant, which has no hints of alignment."""
+def test_a_vocabulary_of_one_token_compiles():
+    """Triton treats an argument that equals 1 as a constant, which has no alignment hint."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ONE_COLUMN, str(TABLE.parent)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

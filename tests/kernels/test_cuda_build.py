@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: it compiles without spills, says what is missing, is never taken unasked."""
+"""The CUDA backend without a GPU: it compiles without spills, names what is missing, and is never a default."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from repository import ROOT
 
 import fused_po
 from fused_po import kernels
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 cuda = importlib.import_module("fused_po.kernels.cuda")
 library = cuda.build
@@ -30,10 +30,10 @@ def test_every_kernel_compiles_for_every_architecture_without_spills():
     assert {kernel for kernel, _ in per_arch} == KERNELS and len(rows) == 3 * len(per_arch) == 48
     of_one_read = {row["arch"]: row["registers"] for row in rows if row["kernel"] == "one_read_kernel"}
     assert 16 < of_one_read["sm_90a"] <= 64 and of_one_read["sm_100"] <= 64  # two blocks on a multiprocessor
-    assert of_one_read["sm_80"] < 16  # nothing: there are no clusters
+    assert of_one_read["sm_80"] < 16  # 0: there are no clusters
 
 
-def test_the_table_reads_what_ptxas_says():
+def test_the_table_reads_the_output_of_ptxas():
     said = (
         "ptxas info    : Compiling entry function '_ZN8fused_po15one_read_kernelIf13__nv_bfloat16EEvNS_7ProblemEb' "
         "for 'sm_90a'\n    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads\n"
@@ -45,7 +45,7 @@ def test_the_table_reads_what_ptxas_says():
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """A PATH with nothing on it but what a test puts there: tools(name, output) puts a program."""
+    """An empty PATH; tools(name, output) adds a program to it."""
     folder = tmp_path / "tools"
 
     def put(name: str, output: str = "", where: Path = folder) -> Path:
@@ -69,7 +69,7 @@ def toolkit(tools, tmp_path, monkeypatch, release: str) -> None:
     monkeypatch.setenv("CUDA_HOME", str(home))
 
 
-def test_what_is_missing_is_named_with_the_way_out(tools, tmp_path, monkeypatch):
+def test_errors_name_what_is_missing_and_what_to_do(tools, tmp_path, monkeypatch):
     wanted = ("9.0a",)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "no nvcc on PATH and no CUDA_HOME; install the CUDA toolkit" in library.cannot_build(wanted)
@@ -84,7 +84,7 @@ def test_what_is_missing_is_named_with_the_way_out(tools, tmp_path, monkeypatch)
     assert library.cannot_build(("8.0", "10.0")).startswith(
         "nvcc 12.4 does not compile for sm_100; that takes CUDA 12.8"
     )
-    for release, arch in (("12.8", "10.0"), ("12.0", "9.0a"), ("11.0", "8.0")):  # the oldest that will do
+    for release, arch in (("12.8", "10.0"), ("12.0", "9.0a"), ("11.0", "8.0")):  # the oldest supported version
         toolkit(tools, tmp_path, monkeypatch, release)
         assert library.cannot_build((arch,)) is None
     toolkit(tools, tmp_path, monkeypatch, "12.4")
@@ -94,8 +94,8 @@ def test_what_is_missing_is_named_with_the_way_out(tools, tmp_path, monkeypatch)
     )
 
 
-def test_a_toolkit_that_is_missing_is_a_clear_error_and_none_goes_on_with_triton(tools, monkeypatch):
-    """On a GPU, as far as that can be told without one."""
+def test_a_missing_toolkit_is_an_error_by_name_and_the_default_uses_triton(tools, monkeypatch):
+    """Simulates a GPU as far as possible without one."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -122,7 +122,7 @@ def test_a_toolkit_that_is_missing_is_a_clear_error_and_none_goes_on_with_triton
     assert backends.resolve(None, gpu, torch.bfloat16) == "reference"
 
 
-def test_what_it_cannot_do_is_an_error():
+def test_unsupported_calls_are_errors():
     x, labels = torch.zeros(1, 2, 9), torch.zeros(2, dtype=torch.long)
     assert "a cpu tensor (the CUDA kernels run on NVIDIA GPUs)" in fused_po.backends("cpu", torch.float32)["cuda"]
     assert cuda.unsupported(torch.device("cuda"), torch.float64).startswith("dtype torch.float64")
@@ -136,7 +136,7 @@ def test_what_it_cannot_do_is_an_error():
         _ = cuda.kl
     from fused_po import reference
 
-    assert set(cuda.__all__) | set(cuda.OTHERS) == set(reference.__all__) - {"SAVED_FIELDS", "stats_dtype"}
+    assert set(cuda.__all__) | set(cuda.OTHERS) == set(reference.__all__)
 
 
 def test_the_fewest_blocks_that_hold_a_row():
@@ -147,15 +147,15 @@ def test_the_fewest_blocks_that_hold_a_row():
     assert cuda.cluster_blocks(1_000_000, 4, on_chip) is None
 
 
-def test_setup_says_what_is_missing(tools, tmp_path):
-    """FUSED_PO_BUILD_CUDA=1 without a toolkit stops, and says how to go on."""
+def test_setup_names_what_is_missing(tools, tmp_path):
+    """FUSED_PO_BUILD_CUDA=1 without a toolkit stops with an error that says what to do."""
     environment = os.environ | {"FUSED_PO_BUILD_CUDA": "1"}
     command = [sys.executable, ROOT / "setup.py", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 1 and "FUSED_PO_BUILD_CUDA=1, but no nvcc on PATH and no CUDA_HOME" in run.stderr
 
 
-# Loads the library, as the first backend="cuda" does; then a launch, for which there is no GPU.
+# Loads the library as the first backend="cuda" does, then launches a kernel, which fails without a GPU.
 LOAD = """
 import ctypes, torch
 from fused_po.kernels import cuda
@@ -171,7 +171,7 @@ except RuntimeError as error:
 
 @pytest.fixture
 def linkable(tmp_path):
-    """The environment of a build. torch without CUDA lacks two libraries that it would link: empty ones stand in."""
+    """The environment of a build. Empty libraries replace the two that torch without CUDA lacks for linking."""
     reason = library.cannot_build(("9.0a",))
     if reason is not None:
         pytest.skip(f"needs nvcc and what it needs: {reason}")
@@ -186,22 +186,22 @@ def linkable(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_build_at_once_build_once(linkable, tmp_path):
-    """One says that it builds, the others wait; all load it, and so does a later one, without a build."""
+def test_concurrent_processes_build_once(linkable, tmp_path):
+    """One process prints that it builds while the others wait; all load the library, and a later process reuses it."""
     run = [sys.executable, "-c", LOAD]
     how = {"env": linkable, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first = [subprocess.Popen(run, **how) for _ in range(3)]
     ended = [process.communicate() for process in first]
     ended.append(subprocess.Popen(run, **how).communicate())
     for out, said in ended:
-        assert out.startswith("fused_po_statistics: "), said[-2000:]  # CUDA's own words: no device
+        assert out.startswith("fused_po_statistics: "), said[-2000:]  # CUDA's error: no device
     built = [said for _, said in ended if "fused_po: building the CUDA backend for sm_90a with nvcc" in said]
     assert len(built) == 1 and "building" not in ended[-1][1]
     assert len(list((tmp_path / "built").glob("fused_po_cuda_*/fused_po_cuda_*.so"))) == 1
 
 
 @pytest.mark.slow
-def test_setup_builds_it_ahead_of_time(linkable, tmp_path):
+def test_setup_builds_ahead_of_time(linkable, tmp_path):
     environment = linkable | {"FUSED_PO_BUILD_CUDA": "1"}
     command = [sys.executable, ROOT / "setup.py", "-q", "build", "--build-base", tmp_path / "base"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' arithmetic on the host: rows by lanes, blocks and clusters in their real order, losses, layout."""
+"""The CUDA kernels' arithmetic on the host: rows reduced in the kernels' order, losses, the layout of structures."""
 
 import contextlib
 import ctypes
@@ -16,14 +16,15 @@ from repository import ROOT, SUPPORT
 
 import fused_po
 from fused_po import selfcheck
-from fused_po.reference.policy import Form, Given, token_terms
+from fused_po.backend.interface import Form, TokenInputs
+from fused_po.reference.policy import token_terms
 
 cuda = importlib.import_module("fused_po.kernels.cuda")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """tests/support/cuda_host.cpp, compiled."""
+    """The library compiled from tests/support/cuda_host.cpp."""
     missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)} to compile kernels/cuda/row.h for the host")
@@ -33,7 +34,7 @@ def host(tmp_path_factory):
     how = {"extra_include_paths": [str(ROOT / "kernels" / "cuda")], "extra_cflags": ["-O2"]}
     source = str(SUPPORT / "cuda_host.cpp")
     cpp_extension.load("cuda_host", [source], build_directory=str(folder), is_python_module=False, **how)
-    (built,) = folder.glob("*.so")  # PyTorch numbers the name if it has built it in this process before
+    (built,) = folder.glob("*.so")  # PyTorch appends a number to the name if this process has already built it
     return ctypes.CDLL(str(built))
 
 
@@ -42,7 +43,7 @@ def pointer(tensor):
 
 
 def score(host, x, labels, g, itemsize=2, before=0, blocks=1, outer=1.0):
-    """(logps, entropy, lse, gradient, how often each column was read) of rows x [N, V] in fp32."""
+    """(logps, entropy, lse, gradient, number of reads of each column) of rows x [N, V] in fp32."""
     rows, n_cols = x.shape
     results, grad = torch.full((rows, 3), torch.nan), torch.full_like(x, torch.nan)
     visited = torch.zeros(x.shape, dtype=torch.int32)
@@ -105,14 +106,14 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.kind}-{form.kl}")
 @pytest.mark.parametrize("with_old", (True, False))
 def test_losses_against_float64(host, form, with_old, seed):
-    """Those of the reference in float64, which other tests hold against plain PyTorch; its own fp32 is the bound."""
+    """Against the reference backend in float64, which other tests check; its own fp32 error bounds ours."""
     n = 4000
     logps = -3 * torch.rand(n)
     ratio = torch.tensor([0.3, 0.9, 1.1, 1.5, 3.0, 1e-12, 1e12])[torch.randint(0, 7, (n,))] * (1 + 0.01 * torch.rand(n))
     entropy, a, weights = torch.rand(n), torch.randn(n), torch.rand(n)
     a[:9] = 0
     ref = logps + torch.where(torch.rand(n) < 0.1, 40.0, 0.5) * torch.randn(n)
-    given = Given(a, weights, (logps - ratio.log()) if with_old else None, ref if form.kl else None)
+    given = TokenInputs(a, weights, (logps - ratio.log()) if with_old else None, ref if form.kl else None)
     p = cuda.Problem()
     for name, value in given._asdict().items():
         setattr(p, name, None if value is None else value.data_ptr())
@@ -121,7 +122,7 @@ def test_losses_against_float64(host, form, with_old, seed):
     p.kind, p.estimator = cuda.KINDS[form.kind], cuda.ESTIMATORS[form.kl]
     ours = torch.full((5, n), torch.nan)
     host.host_terms(ctypes.byref(p), pointer(logps), pointer(entropy), ctypes.c_int64(n), pointer(ours))
-    doubles = Given(*(None if v is None else v.double() for v in given))
+    doubles = TokenInputs(*(None if v is None else v.double() for v in given))
     exact = token_terms(logps.double(), entropy.double(), doubles, form)
     theirs = token_terms(logps, entropy, given, form)
     for name, mine, truth, plain_value in zip(("loss", "kl", "ratio", "clipped", "slope"), ours, exact, theirs):
@@ -129,19 +130,19 @@ def test_losses_against_float64(host, form, with_old, seed):
         assert_close(name, mine / unit.float(), truth / unit, [(plain_value / unit.float(), truth / unit)])
 
 
-def test_the_structure_is_the_headers(host):
+def test_the_structure_matches_the_header(host):
     expected = [getattr(cuda.Problem, name).offset for name, _ in cuda.Problem._fields_]
     found = (ctypes.c_int64 * (len(expected) + 1))()
     host.host_offsets(found)
     assert list(found) == [*expected, ctypes.sizeof(cuda.Problem)]
 
 
-# From the public functions down to the launchers, which the host library has too.
+# From the public functions to the launchers, which the host library implements too.
 
 
 @pytest.fixture
 def gpu(host, monkeypatch):
-    """gpu(major, on_chip): the host as a GPU of this generation and shared memory; or a real GPU, as it is."""
+    """gpu(major, on_chip): the host acts as a GPU of this generation and shared memory; a real GPU is used as it is."""
     if DEVICE == "cuda":
         return lambda major, on_chip=0: None
 
@@ -157,7 +158,7 @@ def gpu(host, monkeypatch):
 
 
 def close(ours, theirs):
-    """To rounding: bf16 gradients by a unit in the last place, of sums in another order."""
+    """Equal up to rounding: bf16 gradients up to a unit in the last place, since sums are in another order."""
     for a, b in zip(ours, theirs, strict=True):
         bounds = {"rtol": 2**-7, "atol": 1e-6} if a.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
         torch.testing.assert_close(a, b, **bounds)
@@ -222,7 +223,7 @@ def test_linear_logps(gpu, host, dtype, frozen, major, seed, poison):
 
 @pytest.mark.parametrize("v", (2, 9, 4099))
 def test_sure_labels_to_relative_precision(host, v, seed):
-    """The label is left out of the sum: log-prob and gradient far below the rounding of 1."""
+    """The sum leaves out the label, so log-prob and gradient are right far below the rounding of 1."""
     gaps = torch.tensor([0.0, 0.5, 3.0, 10.0, 20.0, 40.0, 70.0])
     n = len(gaps)
     labels = torch.randint(0, v, (n,))
@@ -245,7 +246,7 @@ def test_sure_labels_to_relative_precision(host, v, seed):
 
 
 def test_estimates_and_terms_of_infinities(host):
-    """Forbidden tokens: k3 is inf at both ends, and what has a coefficient or an advantage of 0 adds nothing."""
+    """Forbidden tokens: k3 is inf at both ends; terms with a coefficient or an advantage of 0 add 0."""
     logps = torch.tensor([-math.inf, -1.0, -math.inf, -1.0])
     a, one = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.ones(4)
     ref, entropy = torch.tensor([-1.0, -math.inf, -1.0, -1.0]), torch.zeros(4)
@@ -263,8 +264,8 @@ def test_estimates_and_terms_of_infinities(host):
 
 
 @pytest.mark.parametrize("name", tools.SERVED)
-def test_the_cuda_backend_serves_what_is_checked_of_it(gpu, name):
-    """By its arithmetic on the host; on a GPU by itself."""
+def test_the_cuda_backend_passes_its_selfcheck(gpu, name):
+    """Runs the kernels' arithmetic on the host, or the kernels themselves on a GPU."""
     gpu(9)
     (check,) = (c for c in selfcheck.checks("cuda") if c.name == name)
     values = selfcheck.problem(selfcheck.Size(64, 37, 8), torch.float32, DEVICE, 1)

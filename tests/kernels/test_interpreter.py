@@ -1,4 +1,4 @@
-"""Triton's interpreter as users get it, in a process of its own: interpreted kernels round as hardware does."""
+"""Triton's interpreter as users run it, in its own process: interpreted kernels round like hardware."""
 
 import json
 import os
@@ -29,8 +29,8 @@ print(json.dumps([errors, float((ours.double() - low.grad.double()).abs().max() 
 """
 
 
-def test_a_user_s_interpreter_rounds_as_hardware_does(tmp_path):
-    """A large common offset costs no digits, and bf16 gradients are rounded to nearest, not truncated."""
+def test_the_interpreter_rounds_like_hardware(tmp_path):
+    """A large common offset loses no digits, and bf16 gradients are rounded to nearest instead of truncated."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, cwd=tmp_path)
@@ -44,7 +44,7 @@ def test_a_user_s_interpreter_rounds_as_hardware_does(tmp_path):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for interpreted kernels")
 def test_fp32_to_bf16_is_torch_s(seed):
-    """Of random bits, NaN, infinities, ties, subnormals and the largest number."""
+    """Random bits, NaN, infinities, ties, subnormals and the largest number."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,4 +1,4 @@
-"""The table of launch shapes: every candidate computes the same, compiles without spills, and no grid is too large."""
+"""The table of launch shapes: every candidate gives the same results and compiles without spills; grid limits."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ def every_candidate():
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
 @pytest.mark.parametrize("kernel", launch_shapes.CANDIDATES)
 def test_every_candidate_computes_the_right_numbers(kernel, dtype, poison):
-    """On rows of several blocks that begin anywhere: what the program checks on a GPU before it times them."""
+    """Rows of several blocks with any alignment; on a GPU the program makes this check before it times candidates."""
     for shape in launch_shapes.candidates(kernel):
         with launch_shapes.entry(kernel, shape):
             fault = launch_shapes.wrong(launch_shapes.problem(kernel, 2, 17003, dtype, DEVICE))
@@ -52,7 +52,7 @@ def test_every_kernel_of_the_table_has_candidates_and_every_entry_is_a_shape():
 
 
 @needs_triton
-def test_an_architecture_s_own_entry_is_taken(monkeypatch):
+def test_the_entry_of_the_architecture_is_used(monkeypatch):
     entries = {None: launch.Shape(4096, 8), "sm_90": launch.Shape(2048, 4)}
     monkeypatch.setitem(launch.SHAPES, "statistics", entries)
     device = torch.device("cpu")
@@ -77,14 +77,14 @@ def test_no_grid_has_too_many_programs_on_its_second_axis():
 @needs_triton
 @pytest.mark.parametrize("kernel", ("gradient", "dpo_gradient", "from_basis", "kl_gradient"))
 def test_a_row_with_more_blocks_than_programs(kernel, monkeypatch, poison):
-    """Each program goes on until the row ends, however few there are."""
+    """Each program continues until the row ends, however few programs there are."""
     monkeypatch.setattr(launch, "MAX_AXIS", 2)
     with launch_shapes.entry(kernel, launch.Shape(1024, 4, 1)):
         assert launch_shapes.wrong(launch_shapes.problem(kernel, 2, 7003, torch.float32, DEVICE)) is None
 
 
 @needs_triton
-def test_what_the_program_proposes(monkeypatch):
+def test_proposed_shapes(monkeypatch):
     def rows(*times):
         shapes = ([4096, 8, 0], [2048, 4, 0], [8192, 8, 0])
         return [{"kernel": "kl", "shape": shape, "ms": ms} for shape, ms in zip(shapes * 2, times * 2)]
@@ -114,7 +114,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_a_dry_run_of_the_stage_without_a_gpu(tmp_path):
-    """As `make gpu-evidence` runs it with --device cpu: every kernel in two shapes, nothing is proposed."""
+    """`make gpu-evidence` with --device cpu: every kernel runs in two shapes and nothing is proposed."""
     environ = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     environ.pop("TRITON_INTERPRET", None)
     words = ["evidence.unit", "shapes", "--suite", "tiny", "--device", "cpu", "--result", tmp_path / "result.json"]

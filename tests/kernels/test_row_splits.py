@@ -1,4 +1,4 @@
-"""Rows split over programs, as on a GPU with more multiprocessors than rows: the Triton statistics alone."""
+"""Triton statistics with each row split over several programs, as on a GPU with more multiprocessors than rows."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ kernels = importlib.import_module("fused_po.kernels.triton.statistics")  # the p
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = ("logps", "entropy", "lse", "mean_logits", "log_sum_sq_probs")
 ALL_BITS = 63
-BLOCK = 4096  # columns, at these vocabularies
+BLOCK = 4096  # columns per part at these vocabularies
 WHOLE, SPLIT = ["statistics_kernel"], ["scan_parts_kernel", "merge_parts_kernel"]
 PLAIN, SOFTCAP = Scaling(), Scaling(temperature=1.3, logit_scale=0.5, softcap=5.0)
 
@@ -27,7 +27,7 @@ def shared_seed() -> int:
 
 @pytest.fixture
 def seed(request):
-    """As in conftest.py, but one for the file: its tests share problems."""
+    """Like the seed of conftest.py, but one for this file, since its tests share problems."""
     torch.manual_seed(shared_seed())
     request.node.user_properties.append(("seed", shared_seed()))
     return shared_seed()
@@ -35,7 +35,7 @@ def seed(request):
 
 @pytest.fixture
 def split(monkeypatch):
-    """A function: rows are split from now on as if the device had so many multiprocessors."""
+    """split(n): from now on rows are split as if the device had n multiprocessors."""
 
     def choose(processors: int) -> None:
         monkeypatch.setattr(kernels, "multiprocessors", lambda device: processors)
@@ -44,7 +44,7 @@ def split(monkeypatch):
 
 
 def problem(*args, **kwargs):
-    """`draw` of the seed set last."""
+    """`draw` with the current seed."""
     return draw(torch.initial_seed(), *args, **kwargs)
 
 
@@ -52,7 +52,7 @@ def problem(*args, **kwargs):
 def draw(seed: int, v: int, dtype: torch.dtype, scaling: Scaling, masked: bool = False, rows: int = 64):
     """(logits, labels, incoming gradients, exact statistics, exact gradient, plain PyTorch's statistics).
 
-    So many rows because one row's error is luck; we score the first few of them.
+    There are many rows because the error of one row is random; we score only the first few.
     """
     torch.manual_seed(seed)
     logits = (torch.randn(rows, v, device=DEVICE) * 3).to(dtype)
@@ -61,7 +61,7 @@ def draw(seed: int, v: int, dtype: torch.dtype, scaling: Scaling, masked: bool =
     if masked:
         mask = torch.rand(rows, v, device=DEVICE) < 0.5
         mask[0] = True  # only the label is left
-        mask[1, : v - 5] = True  # whole parts of the row
+        mask[1, : v - 5] = True  # full parts of the row
         labels[1] = v - 1
         mask.scatter_(1, labels.clamp(min=0)[:, None], False)
         logits.masked_fill_(mask, -torch.inf)
@@ -79,7 +79,7 @@ def score(logits, labels, outputs=OUTPUTS, scaling=PLAIN):
 
 
 def check(n, v, dtype, scaling=PLAIN, outputs=OUTPUTS, launches=SPLIT, **how):
-    """The first n rows of a problem against the oracle."""
+    """Compare the first n rows of a problem with the oracle."""
     logits, labels, _, exact, _, theirs = problem(v, dtype, scaling, **how)
     ours, launched = score(logits[:n], labels[:n], outputs, scaling)
     assert launched == launches
@@ -88,12 +88,24 @@ def check(n, v, dtype, scaling=PLAIN, outputs=OUTPUTS, launches=SPLIT, **how):
         assert (getattr(ours, name)[labels[:n] == IGNORE] == 0).all(), name
 
 
-# 32768: whole blocks of 4096 columns; 33000: whole 16-byte groups; 33003: every row begins elsewhere.
+# 32768: full blocks of 4096 columns; 33000: full 16-byte groups; 33003: every row has another alignment.
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("v, processors, parts", [
-    (32768, 0, 1), (32768, 2, 2), (32768, 8, 4), (32768, 100, 8), (33000, 4, 3), (33000, 8, 5),
-    (33003, 0, 1), (33003, 2, 2), (33003, 4, 3), (33003, 8, 5), (33003, 14, 9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "v, processors, parts",
+    [
+        (32768, 0, 1),
+        (32768, 2, 2),
+        (32768, 8, 4),
+        (32768, 100, 8),
+        (33000, 4, 3),
+        (33000, 8, 5),
+        (33003, 0, 1),
+        (33003, 2, 2),
+        (33003, 4, 3),
+        (33003, 8, 5),
+        (33003, 14, 9),
+    ],
+)
 def test_every_output_against_float64(dtype, v, processors, parts, split, seed, poison):
     split(processors)
     assert kernels.row_parts(3, v, BLOCK, processors)[0] == parts
@@ -114,7 +126,7 @@ def test_each_output_alone(outputs, split, seed, poison):
     check(2, 33003, torch.bfloat16, outputs=outputs)
 
 
-def test_the_most_parts(split, seed, poison):
+def test_the_largest_number_of_parts(split, seed, poison):
     split(1000)
     v = kernels.MAX_PARTS * BLOCK
     assert kernels.row_parts(1, v, BLOCK, 1000) == (kernels.MAX_PARTS, BLOCK)
@@ -153,7 +165,7 @@ def test_is_top1_is_argmax_with_ties_in_several_parts(v, split, seed, poison):
 
 
 def test_columns_that_fp32_cannot_count(split, monkeypatch, seed):
-    """A row that begins 3 columns before a 16-byte boundary, its maximum in column 2^24 + 3, which fp32 rounds up."""
+    """The row starts 3 columns before a 16-byte boundary; its maximum is in column 2^24 + 3, which fp32 rounds up."""
     split(1000)
     monkeypatch.setattr(kernels, "launch_shape", lambda *_: {"BLOCK": 4 * BLOCK, "GROUP": 8, "num_warps": 32})
     at = 2**24 + 3
@@ -174,7 +186,7 @@ def test_ignored_rows_are_not_read(split, seed, poison):
         assert value[[0, 2, 3]].tolist() == [0, 0, 0]
         assert value[1].isfinite()
     assert (saved[1] == torch.inf).tolist() == [True, False, True, True]
-    assert (saved[0] == kernels.LOWEST.value).tolist() == [True, False, True, True]  # where a maximum starts
+    assert (saved[0] == kernels.LOWEST.value).tolist() == [True, False, True, True]  # the initial value of a maximum
 
 
 def test_broken_rows_stay_alone(split, seed, poison):
@@ -193,7 +205,7 @@ def test_broken_rows_stay_alone(split, seed, poison):
 
 
 def test_strides(split, seed, poison):
-    """Rows of a view that two strides describe give what contiguous ones give, however they are aligned."""
+    """Rows of a view with two strides give the results of contiguous rows, with any alignment."""
     split(100)
     base = torch.randn(3, 3, 16500, device=DEVICE)
     labels = random_labels(6, 16400, "some").view(3, 2)
@@ -230,10 +242,10 @@ def test_when_rows_are_split():
                     assert parts == 1, case
                 else:
                     assert parts > 1, case
-                    assert (parts - 1) * n_rows < 2 * processors, case  # no more programs than it takes
+                    assert (parts - 1) * n_rows < 2 * processors, case  # no more programs than needed
 
 
-def test_what_a_device_counts_as():
+def test_which_devices_split_rows():
     device = torch.zeros((), device=DEVICE).device
     expected = torch.cuda.get_device_properties(device).multi_processor_count if DEVICE == "cuda" else 0
     assert kernels.multiprocessors(device) == expected

@@ -1,4 +1,4 @@
-"""`chunked_loss`: the same loss and gradients as over the whole batch, at 3 GEMMs, within the budget."""
+"""`chunked_loss`: the loss and gradients of the whole batch, with 3 GEMMs and within the budget."""
 
 import counting
 import pytest
@@ -7,19 +7,19 @@ from numerics import DEVICE, IGNORE, random_labels
 
 import fused_po
 from fused_po import Schedule, losses
-from fused_po.ops.chunked import chunks_of
+from fused_po.lm_head.chunked import chunks_of
 
 PAIRS, T, H, V = 6, 5, 16, 300
 ROW = 4 * 304
 
 
 def pair_of_token():
-    """[2B, T]: chosen first, then rejected, so that a pair's tokens lie apart."""
+    """[2B, T]: the chosen answers, then the rejected ones, so that the tokens of a pair are not adjacent."""
     return torch.arange(PAIRS, device=DEVICE).repeat(2)[:, None].expand(2 * PAIRS, T)
 
 
 def dpo_share(rows, logps, ref):
-    """A chunk's share of the mean DPO loss, from the numbers of its tokens."""
+    """A chunk's share of the mean DPO loss, from the statistics of its tokens."""
     sequence = rows // T
     sums = torch.zeros(2 * PAIRS, device=rows.device, dtype=logps.dtype).index_add(0, sequence, logps)
     pairs = (sequence % PAIRS).unique()
@@ -42,7 +42,7 @@ CASES += [("triton", "all", 0), ("triton", "all", 11), ("triton", "hidden", 11)]
     "backend, needs, rows_kept", [(b, NEEDS[need], rows) for b, need, rows in CASES], ids=map(str, CASES)
 )
 @pytest.mark.parametrize("outputs", (("logps",), ("logps", "entropy", "lse")), ids=("logps", "all"))
-def test_equals_the_whole_batch(backend, outputs, needs, rows_kept, seed):
+def test_chunks_equal_the_whole_batch(backend, outputs, needs, rows_kept, seed):
     hidden, weight, bias, labels = problem(needs=needs)
     ref = torch.randn(2 * PAIRS, device=DEVICE)
     trained = [t for t in (hidden, weight, bias) if t.requires_grad]
@@ -72,7 +72,7 @@ def test_three_gemms_at_any_number_of_tokens(seed):
         sizes.append(rows.numel())
         return dpo_share(rows, stats.logps, ref)
 
-    schedule = Schedule(logits_budget=2 * T * ROW)  # a pair, or two where many tokens are ignored
+    schedule = Schedule(logits_budget=2 * T * ROW)  # one pair, or two where many tokens are ignored
 
     def run(weight):
         fused_po.chunked_loss(share, hidden, weight, labels, pair_of_token(), schedule=schedule).backward()
@@ -83,14 +83,14 @@ def test_three_gemms_at_any_number_of_tokens(seed):
 
 
 def test_a_low_precision_head_is_rounded_once(seed):
-    """The sum over chunks is fp32: its error against float64 is one rounding, however many chunks there are.
+    """The sum over chunks is fp32, so its error against float64 is one rounding for any number of chunks.
 
-    On a GPU the gradient of the logits is rounded to bf16 as well, for the GEMM: half a unit of each of its elements.
+    On a GPU the gradient of the logits is also rounded to bf16 for the GEMM: half a unit for each element.
     """
     hidden, weight, _, labels = problem(torch.bfloat16)
     labels = labels.clamp(min=0)
     groups = torch.arange(labels.numel(), device=DEVICE).view(labels.shape)
-    schedule = Schedule(logits_budget=2 * ROW)  # two tokens a chunk
+    schedule = Schedule(logits_budget=2 * ROW)  # two tokens per chunk
 
     def share(stats, rows):
         return stats.logps.sum()
@@ -132,10 +132,14 @@ def test_second_backward_no_grad_and_groups_in_any_order(seed):
 @pytest.mark.parametrize(
     "sizes, limit, expected",
     [
-        ([2, 3, 1], 5, [[0, 1], [2]]), ([2, 3, 1], 1, [[0], [1], [2]]), ([9, 1, 1], 2, [[0], [1, 2]]),
-        ([2, 3, 1], None, [[0, 1, 2]]), ([], 3, [[]]), ([0, 0, 4], 3, [[0, 1], [2]]),
+        ([2, 3, 1], 5, [[0, 1], [2]]),
+        ([2, 3, 1], 1, [[0], [1], [2]]),
+        ([9, 1, 1], 2, [[0], [1, 2]]),
+        ([2, 3, 1], None, [[0, 1, 2]]),
+        ([], 3, [[]]),
+        ([0, 0, 4], 3, [[0, 1], [2]]),
     ],
-)  # fmt: skip
+)
 def test_chunks_are_whole_groups_within_the_limit(sizes, limit, expected):
     groups = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size + 1)], dtype=torch.long)
     scored = torch.tensor([int(i > 0) for size in sizes for i in range(size + 1)], dtype=torch.long)

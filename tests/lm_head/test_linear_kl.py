@@ -1,4 +1,4 @@
-"""`linear_kl`: every schedule against float64, what it costs, and the uses of the exact KL."""
+"""`linear_kl`: every schedule against float64, FLOPs and memory, and the exact KL inside losses."""
 
 import functools
 
@@ -7,15 +7,19 @@ import pytest
 import torch
 from kl_problems import DIRECTIONS, in_torch, loss_of, pair
 from numerics import BACKENDS, DEVICE, IGNORE, RUNS, assert_close, random_labels
+from registered_ops import opcheck
 
 import fused_po
 from fused_po import Schedule
+from fused_po.backend.interface import Divergence, Scaling
+from fused_po.ops.kl import KLSettings
+from fused_po.parallel.vocab import WHOLE
 
 ROW = 4 * 208  # bytes of a padded fp32 row of 203 columns
 
 
 def heads(dtype=torch.float32, n=40, h=16, ref_h=12, v=203):
-    """(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), labels with a third ignored."""
+    """(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), labels; a third of the labels is ignored."""
     sides = []
     for width in (h, ref_h):
         weight = torch.randn(v, width, device=DEVICE) / width**0.5
@@ -28,9 +32,17 @@ def heads(dtype=torch.float32, n=40, h=16, ref_h=12, v=203):
 def run_linear(policy, reference, labels, how, **settings_):
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy, reference
     return fused_po.linear_kl(
-        hidden, weight, ref_hidden, ref_weight, labels, bias=bias, ref_bias=ref_bias, direction=how[0],
-        js_weight=how[1], **settings_,
-    )  # fmt: skip
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        labels,
+        bias=bias,
+        ref_bias=ref_bias,
+        direction=how[0],
+        js_weight=how[1],
+        **settings_,
+    )
 
 
 USES = {"kl": (1, 0, 0), "logps": (0, 1, 0), "kl, logps": (1, 1, 0), "all": (1, 1, 1)}
@@ -41,7 +53,7 @@ USES = {"kl": (1, 0, 0), "logps": (0, 1, 0), "kl, logps": (1, 1, 0), "all": (1, 
 @pytest.mark.parametrize("share", (0.0, 0.4, 1.0))
 @pytest.mark.parametrize("how", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_linear_in_float64(how, share, frozen, use, seed):
-    """Every schedule gives the same numbers: rows kept, rows projected again, heads frozen, gradients of 0."""
+    """Every schedule gives the same values: rows kept, rows projected again, frozen heads, gradients of 0."""
     policy, reference, labels = heads(torch.float64)
     schedule = Schedule(logits_budget=int(share * 40) * 2 * ROW * 2, tile_bytes=14 * ROW * 2)
     g = [u * torch.randn(40, dtype=torch.float64, device=DEVICE) for u in use]
@@ -108,7 +120,7 @@ def test_equal_heads_give_exactly_zero(how, backend, seed, poison):
 @pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
 @pytest.mark.parametrize("share", (0.0, 0.4, 1.0))
 def test_rows_dropped_or_not_give_the_same(share, frozen, seed):
-    """compact=False computes ignored rows too, num_scored drops them without a sync; a mask does what labels do."""
+    """compact=False computes ignored rows too; num_scored drops them without a sync; a mask works like labels."""
     policy, reference, labels = heads(torch.float64)
     scored = int((labels != IGNORE).sum())
     results = []
@@ -129,21 +141,27 @@ def test_rows_dropped_or_not_give_the_same(share, frozen, seed):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="num_scored: got 1, but"):
             too_few()
-    else:  # to look would cost a sync
+    else:  # checking would cost a sync
         assert too_few().kl.isnan().all()
 
 
 def kl_step(policy, reference, labels, with_labels, schedule):
-    """Forward and backward of the KL alone, or with the log-probs too."""
-    stats = run_linear(policy, reference, labels if with_labels else None, ("reverse", 0.5), schedule=schedule,
-                       mask=None if with_labels else labels != IGNORE)  # fmt: skip
+    """Forward and backward of the KL, or of the KL and the log-probs."""
+    stats = run_linear(
+        policy,
+        reference,
+        labels if with_labels else None,
+        ("reverse", 0.5),
+        schedule=schedule,
+        mask=None if with_labels else labels != IGNORE,
+    )
     loss = stats.kl.sum() + (stats.logps.sum() if with_labels else 0)
     return torch.autograd.grad(loss, [t for t in policy if t.requires_grad])
 
 
 @pytest.mark.parametrize("with_labels", (False, True), ids=("kl", "kl and logps"))
 def test_gemms_counted_exactly(with_labels, seed):
-    """2G + 2G with the head trainable, 2G more beyond the budget; frozen 3G + 0G (4G + 0G with log-probs)."""
+    """Trainable head: 2G forward, 2G backward, 2G more beyond the budget. Frozen: 3G + 0G (4G + 0G with log-probs)."""
     policy, reference, labels = heads(h=16, ref_h=16)
     unit = 2 * int((labels != IGNORE).sum()) * 16 * 203
     policy = [t.requires_grad_() for t in policy[:2]] + [policy[2]]
@@ -151,8 +169,11 @@ def test_gemms_counted_exactly(with_labels, seed):
     rows = Schedule(logits_budget=1 << 30)
     none = Schedule(logits_budget=0)
     for own, schedule, expected in (
-        (policy, rows, 4), (policy, none, 6), (frozen, rows, 3 + with_labels), (frozen, none, 3 + with_labels)
-    ):  # fmt: skip
+        (policy, rows, 4),
+        (policy, none, 6),
+        (frozen, rows, 3 + with_labels),
+        (frozen, none, 3 + with_labels),
+    ):
         assert (
             counting.flops(lambda o=own, s=schedule: kl_step(o, reference, labels, with_labels, s)) == expected * unit
         )
@@ -166,13 +187,13 @@ def test_gemms_counted_exactly(with_labels, seed):
 @pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
 @pytest.mark.parametrize("share", (0.0, 0.5, 1.0))
 def test_memory(share, frozen, with_labels, seed, monkeypatch):
-    """Peak beyond the results <= budget + one tile (of both sides) + fp32 for a block of the head + O(N H)."""
+    """The peak beyond the results is at most the budget, a tile of both sides, an fp32 block of the head and O(N H)."""
     n, h, v, tile = 96, 512, 8192, 1 << 20
     schedule = Schedule(logits_budget=int(share * n) * 4 * v, tile_bytes=tile)
     policy, reference, labels = heads(n=n, h=h, ref_h=h, v=v)
     policy = [t.requires_grad_(i == 0 or not frozen) for i, t in enumerate(policy)]
     monkeypatch.setattr(fused_po.reference.rows, "BLOCK_BYTES", 1 << 16)
-    kl_step(policy, reference, labels, with_labels, schedule)  # what is allocated once for all
+    kl_step(policy, reference, labels, with_labels, schedule)  # allocate what is allocated only once
     kept = []
     peak = counting.peak_bytes(lambda: kept.append(kl_step(policy, reference, labels, with_labels, schedule)), DEVICE)
     results = sum(t.numel() * t.element_size() for t in kept[0])
@@ -182,7 +203,7 @@ def test_memory(share, frozen, with_labels, seed, monkeypatch):
     assert peak - results <= bound, f"{peak - results} bytes beyond the results, allowed {bound}"
 
 
-def test_nobody_but_the_policy_gets_a_gradient(seed):
+def test_only_the_policy_gets_a_gradient(seed):
     policy, reference, labels = heads()
     for t in (*policy, *reference):
         t.requires_grad_()
@@ -210,16 +231,15 @@ def test_opcheck_and_fullgraph(seed):
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
         torch.testing.assert_close(a, b)
-    how = (1.0, None, 1.0, None, "reverse", 0.5, True, IGNORE)
-    arguments = (logits.requires_grad_(), ref_logits, small, *how, False, "reference", "", ())
-    torch.library.opcheck(torch.ops.fused_po.kl_fwd.default, arguments)
+    settings = KLSettings(Divergence(Scaling(), Scaling(), "reverse", 0.5, True), IGNORE, False, "reference", WHOLE)
+    opcheck("kl_fwd", logits.requires_grad_(), ref_logits, small, settings)
 
 
-# Its uses.
+# The exact KL inside losses.
 
 
 def test_dpo_with_the_exact_kl(seed):
-    """linear_dpo and dpo_from_logits with kl="full" are losses.dpo plus the masked mean of kl_from_logits."""
+    """linear_dpo and dpo_from_logits with kl="full" equal losses.dpo plus the masked mean of kl_from_logits."""
     policy, reference, labels = heads(torch.float64, n=24, v=50)
     labels = labels.view(4, 6)
     results = []
@@ -244,7 +264,7 @@ def test_dpo_with_the_exact_kl(seed):
             torch.testing.assert_close(a, b)
 
 
-def test_tdpo_and_grpo_take_it_as_a_tensor(seed):
+def test_tdpo_and_grpo_take_the_kl_as_a_tensor(seed):
     policy, reference, labels = heads(torch.float64, n=24, v=50)
     hidden = policy[0].requires_grad_()
     stats = fused_po.linear_kl(hidden, policy[1], *reference[:2], labels, direction="forward")

@@ -1,4 +1,4 @@
-"""`linear_logps` with a low-rank addition to the head: raw = hidden W^T + u B^T, and never the merged head."""
+"""`linear_logps` with a low-rank addition to the head: raw = hidden W^T + u B^T, without a merged head in memory."""
 
 import itertools
 
@@ -18,7 +18,7 @@ NEEDS = {"all": (True,) * 4, "lora": (True, False, True, True), "frozen": (True,
 
 
 def problem(needs, dtype=torch.float32, n=N, h=H, r=R, v=V, ignored="none"):
-    """((hidden, weight, u, low), labels); needs: which of them require grad."""
+    """((hidden, weight, u, low), labels); needs says which tensors require grad."""
     shapes = (n, h), (v, h), (n, r), (v, r)
     spread = (1, h**-0.5, 1, r**-0.5)
     values = [(torch.randn(shape, device=DEVICE) * s).to(dtype) for shape, s in zip(shapes, spread)]
@@ -26,7 +26,7 @@ def problem(needs, dtype=torch.float32, n=N, h=H, r=R, v=V, ignored="none"):
 
 
 def step(operands, labels, g, bias=None, weigh=("logps",), **how):
-    """The weighted sum's gradients in what requires one."""
+    """The gradients of the weighted sum in the tensors that require grad."""
     hidden, weight, u, low = operands
     stats = fused_po.linear_logps(hidden, weight, labels, bias, low_rank=(u, low), outputs=weigh, **how)
     loss = sum((getattr(stats, name) * g * (1 + i)).sum() for i, name in enumerate(weigh))
@@ -50,7 +50,7 @@ def test_gradcheck(softcap, schedule, seed):
 @pytest.mark.parametrize("tile_rows", (7, 1000))
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_gemms_counted_exactly(share, tile_rows, seed):
-    """Each GEMM of the head becomes H + r wide, but for the gradient of a frozen weight: that one is r wide."""
+    """Each GEMM of the head is H + r wide, except the gradient of a frozen weight, which is r wide."""
     schedule = Schedule(logits_budget=int(share * N) * ROW, tile_bytes=tile_rows * ROW)
     unit, thin, kept = 2 * N * (H + R) * V, 2 * N * R * V, int(share * N) / N
     expected = {"all": 4 - kept, "lora": 3 - kept + thin / unit, "frozen": 2}
@@ -66,7 +66,7 @@ def test_gemms_counted_exactly(share, tile_rows, seed):
 
 
 def grid():
-    """Every schedule by the reference; the interpreted kernels, which take seconds a case, in one of the ordinary."""
+    """Every schedule with the reference backend; interpreted kernels take seconds, so only one case is not slow."""
     scalings = {"plain": Scaling(), "cap": Scaling(0.7, 1.3, 3.0)}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     weighed = {"logps": ("logps",), "lse": ("logps", "lse"), "all": STATS}
@@ -80,9 +80,10 @@ def grid():
 
 @pytest.mark.parametrize("backend, dtype, share, needs, weigh, scaling", list(grid()))
 def test_against_float64_and_the_merged_head(backend, dtype, share, needs, weigh, scaling, seed, poison):
-    """Every schedule, with ignored rows and rows without gradient; plain PyTorch projects twice and adds."""
+    """Every schedule, with ignored rows and rows without gradient. Plain PyTorch adds two projections."""
     n, v, row = 96, 203, 4 * 208
-    operands, labels = problem(needs, dtype, 6 * n, 16, 3, v, "some")  # ours takes the first n, plain PyTorch all
+    # ours runs the first n rows, plain PyTorch all of them
+    operands, labels = problem(needs, dtype, 6 * n, 16, 3, v, "some")
     bias = torch.randn(v, device=DEVICE).to(dtype)
     g = torch.randint(-1, 2, (6 * n,), device=DEVICE).float()
     schedule = Schedule(logits_budget=int(share * n) * row, tile_bytes=8 * row)
@@ -134,7 +135,7 @@ def test_the_log_probs_do_not_depend_on_what_is_kept(backend, seed, poison):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("share", (0.0, 1.0))
 def test_no_merged_head(share, dtype, seed, monkeypatch):
-    """Peak beyond the results: the budget, two tiles, O(N H) and O(V r). A merged or concatenated head is far more."""
+    """The peak beyond the results is the budget, two tiles, O(N H) and O(V r), far less than a merged head."""
     n, h, r, v, tile = 96, 512, 4, 8192, 1 << 20
     operands, labels = problem(NEEDS["lora"], dtype, n, h, r, v)
     schedule = Schedule(logits_budget=int(share * n) * 4 * v, tile_bytes=tile)

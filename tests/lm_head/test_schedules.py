@@ -1,4 +1,4 @@
-"""What each schedule of `linear_logps` costs, counted, and that it changes nothing but the cost."""
+"""The schedules of `linear_logps`: counted FLOPs and memory, and results that do not depend on the schedule."""
 
 import counting
 import pytest
@@ -23,28 +23,37 @@ def problem(dtype=torch.float32, needs=(True, True), ignored="none", n=N, h=H, v
 
 
 def step(hidden, weight, labels, g, bias=None, outputs=("logps",), weigh=("logps",), **how):
-    """Forward and backward; the gradients of what requires one."""
+    """Forward and backward; the gradients of the tensors that require grad."""
     stats = fused_po.linear_logps(hidden, weight, labels, bias, outputs=outputs, **how)
     loss = sum((getattr(stats, name) * g * (1 + i)).sum() for i, name in enumerate(weigh))
     return torch.autograd.grad(loss, [t for t in (hidden, weight, bias) if t is not None and t.requires_grad])
 
 
 def budget(share, n=N):
-    """Bytes that keep this share of n rows of fp32."""
+    """The budget in bytes that keeps this share of n fp32 rows."""
     return int(share * n) * ROW
 
 
-def test_the_counter_sees_every_product():
+def test_the_counter_counts_every_product():
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
     x, y, z = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(2, 3, 5)
     products = [
-        lambda: torch.mm(a, b), lambda: torch.mm(a, b, out=c), lambda: a @ b, lambda: torch.addmm(c, a, b),
-        lambda: torch.addmm(c, a, b, out=c), lambda: c.addmm_(a, b), lambda: torch.nn.functional.linear(a, b.t()),
-    ]  # fmt: skip
+        lambda: torch.mm(a, b),
+        lambda: torch.mm(a, b, out=c),
+        lambda: a @ b,
+        lambda: torch.addmm(c, a, b),
+        lambda: torch.addmm(c, a, b, out=c),
+        lambda: c.addmm_(a, b),
+        lambda: torch.nn.functional.linear(a, b.t()),
+    ]
     batched = [
-        lambda: torch.bmm(x, y), lambda: torch.bmm(x, y, out=z), lambda: torch.baddbmm(z, x, y),
-        lambda: torch.baddbmm(z, x, y, out=z), lambda: z.baddbmm_(x, y), lambda: torch.matmul(x, y),
-    ]  # fmt: skip
+        lambda: torch.bmm(x, y),
+        lambda: torch.bmm(x, y, out=z),
+        lambda: torch.baddbmm(z, x, y),
+        lambda: torch.baddbmm(z, x, y, out=z),
+        lambda: z.baddbmm_(x, y),
+        lambda: torch.matmul(x, y),
+    ]
     assert [counting.flops(call) for call in products] == [2 * 3 * 4 * 5] * len(products)
     assert [counting.flops(call) for call in batched] == [2 * 2 * 3 * 4 * 5] * len(batched)
     if DEVICE == "cuda":
@@ -57,7 +66,7 @@ def test_the_counter_sees_every_product():
 @pytest.mark.parametrize("tile_rows", (7, 1000))
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_gemms_counted_exactly(share, tile_rows, seed):
-    """1G without gradients, 2G frozen with none of it in the backward, (4 - f)G trainable, (3 - f)G hidden frozen."""
+    """No gradients: 1G. Frozen head: 2G, none of it in the backward. Trainable: (4 - f)G. Frozen hidden: (3 - f)G."""
     unit = 2 * N * H * V
     schedule = Schedule(logits_budget=budget(share), tile_bytes=tile_rows * ROW)
 
@@ -103,7 +112,7 @@ DTYPES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "bf16 t
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 @pytest.mark.parametrize("dtype, logits_dtype", DTYPES.values(), ids=DTYPES)
 def test_memory(dtype, logits_dtype, share, needs, outputs, autocast, seed, monkeypatch):
-    """Peak beyond the results <= budget + one tile + fp32 for one block of the head + O(N H). No [V, H] temporary."""
+    """The peak beyond the results is at most the budget, a tile, an fp32 block of the head and O(N H); no [V, H]."""
     if autocast and dtype != torch.float32:
         pytest.skip("autocast starts from fp32")
     n, h, v, tile = 96, 512, 8192, 1 << 20
@@ -114,15 +123,13 @@ def test_memory(dtype, logits_dtype, share, needs, outputs, autocast, seed, monk
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             kept.append(step(hidden, weight, labels, g, outputs=outputs, weigh=outputs, schedule=schedule))
 
-    monkeypatch.setattr(
-        fused_po.reference.rows, "BLOCK_BYTES", 1 << 16
-    )  # of a few row blocks, were they 2 MiB, we'd see less
+    monkeypatch.setattr(fused_po.reference.rows, "BLOCK_BYTES", 1 << 16)  # 2 MiB blocks would hide other memory
     kept = []
-    run()  # what is allocated once for all
+    run()  # allocate what is allocated only once
     kept = []
     peak = counting.peak_bytes(run, DEVICE)
     results = sum(t.numel() * t.element_size() for t in kept[0])
-    # hidden in the GEMMs' dtype, scaled, gathered, unrounded; statistics; row blocks of the reference
+    # hidden in the GEMMs' dtype, scaled, gathered and unrounded; statistics; row blocks of the reference backend
     small = 6 * 4 * n * h + 64 * n * 8 + 8 * (1 << 16)
     block = tile  # 4 Vb H, fp32
     bound = schedule.logits_budget + tile + block + small
@@ -137,7 +144,7 @@ def test_memory(dtype, logits_dtype, share, needs, outputs, autocast, seed, monk
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_every_budget_against_float64(backend, dtype, share, scaling, seed, poison):
-    """log-probs, entropy and lse together: what comes back from the basis, and, with a softcap, from new logits."""
+    """Log-probs, entropy and lse: gradients from the kept basis and, with a softcap, from recomputed logits."""
     hidden = torch.randn(256, 16, device=DEVICE).to(dtype)
     weight = (torch.randn(203, 16, device=DEVICE) / 2).to(dtype)
     bias = torch.randn(203, device=DEVICE).to(dtype)
@@ -168,7 +175,7 @@ def test_budgets_give_equal_gradients_and_runs_are_bitwise_equal(backend, output
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_are_bitwise_equal_whatever_is_kept(backend, dtype, seed, poison):
-    """Policy and reference with equal weights, N and layout: a log-ratio of exactly 0."""
+    """With equal weights, N and layout the log-ratio of policy and reference is exactly 0."""
     n, v = 20, 300
     hidden, weight, labels, _ = problem(dtype, ignored="some", n=n, v=v)
     every = []
@@ -211,8 +218,11 @@ def test_retain_graph_checkpoint_hooks_and_compile(frozen, share, seed):
 
 
 @pytest.mark.parametrize("bound", (0, 20, 24))
-def test_a_known_number_of_scored_tokens(bound, seed):
-    """num_scored spares the sync: the same numbers, whether the bound is met or not. Too low a bound is no secret."""
+def test_a_given_number_of_scored_tokens(bound, seed):
+    """num_scored avoids the sync.
+
+    Exact counts and upper bounds change no result; too low a bound raises or gives NaN.
+    """
     hidden, weight, labels, g = problem(n=24)
     labels[:8] = IGNORE
     labels = labels[torch.randperm(24, device=DEVICE)]
@@ -238,7 +248,7 @@ def test_a_known_number_of_scored_tokens(bound, seed):
     assert (results[1][0][labels == IGNORE] == 0).all()
 
 
-def test_the_budget_of_the_environment_and_of_the_device(monkeypatch, seed):
+def test_the_budget_from_the_environment_and_the_device(monkeypatch, seed):
     hidden, weight, labels, g = problem()
     unit = 2 * N * H * V
     monkeypatch.setenv("FUSED_PO_LOGITS_BUDGET", "0")
@@ -258,20 +268,20 @@ def test_the_budget_of_the_environment_and_of_the_device(monkeypatch, seed):
 
 
 @pytest.mark.parametrize("where", ("forward", "backward"))
-def test_out_of_memory_says_what_to_lower_and_leaves_nothing(where, monkeypatch, seed):
-    """The GEMM's memory ends after a few tiles."""
+def test_out_of_memory_names_the_settings_and_frees_everything(where, monkeypatch, seed):
+    """A GEMM runs out of memory after a few tiles."""
     import gc
     import weakref
 
-    from fused_po.ops import head, head_backward
+    from fused_po.lm_head import gemm, head, tiles
 
     hidden, weight, labels, g = problem(n=60)
     schedule = Schedule(logits_budget=3 * ROW, tile_bytes=8 * ROW)
     made = []
-    room, project, calls = head.room, head.project, []
+    allocate, project, calls = tiles.padded_tile, gemm.project, []
 
     def noted(*arguments):
-        made.append(room(*arguments))
+        made.append(allocate(*arguments))
         return made[-1]
 
     def failing(*arguments):
@@ -280,9 +290,8 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(where, monkeypatch,
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return project(*arguments)
 
-    monkeypatch.setattr(head, "room", noted)
-    for module in (head, head_backward):
-        monkeypatch.setattr(module, "project", failing)
+    monkeypatch.setattr(tiles, "padded_tile", noted)
+    monkeypatch.setattr(head, "project", failing)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         step(hidden, weight, labels, g, schedule=schedule)
     message = str(caught.value)

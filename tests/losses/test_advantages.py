@@ -1,4 +1,4 @@
-"""Advantages without a value function: by hand, against loops over groups, against TRL's formulas, bad input."""
+"""Advantages without a value function: values worked out by hand, loops over groups, TRL's formulas, bad input."""
 
 import math
 import statistics
@@ -20,14 +20,14 @@ def f64(*values):
 
 @st.composite
 def grouped(draw):
-    """(rewards, ids of groups of any sizes, in any order) in float64."""
+    """(rewards, group ids) in float64; groups have any size and order."""
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
     names = draw(st.lists(st.integers(-(2**40), 2**40), min_size=len(sizes), max_size=len(sizes), unique=True))
     ids = draw(st.permutations([name for name, size in zip(names, sizes) for _ in range(size)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rewards = torch.randn(len(ids), generator=generator, dtype=F64)
     if draw(st.booleans()):
-        rewards = rewards.round()  # equal ones among them
+        rewards = rewards.round()  # some of them equal
     return rewards, torch.tensor(ids)
 
 
@@ -71,15 +71,15 @@ def test_by_hand():
     torch.testing.assert_close(losses.whiten(f64(1, 2, 3), eps=3.0, shift_mean=False), f64(1.5, 2, 2.5))
 
 
-def test_a_size_is_ids_that_lie_one_after_the_other(seed):
+def test_a_group_size_means_consecutive_ids(seed):
     rewards = torch.randn(12)
     for function in (losses.group_advantages, losses.leave_one_out_advantages):
         assert torch.equal(function(rewards, 4), function(rewards, torch.arange(12) // 4 * 7 - 100))
 
 
 @pytest.mark.parametrize("scale", ("group", "batch"))
-def test_as_trl_has_it(scale, seed):
-    """TRL's grpo_trainer: rewards less their group's mean, over a std of n - 1 plus 1e-4."""
+def test_group_advantages_equal_trls(scale, seed):
+    """TRL's grpo_trainer: (rewards - group mean) / (std with n - 1 + 1e-4)."""
     rewards = torch.randn(24, dtype=F64)
     groups = rewards.view(-1, 4)
     std = groups.std(1, keepdim=True) if scale == "group" else rewards.std()
@@ -90,7 +90,7 @@ def test_as_trl_has_it(scale, seed):
 @pytest.mark.parametrize("reward", (0.1, -7.3, 1e4, 1 / 3))
 @pytest.mark.parametrize("eps", (1e-4, 1e-9, 0.0))
 def test_equal_rewards_give_exactly_0(reward, eps):
-    """The mean of seven equal fp32 numbers is seldom that number: its error over eps would be an advantage."""
+    """The mean of seven equal fp32 numbers is rarely that number; its error divided by eps would be an advantage."""
     rewards = torch.full((21,), reward)
     assert not losses.group_advantages(rewards, 7, eps=eps).any()
     assert not losses.group_advantages(rewards, 7, scale="batch", eps=eps).any()
@@ -118,7 +118,7 @@ def test_nothing():
 
 
 def discounted(rewards, mask, gamma):
-    """Rewards-to-go token by token over those that count."""
+    """Rewards-to-go over the unmasked tokens, token by token."""
     out = torch.zeros_like(rewards)
     for row, m, target in zip(rewards, mask, out):
         running = 0.0

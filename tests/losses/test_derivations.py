@@ -1,4 +1,4 @@
-"""docs/derivations.md: where its links lead, and those of its statements that no other test holds, by enumeration."""
+"""docs/derivations.md: its links, and the statements that no other test checks, by enumeration."""
 
 import math
 import re
@@ -25,22 +25,22 @@ def close(a, b):
 
 @pytest.fixture
 def one(seed):
-    """(logits with gradient, log p, log q) of one token."""
+    """(logits that require grad, log p, log q) of one token."""
     theta = torch.randn(V, dtype=F64, requires_grad=True)
     return theta, theta.log_softmax(-1), (theta.detach() + 2 * torch.randn(V, dtype=F64)).log_softmax(-1)
 
 
 def as_loss(log_p, log_q, kind):
-    """The mean over tokens of p of their losses, the draws taken as given."""
+    """The expected loss over tokens drawn from p, with the probabilities held constant."""
     return (log_p.detach().exp() * losses.kl_loss(log_p, log_q, kind)).sum()
 
 
 def in_reward(log_p, log_q, kind):
-    """What REINFORCE minimises in the mean with the reward -k."""
+    """The expected loss of REINFORCE with the reward -k."""
     return (log_p.detach().exp() * losses.kl_estimate(log_p, log_q, kind) * log_p).sum()
 
 
-def test_every_link_leads_to_what_it_names():
+def test_every_link_names_its_target():
     links = re.findall(r"\[`(\w+)`\]\((\.\./[\w/]+\.py)\)", PAGE.read_text())
     assert len(links) > 60 and len(re.findall(r"\]\(\.\./", PAGE.read_text())) == len(links)
     for name, path in links:
@@ -77,7 +77,7 @@ def test_abs_as_a_loss_is_the_distance_of_probabilities(one):
 
 
 @pytest.mark.parametrize("kind", ("k2", "k3"))
-def test_in_the_reward_what_is_never_negative_has_no_gradient_of_first_order(kind, seed):
+def test_a_non_negative_estimate_in_the_reward_has_no_first_order_gradient(kind, seed):
     theta, direction = torch.randn(V, dtype=F64, requires_grad=True), torch.randn(V, dtype=F64)
     log_p, sizes = theta.log_softmax(-1), []
     for distance in (1e-3, 1e-2):
@@ -88,7 +88,7 @@ def test_in_the_reward_what_is_never_negative_has_no_gradient_of_first_order(kin
 
 @pytest.mark.filterwarnings("ignore:fused_po. k1 as a loss")
 def test_k1_as_a_loss_lowers_what_was_drawn(one):
-    """Whatever the reference: its gradient is 1[y] - p. Of another policy's draws the mean step leads away from it."""
+    """The gradient is 1[y] - p for any reference. For draws of another policy the mean step moves away from it."""
     theta, log_p, log_q = one
     p = log_p.exp().detach()
     steps = -torch.stack([grad(losses.kl_loss(log_p, log_q, "k1")[y], theta) for y in range(V)])
@@ -101,7 +101,7 @@ def test_k1_as_a_loss_lowers_what_was_drawn(one):
 
 
 def test_the_bases_are_the_gradients(one):
-    """The page's closed forms against autograd through what computes the KLs, and against the fused op."""
+    """The closed forms of the page against autograd through the KLs, and against the fused op."""
     theta, log_p, log_q = one
     p, q, w = log_p.exp().detach(), log_q.exp(), 0.3
     m = w * q + (1 - w) * p
@@ -125,7 +125,7 @@ def test_the_bases_are_the_gradients(one):
 
 
 class TwoTokens:
-    """Answers of two tokens: policy and reference, first token [V] and second given the first [V, V]."""
+    """Answers of two tokens. Policy and reference have logits [V] for the first token and [V, V] for the second."""
 
     def __init__(self):
         self.logits = [torch.randn(shape, dtype=F64, requires_grad=True) for shape in ((V,), (V, V))]
@@ -139,7 +139,7 @@ class TwoTokens:
 
 
 def test_the_sequences_kl_is_the_mean_of_the_sums_of_its_tokens(seed):
-    """Of the exact KLs as of k1."""
+    """Both for the exact KLs and for k1."""
     t = TwoTokens()
     p = t.joint.exp()
     exact = losses.categorical_kl(t.first, t.ref_first) + losses.categorical_kl(t.second, t.ref_second)[:, None]
@@ -149,7 +149,7 @@ def test_the_sequences_kl_is_the_mean_of_the_sums_of_its_tokens(seed):
 
 
 def test_the_kl_to_come_belongs_to_the_gradient(seed):
-    """k1 in the reward, summed from each token on, has the gradient of the answers' KL; per-token losses lack some."""
+    """k1 in the reward, summed from each token on, has the gradient of the answers' KL; per-token losses do not."""
     t = TwoTokens()
     p = t.joint.exp().detach()
     k1_first, k1_second = (t.first - t.ref_first).detach()[:, None], (t.second - t.ref_second).detach()

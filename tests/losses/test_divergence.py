@@ -1,6 +1,6 @@
-"""The theory of KL estimators by exact enumeration, worked numbers, penalties in rewards, controllers, bad input.
+"""KL estimators by exact enumeration, values worked out by hand, KL in rewards, controllers, bad input.
 
-A policy pi = softmax(theta) over five answers, each a token; expectations are sums over all of them.
+The policy pi = softmax(theta) has five answers of one token each; expectations are sums over all five.
 """
 
 import math
@@ -20,7 +20,7 @@ EPS = torch.finfo(F64).eps
 
 
 def policies(distance=1.0):
-    """(theta with gradient, log pi_ref, log of an older policy)."""
+    """(theta that requires grad, log pi_ref, log-probs of an older policy)."""
     theta = torch.randn(V, dtype=F64)
     ref = (theta + distance * torch.randn(V, dtype=F64)).log_softmax(-1)
     old = (theta + distance * torch.randn(V, dtype=F64)).log_softmax(-1)
@@ -28,18 +28,18 @@ def policies(distance=1.0):
 
 
 def true_gradient(theta, ref):
-    """Of KL(pi || pi_ref)."""
+    """The gradient of KL(pi || pi_ref)."""
     return torch.autograd.grad(losses.categorical_kl(theta.log_softmax(-1), ref), theta)[0]
 
 
 def expected_gradient(theta, sampler_logp, per_answer):
-    """sum over answers of P(answer) grad of its loss, the sampler's probabilities held constant."""
+    """Sum over answers of P(answer) * grad loss(answer), with the sampler's probabilities held constant."""
     loss = (sampler_logp.detach().exp() * per_answer(theta.log_softmax(-1))).sum()
     return torch.autograd.grad(loss, theta)[0]
 
 
 def close(a, b):
-    """Within float64 rounding."""
+    """Equal up to float64 rounding."""
     torch.testing.assert_close(a, b, rtol=0, atol=64 * EPS * max(1.0, float(b.abs().max())))
 
 
@@ -68,7 +68,7 @@ def test_k1_in_the_reward_gives_the_true_gradient(seed):
 
 
 def test_k3s_value_is_unbiased_and_its_gradient_is_not(seed):
-    """E[k3] = KL at any distance; as a loss its bias grows with the distance, faster than the distance."""
+    """E[k3] = KL at any distance. The bias of its gradient grows faster than the distance."""
     direction, theta = torch.randn(V, dtype=F64), torch.randn(V, dtype=F64).requires_grad_()
     biases = []
     for distance in (0.01, 0.1, 1.0):
@@ -94,7 +94,7 @@ def test_straight_through_has_k3s_value_and_the_true_gradient(seed):
 
 @pytest.mark.parametrize("estimator", ("k1", "k3"))
 def test_samples_of_an_older_policy_corrected(estimator, seed):
-    """E_old[k pi / pi_old] is KL(pi || pi_ref), and so is its gradient, for both unbiased estimators."""
+    """For both unbiased estimators E_old[k pi / pi_old] has the value and the gradient of KL(pi || pi_ref)."""
     theta, ref, old = policies()
     logp = theta.log_softmax(-1)
     value = (old.exp() * losses.kl_loss(logp, ref, estimator, old_logps=old)).sum()
@@ -118,9 +118,8 @@ def test_worked_numbers():
     assert losses.categorical_kl(q, p).item() == pytest.approx(0.6 * math.log(4), rel=1e-14)  # symmetric by accident
     p, q = (torch.tensor(v, dtype=F64).log() for v in ([0.5, 0.5], [0.9, 0.1]))
     assert losses.categorical_kl(p, q).item() == pytest.approx(0.5 * math.log(25 / 9), rel=1e-14)  # 0.5108
-    assert losses.categorical_kl(q, p).item() == pytest.approx(
-        0.9 * math.log(1.8) + 0.1 * math.log(0.2), rel=1e-14
-    )  # 0.3681
+    # 0.3681
+    assert losses.categorical_kl(q, p).item() == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), rel=1e-14)
     assert losses.categorical_kl(p, q) > losses.categorical_kl(q, p) + 0.1
 
 
@@ -132,7 +131,7 @@ def test_categorical_kl_of_masked_answers():
 
 @pytest.mark.parametrize("std_p, std_q", [(0.7, 0.7), (0.5, 2.0), (3.0, 1.0)])
 def test_gaussian_kls_gradient_in_the_mean(std_p, std_q, seed):
-    """(mean_p - mean_q) / std_q^2, whatever std_p; with equal variances the KL is |mean_p - mean_q|^2 / (2 std^2)."""
+    """(mean_p - mean_q) / std_q^2 for any std_p; with equal variances the KL is |mean_p - mean_q|^2 / (2 std^2)."""
     mean_p, mean_q = torch.randn(2, 3, 4, dtype=F64)
     mean_p.requires_grad_()
     kl = losses.gaussian_kl(mean_p, mean_q, std_p, std_q)
@@ -149,9 +148,9 @@ def test_gaussian_kls_gradient_in_the_mean(std_p, std_q, seed):
 
 
 def test_diffusion_dpo_is_the_papers_loss_of_noise_errors(seed):
-    """With equal variances of a step, KLs are weighted squared errors of the predicted noise, up to a shared factor."""
+    """With equal variances the KLs of a step are weighted squared errors of the predicted noise, up to a factor."""
     noise, ours, ref = torch.randn(3, 2, 4, 6, dtype=F64)  # [chosen and rejected, B, dimensions]
-    std, weight = 0.3, 0.8  # the mean of p is the noise's error times `weight` away from that of q
+    std, weight = 0.3, 0.8  # the means of p and q differ by `weight` times the error of the noise
 
     def kl(prediction):
         return losses.gaussian_kl(weight * noise, weight * prediction, std, std)
@@ -181,7 +180,7 @@ def test_kl_in_reward():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
     broken = torch.where(mask, logps, torch.nan)
     found = losses.kl_in_reward(torch.tensor([2.0, 3.0, 4.0]), broken, ref, mask, beta=0.1)
-    # k1 = 0.5, 0, -1; the answer's reward on its last token; an empty answer gives nothing
+    # k1 = 0.5, 0, -1; the answer's reward is added to its last token; an empty answer adds nothing
     torch.testing.assert_close(found, torch.tensor([[-0.05, 2.0, 0.0], [-0.05, 0.0, 3.1], [0.0, 0.0, 0.0]]))
     each = losses.kl_in_reward(torch.ones(3, 3), logps.requires_grad_(), ref, mask, beta=0.1)
     torch.testing.assert_close(each[1], torch.tensor([0.95, 1.0, 1.1]))
@@ -207,7 +206,7 @@ def test_wrong_uses_warn_once(seed):
             losses.kl_loss(logps, ref, "k1", straight_through=True)
 
 
-def test_names_of_the_field(seed):
+def test_common_names_of_estimators(seed):
     logps, ref = -torch.rand(2, 3), -torch.rand(2, 3)
     for one, other in (("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl")):
         assert torch.equal(losses.kl_estimate(logps, ref, one), losses.kl_estimate(logps, ref, other))

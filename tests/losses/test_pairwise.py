@@ -1,4 +1,4 @@
-"""Pairwise losses: TRL's own code beside ours, DPO's gradient and optimum, WPO, metrics, peers' bugs, bad input."""
+"""Pairwise losses: TRL's code, DPO's gradient and optimum, WPO, metrics, bugs of other libraries, bad input."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ B, T = 4, 6
 
 
 def batch():
-    """Per-token log-probs [2B, T] of policy and reference, a mask of answers of several lengths behind prompts."""
+    """Per-token log-probs [2B, T] of policy and reference, and a mask: answers of several lengths after prompts."""
     lengths = torch.randint(1, T, (2 * B,))
     at = torch.arange(T)
     mask = (at >= 1) & (at < 1 + lengths[:, None])
@@ -28,7 +28,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def trl_dpo(name, logps, ref_logps, mask, beta, smoothing, divergence):
-    """The per-pair loss as the branches of TRL's DPO trainer compute it; its completion_mask has a column more."""
+    """The per-pair loss, computed by the branches of TRL's DPO trainer; its completion_mask has one column more."""
     body = function(trainer("trainer/dpo_trainer.py"), "_compute_loss")
     chosen, rejected = logps.sum(-1).chunk(2)
     ref_chosen, ref_rejected = ref_logps.sum(-1).chunk(2)
@@ -36,11 +36,22 @@ def trl_dpo(name, logps, ref_logps, mask, beta, smoothing, divergence):
     scores = [losses.f_divergence_score(r, divergence=divergence) for r in ratios]
     settings = SimpleNamespace(beta=beta, label_smoothing=smoothing, args=SimpleNamespace(discopop_tau=0.05))
     return execute(
-        branch(body, name), self=settings, device="cpu",
-        chosen_logps=chosen, rejected_logps=rejected, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected,
-        chosen_logratios=ratios[0], rejected_logratios=ratios[1], chosen_scores=scores[0], rejected_scores=scores[1],
-        delta_score=scores[0] - scores[1], per_token_logps=logps, completion_mask=mask, shift_completion_mask=mask,
-    ).per_sequence_loss  # fmt: skip
+        branch(body, name),
+        self=settings,
+        device="cpu",
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        chosen_logratios=ratios[0],
+        rejected_logratios=ratios[1],
+        chosen_scores=scores[0],
+        rejected_scores=scores[1],
+        delta_score=scores[0] - scores[1],
+        per_token_logps=logps,
+        completion_mask=mask,
+        shift_completion_mask=mask,
+    ).per_sequence_loss
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -102,7 +113,7 @@ def test_dpos_gradient_is_the_papers(seed):
 
 @pytest.mark.parametrize("beta", (0.1, 1.0))
 def test_dpos_optimum_is_the_tilted_reference(beta):
-    """Two answers with rewards r, preferences drawn by Bradley-Terry: the minimum is pi_ref exp(r / beta) / Z."""
+    """Two answers with rewards r and Bradley-Terry preferences: the minimum is pi_ref exp(r / beta) / Z."""
     rewards, ref = torch.tensor([0.3, -0.2], dtype=F64), torch.tensor([0.4, 0.6], dtype=F64).log()
     p = torch.sigmoid(rewards[0] - rewards[1])
     theta = torch.zeros(1, dtype=F64, requires_grad=True)
@@ -123,8 +134,8 @@ def test_dpos_optimum_is_the_tilted_reference(beta):
     torch.testing.assert_close(torch.sigmoid(theta.detach())[0], expected[0], rtol=1e-9, atol=1e-12)
 
 
-def test_sigmoid_never_ignores_label_smoothing(seed):
-    """A bug of the peers: loss_type="sigmoid" that drops label_smoothing without a word."""
+def test_sigmoid_reads_label_smoothing(seed):
+    """Other libraries had this bug: loss_type="sigmoid" silently ignores label_smoothing."""
     four = torch.randn(4, B, dtype=F64)
     smoothed = losses.preference_loss(*four, loss_type="sigmoid", label_smoothing=0.2)
     torch.testing.assert_close(smoothed, losses.dpo(*four, label_smoothing=0.2))
@@ -137,8 +148,8 @@ def test_sigmoid_never_ignores_label_smoothing(seed):
             )
 
 
-def test_ipo_by_name_never_lacks_its_token_counts(seed):
-    """A bug of the peers: IPO on sums where means are meant. By TRL's name it wants the counts, or is an error."""
+def test_ipo_by_name_requires_token_counts(seed):
+    """Other libraries had this bug: IPO of sums instead of means. By TRL's name, missing token counts are an error."""
     four = torch.randn(4, B, dtype=F64)
     with pytest.raises(ValueError, match=r"chosen_length, rejected_length: got None.*ipo"):
         losses.preference_loss(*four, loss_type="ipo")
@@ -217,7 +228,7 @@ BAD = [
     (lambda: losses.sft(pairs()[0], torch.ones(3)), r"mask: got shape \(3,\), expected \(4,\), that of logps"),
     (lambda: losses.wpo_weights(torch.zeros(3, 2), torch.ones(3, 2)), r"logps: got shape \(3, 2\), expected \[2B, T\]"),
     (lambda: losses.tdpo(*pairs(), pairs()[0], torch.randn(3)), r"rejected_kl: got shape \(3,\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, message", BAD)
@@ -227,7 +238,7 @@ def test_bad_input(call, message):
 
 
 def test_losses_compile_to_one_graph(seed):
-    """Checks of values are no graph breaks."""
+    """Checks of values cause no graph breaks."""
     four = [torch.randn(B, requires_grad=i < 2) for i in range(4)]
 
     def loss(c, r, rc, rr):

@@ -1,4 +1,4 @@
-"""The policy losses: gradients by enumeration, what is masked, devices that cannot sync, bad input."""
+"""Policy losses: gradients by enumeration, masks, no syncs with the device, bad input."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ EOS, V, T = 0, 3, 3
 
 
 class Language:
-    """Every answer over three tokens up to three long, the policy's logits for each prefix, and a reward an answer."""
+    """All answers of up to three tokens from a vocabulary of three, with policy logits per prefix and a reward each."""
 
     def __init__(self):
         self.answers = [a for n in range(1, T + 1) for a in self.of_length(n)]
@@ -25,7 +25,7 @@ class Language:
         self.rewards = torch.randn(len(self.answers), dtype=F64)
 
     def of_length(self, n):
-        """Answers of n tokens: they end with EOS, or at the limit."""
+        """Answers of n tokens, which end with EOS or at the limit."""
         stems = [()]
         for _ in range(n - 1):
             stems = [(*s, v) for s in stems for v in range(1, V)]
@@ -35,7 +35,7 @@ class Language:
         return torch.randn(len(self.rows), V, dtype=F64, requires_grad=True)
 
     def logps(self, logits):
-        """[answers, T], NaN after the end."""
+        """Log-probs [answers, T], with NaN after the end of each answer."""
         table = logits.log_softmax(-1)
         return torch.stack(
             [
@@ -78,7 +78,7 @@ def test_reinforce_is_the_policy_gradient(language):
 
 @pytest.mark.parametrize("loss", ["weights", "rloo"])
 def test_the_off_policy_gradient_is_the_on_policy_one(language, loss):
-    """Answers of a sampler, weighted: E_sampler[w loss] has the gradient of -E_pi[reward]."""
+    """Weighted answers of another sampler: E_sampler[w loss] has the gradient of -E_pi[reward]."""
     logits, sampler = language.logits(), language.logps(language.logits()).detach()
     logps = language.logps(logits)
     expected = gradient(-(language.probabilities(logps) * language.rewards).sum(), logits)
@@ -96,7 +96,7 @@ def test_the_off_policy_gradient_is_the_on_policy_one(language, loss):
 
 
 def test_token_weights_are_exact_for_answers_of_one_token(language):
-    """E_old[rho A] of single tokens: GRPO's importance weights give the on-policy gradient."""
+    """GRPO's importance weights: E_old[rho A] over single tokens has the on-policy gradient."""
     logits, old = (torch.randn(V, dtype=F64, requires_grad=True) for _ in range(2))
     logps, old, a = logits.log_softmax(-1), old.log_softmax(-1).detach(), torch.randn(V, dtype=F64)
     wide = dict(epsilon=1.0, epsilon_high=1e9)
@@ -105,7 +105,7 @@ def test_token_weights_are_exact_for_answers_of_one_token(language):
 
 
 def test_the_corrected_kl_is_the_reverse_kl(seed):
-    """E_old[rho k3] is KL(pi || ref) in value and gradient; without rho it is neither."""
+    """E_old[rho k3] has the value and gradient of KL(pi || ref); without rho it has neither."""
     logits, old, ref = (torch.randn(V, dtype=F64, requires_grad=True) for _ in range(3))
     logps, old, ref = logits.log_softmax(-1), old.log_softmax(-1).detach(), ref.log_softmax(-1).detach()
     exact = (logps.exp() * (logps - ref)).sum()
@@ -120,7 +120,7 @@ def test_the_corrected_kl_is_the_reverse_kl(seed):
 
 
 def batch(*, apart: float = 0.5, dtype=F64):
-    """(logps with gradients, old, advantages, mask, ref); one answer is empty, what is masked is NaN."""
+    """(logps that require grad, old, advantages, mask, ref). One answer is empty; masked values are NaN."""
     mask = torch.rand(5, 7) > 0.3
     mask[2] = False
     logps = torch.where(mask, -2 * torch.rand(5, 7, dtype=dtype), math.nan)
@@ -158,7 +158,7 @@ def test_at_ratio_one_the_gradient_is_reinforces(loss, seed):
 
 @pytest.mark.parametrize("apart", (0.0, 0.1))
 def test_gspos_two_forms_have_one_gradient(apart, seed):
-    """Of answers' losses, the means over tokens: any ratio, advantages of answers."""
+    """The per-token form averages to the per-answer form, for any ratio and advantages of answers."""
     logps, old, advantages, mask, _ = batch(apart=apart)
     plain, by_token = (
         losses.gspo(logps, old, advantages, mask, epsilon=0.05, epsilon_high=0.05, token_level=form)
@@ -176,8 +176,11 @@ def test_gspos_two_forms_have_one_gradient(apart, seed):
 
 
 @pytest.mark.parametrize("loss_type", [name for name in GRPO_MODES if name != "vespo"])
-def test_grpo_without_importance_weights_stays_out(loss_type, seed):
-    """The peers' bug: a ratio of pi and itself where old log-probs are given. The gradient: rho A grad log pi."""
+def test_grpo_uses_the_given_old_log_probs(loss_type, seed):
+    """Other libraries had this bug: the ratio of pi and itself although old log-probs are given.
+
+    The gradient must be rho A grad log pi.
+    """
     mask = torch.ones(4, 1, dtype=torch.bool)
     old = -2 * torch.rand(4, 1, dtype=F64) - 1
     logps = (old + 0.5 * torch.rand(4, 1, dtype=F64) + 0.1).requires_grad_()
@@ -192,7 +195,7 @@ def test_grpo_without_importance_weights_stays_out(loss_type, seed):
     assert (rho - 1).abs().min() > 0.1
 
 
-def test_two_names_of_one_bound(seed):
+def test_two_names_for_one_bound(seed):
     logps, _, advantages, mask, _ = batch()
     mask[0], advantages[0] = True, -1.0
     logps = logps.detach().nan_to_num(-1.0)
@@ -203,9 +206,9 @@ def test_two_names_of_one_bound(seed):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @every_loss
-def test_what_is_masked_is_zero_and_does_not_matter(loss, seed):
+def test_masked_values_are_zero_and_not_read(loss, seed):
     logps, old, advantages, mask, _ = batch()
-    with torch.autograd.detect_anomaly(check_nan=True):  # no NaN on the way either
+    with torch.autograd.detect_anomaly(check_nan=True):  # no NaN inside the backward either
         value = loss(logps, old, advantages, mask)
         grad = gradient(value.sum(), logps)
     assert value.shape == mask.shape and torch.equal(value[~mask], torch.zeros_like(value[~mask]))
@@ -228,7 +231,7 @@ def test_an_empty_batch_and_an_all_masked_one(loss):
 
 @every_loss
 def test_no_host_sync(loss):
-    """On the meta device reading a value raises, as a sync would on a GPU if it were forbidden."""
+    """On the meta device reading a value raises, which stands for a sync on a GPU."""
     logps = torch.empty(3, 4, device="meta", requires_grad=True)
     a, mask = torch.empty(3, device="meta"), torch.empty(3, 4, device="meta", dtype=torch.bool)
     loss(logps, logps.detach(), a, mask).sum().backward()
@@ -345,7 +348,7 @@ BAD = [
     (lambda: losses.importance_weights(X, X, M, low=2.0, high=1.0), "high: got 1.0, allowed are numbers > 2.0"),
     (lambda: losses.off_policy_sequence_mask(X, X, A, M, threshold=0.0), "threshold: got 0.0"),
     (lambda: losses.policy_metrics(X, X, A, M, weights=X), "weights: got a tensor, which only vespo reads"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, message", BAD, ids=[message[:40] for _, message in BAD])
@@ -355,7 +358,7 @@ def test_bad_input(call, message):
 
 
 def test_an_answer_without_tokens_contributes_nothing():
-    """Documented: its advantage is not read, and it counts in no mean over tokens."""
+    """As documented: its advantage is not read, and no mean over tokens counts it."""
     mask = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     logps = X.clone().requires_grad_()
     value = losses.grpo(logps, X, NAN_A, mask)

@@ -1,4 +1,4 @@
-"""The policy losses and metrics beside TRL's own code, run from its source; metrics of batches TRL cannot take."""
+"""Policy losses and metrics against TRL's code, run from its source; metrics of batches that TRL does not accept."""
 
 import ast
 import functools
@@ -20,7 +20,7 @@ function = functools.cache(trl_source.function)  # parsing TRL's file takes a se
 
 
 def run_trl(path: str, method: str, first: str, **names) -> SimpleNamespace:
-    """The statements of a TRL method from the assignment to `first` on, without its return."""
+    """The statements of a TRL method from the assignment to `first` on, without the return."""
     body = function(trainer(path), method).body
     assigned = [isinstance(s, ast.Assign) and getattr(s.targets[0], "id", "") == first for s in body]
     assert any(assigned), f"{method} does not assign {first} any more"
@@ -28,22 +28,40 @@ def run_trl(path: str, method: str, first: str, **names) -> SimpleNamespace:
 
 
 def trl_self(**settings):
-    """A trainer as far as a loss looks at it, of one process, in training."""
+    """A stand-in for a trainer in training on one process, with the attributes that a loss reads."""
     metrics = {"train": defaultdict(list)}
     gamma = execute([function(trainer("trainer/grpo_trainer.py"), "get_gamma_weights")], math=math).get_gamma_weights
     args = dict(
-        delta=None, use_bias_correction_kl=True, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,
-        vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, steps_per_generation=1,
-    )  # fmt: skip
+        delta=None,
+        use_bias_correction_kl=True,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+        steps_per_generation=1,
+    )
     own = dict(
-        importance_sampling_level="token", loss_type="grpo", beta=0.0, epsilon_low=0.2, epsilon_high=0.2,
-        off_policy_mask_threshold=None, use_vllm=False, vllm_importance_sampling_correction=False,
-        current_gradient_accumulation_steps=1, max_completion_length=7, _entropy_bonus_enabled=False,
-        aux_loss_enabled=False, _metrics=metrics, get_gamma_weights=gamma, model=SimpleNamespace(training=True),
+        importance_sampling_level="token",
+        loss_type="grpo",
+        beta=0.0,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        max_completion_length=7,
+        _entropy_bonus_enabled=False,
+        aux_loss_enabled=False,
+        _metrics=metrics,
+        get_gamma_weights=gamma,
+        model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
             num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v, sync_gradients=True
         ),
-    )  # fmt: skip
+    )
     args |= {k: v for k, v in settings.items() if k in args}
     own |= {k: v for k, v in settings.items() if k in own}
     assert set(settings) <= set(args) | set(own)
@@ -58,16 +76,25 @@ def trl_grpo(settings, logps, old, advantages, mask, ref, entropy, weights, path
         inputs["importance_sampling_ratio"] = weights
         trainer_self.use_vllm = trainer_self.vllm_importance_sampling_correction = True
     done = run_trl(
-        path, "_compute_loss", "log_ratio",
-        self=trainer_self, inputs=inputs, per_token_logps=logps, old_per_token_logps=old, mask=mask.to(F64),
-        advantages=advantages if "gmpo" in path else advantages[:, None], entropies=entropy, entropy_mask=None,
-        nanmin=lambda v: v[~v.isnan()].min(), nanmax=lambda v: v[~v.isnan()].max(),
-    )  # fmt: skip
+        path,
+        "_compute_loss",
+        "log_ratio",
+        self=trainer_self,
+        inputs=inputs,
+        per_token_logps=logps,
+        old_per_token_logps=old,
+        mask=mask.to(F64),
+        advantages=advantages if "gmpo" in path else advantages[:, None],
+        entropies=entropy,
+        entropy_mask=None,
+        nanmin=lambda v: v[~v.isnan()].min(),
+        nanmax=lambda v: v[~v.isnan()].max(),
+    )
     return done.loss, {name: v[0] for name, v in trainer_self._metrics["train"].items()}
 
 
 def whole_batch():
-    """Without NaN and empty answers, which TRL cannot take."""
+    """A batch without NaN and empty answers, which TRL does not accept."""
     mask = torch.rand(5, 7) > 0.3
     mask[:, 0] = True
     logps = -2 * torch.rand(5, 7, dtype=F64)
@@ -102,7 +129,7 @@ def test_trls_grpo_trainer_gives_the_same_loss_gradient_and_metrics(case, seed):
         weighted = settings.pop("weights", False)
         clipped = name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
         if (case == "delta" and not clipped) or ("importance_sampling_level" in settings and name == "vespo"):
-            continue  # ours refuses them, TRL ignores the first and half ignores the second
+            continue  # ours refuses them; TRL ignores the first, and ignores the second in part
         if name == "sapo":
             settings.setdefault("sapo_temperature_neg", 1.25)  # TRL rounds 1.05 to fp32
         ends = {"epsilon": 0.2, "epsilon_high": 0.3} if clipped else {"epsilon_high": 1.2} if name == "cispo" else {}
@@ -168,19 +195,25 @@ def test_trls_rloo_trainer_agrees(seed):
 def test_trls_importance_sampling_modes(mode, seed):
     generate = function(trainer("trainer/grpo_trainer.py"), "_generate_and_score_completions")
     found = [
-        node for node in ast.walk(generate)
-        if isinstance(node, ast.If) and any("sequence_level_is =" in ast.unparse(s) for s in node.body)
+        node
+        for node in ast.walk(generate)
+        if isinstance(node, ast.If)
+        and any("sequence_level_is =" in ast.unparse(s) for s in node.body)
         and all(not isinstance(s, ast.With) for s in node.body)
-    ]  # fmt: skip
+    ]
     assert len(found) == 1, "TRL weighs in another way now"
     logps, old, _, mask, _ = whole_batch()
-    old[0, 0] = math.nan  # what the sampler could not score
+    old[0, 0] = math.nan  # tokens that the sampler did not score
     settings = {"mode": mode, "clip_min": 0.6, "clip_max": 1.5}
     done = execute(
-        found[0].body, math=math, completion_mask=mask.to(F64), tool_mask=None, old_per_token_logps=logps.detach(),
+        found[0].body,
+        math=math,
+        completion_mask=mask.to(F64),
+        tool_mask=None,
+        old_per_token_logps=logps.detach(),
         sampling_per_token_logps=old,
         self=SimpleNamespace(**{f"vllm_importance_sampling_{k}": v for k, v in settings.items()}),
-    )  # fmt: skip
+    )
     level, kind = mode.split("_")
     how = dict(level=level, kind=kind, low=0.6, high=1.5)
     ours = losses.importance_weights(logps, old, mask, **how, allow_missing=True)

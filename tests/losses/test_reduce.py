@@ -1,4 +1,4 @@
-"""From tokens to sequences and to a batch's loss: by hand, against loops, over micro-batches and ranks, bad input."""
+"""`sequence_logps`, `aggregate`, `token_weights`: by hand, against loops, over micro-batches and ranks, bad input."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ COUNTED = {
 def test_sequence_logps(seed):
     logps = torch.randn(3, 4, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
-    broken = torch.where(mask, logps, torch.nan)  # what is masked is not looked at
+    broken = torch.where(mask, logps, torch.nan)  # masked values are not read
     sums = fused_po.sequence_logps(broken, mask)
     expected = torch.stack([row[m].sum() for row, m in zip(logps, mask)])
     torch.testing.assert_close(sums, expected)
@@ -44,7 +44,7 @@ def test_low_precision_sums_and_counts_are_fp32():
 
 
 def ld_oracle(rows, alpha):
-    """LD-DPO's sums of 2B lists of log-probs, chosen first."""
+    """LD-DPO's sums of 2B lists of log-probs, the chosen answers first."""
     half = len(rows) // 2
     shared = [min(len(rows[i % half]), len(rows[i % half + half])) for i in range(len(rows))]
     return [sum(row[:n]) + alpha * sum(row[n:]) for row, n in zip(rows, shared)]
@@ -56,7 +56,7 @@ def test_ld_alpha_by_hand():
     assert fused_po.sequence_logps(logps, mask, ld_alpha=0.5).tolist() == [-4.0, -8.0]
     packed, bounds = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor([0, 3, 4])
     assert fused_po.sequence_logps(packed, None, bounds, ld_alpha=0.5).tolist() == [-4.0, -8.0]
-    # with average, over all 3 tokens that count, as TRL's sigmoid_norm
+    # average=True divides by all 3 counted tokens, like TRL's sigmoid_norm
     average = fused_po.sequence_logps(logps, mask, ld_alpha=0.5, average=True)
     torch.testing.assert_close(average, torch.tensor([-4 / 3, -8.0]))
 
@@ -64,7 +64,7 @@ def test_ld_alpha_by_hand():
 @pytest.mark.parametrize("alpha", (0.0, 0.3, 1.0))
 def test_ld_alpha_against_the_loop(alpha, seed):
     logps, mask = torch.randn(8, 9, dtype=F64), torch.rand(8, 9) < 0.5
-    mask[2] = False  # an empty chosen answer: all of its rejected one lies beyond
+    mask[2] = False  # an empty chosen answer: all tokens of the rejected answer are in its tail
     broken = torch.where(mask, logps, torch.nan).requires_grad_()
     rows = [row[m].tolist() for row, m in zip(logps, mask)]
     got = fused_po.sequence_logps(broken, mask, ld_alpha=alpha)
@@ -75,7 +75,7 @@ def test_ld_alpha_against_the_loop(alpha, seed):
     assert torch.equal(broken.grad[~mask], torch.zeros_like(broken.grad[~mask]))
     assert set(broken.grad[mask].unique().tolist()) <= {alpha, 1.0}
 
-    # The same packed, with tokens that do not count among them.
+    # The same rows packed, with masked tokens in between.
     lengths = torch.randint(0, 7, (8,))
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     packed, packed_mask = torch.randn(int(bounds[-1]), dtype=F64), torch.rand(int(bounds[-1])) < 0.7
@@ -134,8 +134,8 @@ def test_modes_against_the_loop(mode, packed, seed):
 @pytest.mark.parametrize("as_tensor", (False, True))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packed", (False, True))
-def test_micro_batches_and_ranks_make_the_one_big_batch(mode, packed, as_tensor, seed):
-    """Two ranks, each with micro-batches of other sizes and lengths, one of them empty: value and gradient."""
+def test_micro_batches_and_ranks_equal_one_batch(mode, packed, as_tensor, seed):
+    """Value and gradient on two ranks, with micro-batches of different sizes and lengths, one of them empty."""
     loss, mask = torch.randn(12, 6, dtype=F64), torch.rand(12, 6) < 0.5
     mask[3:5] = False
     weight = torch.ones((), dtype=F64, requires_grad=True)
@@ -164,7 +164,7 @@ def test_micro_batches_and_ranks_make_the_one_big_batch(mode, packed, as_tensor,
 
 @pytest.mark.parametrize("counts", ({}, {"num_tokens": 0, "num_sequences": torch.tensor(0)}))
 @pytest.mark.parametrize("mode", MODES)
-def test_where_nothing_counts_it_is_a_differentiable_0(mode, counts):
+def test_without_counted_tokens_the_loss_is_a_differentiable_zero(mode, counts):
     for shape in ((3, 4), (3, 0), (0, 4)):
         loss = torch.full(shape, torch.nan, requires_grad=True)
         value = fused_po.aggregate(loss, torch.zeros(shape), mode, **counts, **lengths_of(mode))
@@ -194,7 +194,7 @@ def test_token_weights_are_those_of_aggregate(mode, packed, seed):
     torch.testing.assert_close((weights * losses).sum(), fused_po.aggregate(losses, mask, mode, **counts))
 
 
-def test_low_precision_is_added_up_in_fp32():
+def test_low_precision_is_summed_in_fp32():
     value = fused_po.aggregate(torch.ones(1, 1001, dtype=torch.bfloat16), None, "seq-mean-token-sum")
     assert value.dtype == torch.float32 and value.item() == 1001
 

@@ -1,4 +1,4 @@
-"""Reward modelling beyond its rows in the zoo: rankings, strengths from a table of wins, metrics, bad input."""
+"""Reward-model losses beyond their rows in the zoo: rankings, strengths from a table of wins, metrics, bad input."""
 
 import ast
 import itertools
@@ -15,7 +15,7 @@ F64 = torch.float64
 
 
 def table(n: int, **games: tuple[float, float]) -> torch.Tensor:
-    """[n, n] wins from results such as AB=(8, 4): A beat B 8 times, B beat A 4 times."""
+    """Wins [n, n] from results such as AB=(8, 4): A beat B 8 times, and B beat A 4 times."""
     wins = torch.zeros(n, n, dtype=F64)
     for pair, (first, second) in games.items():
         i, j = (ord(letter) - ord("A") for letter in pair)
@@ -23,7 +23,7 @@ def table(n: int, **games: tuple[float, float]) -> torch.Tensor:
     return wins
 
 
-def test_plackett_luce_of_two_is_bradley_terry_to_the_bit(seed):
+def test_plackett_luce_of_two_is_bitwise_bradley_terry(seed):
     chosen, rejected = torch.randn(2, 100) * 30
     assert torch.equal(losses.plackett_luce(torch.stack([chosen, rejected], 1)), losses.bradley_terry(chosen, rejected))
 
@@ -82,19 +82,20 @@ def test_metrics_by_hand():
 # Strengths from a table of wins.
 
 
-def test_strengths_where_two_pairs_met():
-    """8:4 and 3:5: a tree of games, so that every pair's own odds are met, and the errors are those of two counts."""
+def test_strengths_from_two_pairs():
+    """Results 8:4 and 3:5. The games form a tree, so every pair's own odds are fitted exactly."""
     fit = losses.bradley_terry_mle(table(3, AB=(8, 4), AC=(3, 5)))
     exactly = dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fit.strengths, torch.tensor([1, 1 / 2, 5 / 3], dtype=F64), **exactly)
     assert fit.win_probability[1, 2].item() == pytest.approx(3 / 13, rel=1e-12)  # (1/2) / (1/2 + 5/3) = 0.2308
-    errors = torch.tensor([0, 1 / 8 + 1 / 4, 1 / 3 + 1 / 5], dtype=F64).sqrt()  # of a log-odds: 1 / wins + 1 / losses
+    # the variance of log-odds: 1 / wins + 1 / losses
+    errors = torch.tensor([0, 1 / 8 + 1 / 4, 1 / 3 + 1 / 5], dtype=F64).sqrt()
     torch.testing.assert_close(fit.standard_errors, errors, **exactly)
     assert fit.strengths.dtype == fit.standard_errors.dtype == fit.win_probability.dtype == F64
 
 
-def test_strengths_where_all_pairs_met():
-    """3:1, 1:1, 1:1. Wins of 4, 2, 2 equal the expected ones."""
+def test_strengths_from_all_pairs():
+    """Results 3:1, 1:1 and 1:1: the expected wins equal the actual 4, 2 and 2."""
     wins = table(3, AB=(3, 1), AC=(1, 1), BC=(1, 1))
     fit = losses.bradley_terry_mle(wins)
     torch.testing.assert_close(fit.strengths, torch.tensor([1, 0.4320, 0.6573], dtype=F64), rtol=0, atol=5e-5)
@@ -103,8 +104,8 @@ def test_strengths_where_all_pairs_met():
     torch.testing.assert_close(fit.win_probability + fit.win_probability.T, torch.ones(3, 3, dtype=F64))
 
 
-def test_strengths_are_where_the_likelihood_is_largest(seed):
-    """Against the likelihood itself: its gradient is 0, and its curvature gives the errors."""
+def test_strengths_maximise_the_likelihood(seed):
+    """At the strengths the gradient of the likelihood is 0, and its curvature gives the standard errors."""
     n = 6
     wins = torch.randint(1, 30, (n, n)).double().fill_diagonal_(0)
     fit = losses.bradley_terry_mle(wins)
@@ -120,11 +121,11 @@ def test_strengths_are_where_the_likelihood_is_largest(seed):
     torch.testing.assert_close(fit.standard_errors[1:], torch.linalg.inv(curvature).diagonal().sqrt())
 
 
-def test_strengths_are_found_again_and_in_any_order(seed):
+def test_strengths_are_recovered_in_any_order(seed):
     n = 8
     truth = torch.exp(2 * torch.randn(n, dtype=F64))
     probability = truth[:, None] / (truth[:, None] + truth[None])
-    fit = losses.bradley_terry_mle((probability * 100).fill_diagonal_(0))  # as many wins as expected: no noise
+    fit = losses.bradley_terry_mle((probability * 100).fill_diagonal_(0))  # wins equal their expectation, without noise
     torch.testing.assert_close(fit.strengths, truth / truth[0], rtol=1e-9, atol=0)
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(n - 1)])
     wins = torch.randint(1, 9, (n, n)).fill_diagonal_(0)
@@ -164,7 +165,7 @@ def test_tables_without_strengths(wins, message):
         losses.bradley_terry_mle(wins, names="ABCD"[: len(wins)])
 
 
-def test_a_little_to_both_counts_is_a_way_out():
+def test_adding_a_little_to_all_counts_gives_strengths():
     fit = losses.bradley_terry_mle(table(2, AB=(3.5, 0.5)))
     assert fit.strengths[1].item() == pytest.approx(1 / 7)
 

@@ -1,4 +1,4 @@
-"""Losses of whole sequences refuse log-probs of tokens, and say what makes sequences of them."""
+"""Sequence losses refuse per-token log-probs, and the error names the function that sums them."""
 
 import public_calls
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_po import losses, modules, sequence_logps
 
-LOGPS = {  # the arguments that are numbers of whole sequences
+LOGPS = {  # the arguments that have one number per sequence
     "chosen", "rejected", "ref_chosen", "ref_rejected", "gold", "logps", "ref_logps", "kl_logps", "ref_kl_logps",
     "chosen_kl", "rejected_kl", "ref_chosen_kl", "ref_rejected_kl", "policy_chosen_logps", "policy_rejected_logps",
     "reference_chosen_logps", "reference_rejected_logps", "desirable", "kl",
@@ -22,17 +22,18 @@ OF_SEQUENCES = {
 TARGETS = [target for target in public_calls.targets() if target.name in OF_SEQUENCES]
 
 
-def test_all_are_here():
+def test_every_sequence_loss_is_tested():
     assert {target.name for target in TARGETS} == OF_SEQUENCES
     takes = {
-        target.name for target in public_calls.targets()
+        target.name
+        for target in public_calls.targets()
         if {"chosen", "rejected"} <= {*target.arguments} or {"logps", "desirable"} <= {*target.arguments}
-    }  # fmt: skip
+    }
     assert takes <= OF_SEQUENCES
 
 
 def with_tokens(target: public_calls.Target, shape: tuple[int, ...]) -> dict:
-    """A good call's arguments, those of sequences in another shape; every reference is given."""
+    """A good call's arguments with the sequence arguments in another shape; every reference is given."""
     given = {n: normal(B) for n in ("ref_chosen", "ref_rejected", "ref_logps") if n in target.arguments} | target.good
     found = {}
     for name, value in given.items():
@@ -53,7 +54,7 @@ def test_tokens_are_refused(target, shape):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
-def test_one_sequence_without_a_batch_is_the_batch_of_one(target):
+def test_a_sequence_without_a_batch_dimension_is_a_batch_of_one(target):
     given = with_tokens(target, (B,))
     one = {name: v[0] if isinstance(v, Tensor) and v.shape == (B,) else v for name, v in given.items()}
     batch = {name: v[:1] if isinstance(v, Tensor) and v.shape == (B,) else v for name, v in given.items()}
@@ -62,7 +63,7 @@ def test_one_sequence_without_a_batch_is_the_batch_of_one(target):
         torch.testing.assert_close(ours.reshape(-1), theirs.reshape(-1), rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_way_out_works():
+def test_the_suggested_fix_works():
     tokens = normal(2 * B, T)
     with pytest.raises(ValueError, match=r"fused_po\.sequence_logps"):
         losses.dpo(*tokens.chunk(2))
@@ -71,7 +72,7 @@ def test_the_way_out_works():
         modules.DPOLoss(0.1)(*tokens.chunk(2), *tokens.chunk(2))
 
 
-def test_losses_of_tokens_take_tokens_and_any_shape_stays():
+def test_token_losses_take_any_shape():
     tokens = -normal(B, T).abs()
     assert losses.sft(tokens).shape == (B, T)
     assert losses.alphapo_reward(tokens, 0.25).shape == losses.f_divergence_score(tokens, tokens).shape == (B, T)

@@ -1,4 +1,4 @@
-"""Every loss_type that the installed TRL's trainers compare with is ours too: a new one is a red test."""
+"""Every loss_type in the source of the installed TRL is supported; a new one fails this test."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def grpo(name):
     return losses.grpo(logps, logps, torch.randn(B), torch.ones(B, T), loss_type=name)
 
 
-# (the trainer's file, where its losses are told apart, what of ours takes the names, names that are errors in TRL)
+# (the trainer's file, its function with the losses, our function for these names, names that are errors in TRL)
 TRAINERS = [
     ("trainer/dpo_trainer.py", "_compute_loss", dpo, set()),
     ("trainer/kto_trainer.py", "_compute_loss", kto, set()),
@@ -53,7 +53,7 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize("path, method, ours, errors", TRAINERS, ids=[row[0].split("/")[-1] for row in TRAINERS])
-def test_every_name_of_trl_is_ours(path, method, ours, errors):
+def test_every_name_of_trl_is_supported(path, method, ours, errors):
     names = compared_names(function(trainer(path), method)) - errors
     assert names, f"no loss_type found in {path}: TRL tells its losses apart in another way now"
     for name in sorted(names):
@@ -61,13 +61,13 @@ def test_every_name_of_trl_is_ours(path, method, ours, errors):
 
 
 def test_names_of_configurations():
-    """Names that a config turns into others before the trainer sees them."""
+    """Names that a TRL config replaces by others before the trainer reads them."""
     assert "alphapo" in compared_names(function(trainer("experimental/cpo/cpo_config.py"), "__post_init__"))
     assert cpo("alphapo").shape == (B,)
 
 
 @pytest.mark.parametrize("ours", (dpo, kto, cpo, tpo, sft, grpo))
-def test_an_unknown_name_is_told_the_nearest(ours):
+def test_the_error_of_an_unknown_name_suggests_the_nearest(ours):
     told = 0
     for right in ("sigmoid", "kto", "dft", "dapo"):
         with pytest.raises(ValueError, match=r"loss_type: got '.*', allowed are") as error:

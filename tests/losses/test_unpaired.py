@@ -1,4 +1,4 @@
-"""Losses of single answers beyond their rows in the zoo: against TRL and Liger, the reference point, delta, metrics."""
+"""Unpaired losses beyond their rows in the zoo: TRL and Liger, the reference point, BCO's shift, metrics."""
 
 import ast
 import math
@@ -15,21 +15,23 @@ GOOD = torch.tensor([True, False, True, True, False, False, True])
 
 
 def answers():
-    """(logps, ref_logps) of the seven answers, logps with a gradient."""
+    """(logps that require grad, ref_logps) of the seven answers."""
     return torch.randn(7).requires_grad_(), torch.randn(7)
 
 
 def of_trl(logps, ref, good, kl, loss_type, weights, beta):
-    """What TRL's KTO trainer makes of a batch, from `if chosen_logps.shape[0] != 0 ...` to its losses."""
+    """TRL's KTO losses of a batch, by its own code from `if chosen_logps.shape[0] != 0 ...` on."""
     body = function(trainer("trainer/kto_trainer.py"), "_compute_loss").body
     sources = [ast.unparse(node) for node in body]
     start = next(i for i, code in enumerate(sources) if code.startswith("if chosen_logps.shape[0]"))
     end = next(i for i, code in enumerate(sources) if code.startswith("losses = torch.cat"))
     settings = dict(beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1], loss_type=loss_type)
     names = {
-        "chosen_logps": logps[good], "rejected_logps": logps[~good],
-        "ref_chosen_logps": ref[good], "ref_rejected_logps": ref[~good],
-    }  # fmt: skip
+        "chosen_logps": logps[good],
+        "rejected_logps": logps[~good],
+        "ref_chosen_logps": ref[good],
+        "ref_rejected_logps": ref[~good],
+    }
     return execute(body[start : end + 1], self=SimpleNamespace(**settings), kl=kl, **names)
 
 
@@ -39,9 +41,15 @@ def test_against_trls_kto_trainer(loss_type, seed):
     kl = torch.rand(())
     theirs = of_trl(logps, ref, GOOD, kl, loss_type, (1.5, 0.5), 0.3)
     ours = losses.kto(
-        logps, ref, GOOD, kl if loss_type == "kto" else None,
-        beta=0.3, desirable_weight=1.5, undesirable_weight=0.5, loss_type=loss_type,
-    )  # fmt: skip
+        logps,
+        ref,
+        GOOD,
+        kl if loss_type == "kto" else None,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        loss_type=loss_type,
+    )
     torch.testing.assert_close(torch.cat([ours[GOOD], ours[~GOOD]]), theirs.losses)
     gradients = [torch.autograd.grad(loss.mean(), logps, retain_graph=True)[0] for loss in (ours, theirs.losses)]
     torch.testing.assert_close(*gradients)
@@ -51,7 +59,7 @@ def test_against_trls_kto_trainer(loss_type, seed):
 
 
 def test_against_ligers_kto(seed):
-    """Without weights, which Liger has not."""
+    """Without class weights, which Liger does not have."""
     kto_loss = pytest.importorskip("liger_kernel.chunked_loss.kto_loss")
     logps, ref = answers()
     kl = torch.rand(())
@@ -68,7 +76,7 @@ def test_against_ligers_kto(seed):
 
 @pytest.mark.parametrize("how", ({"kl": 0.2}, {"loss_type": "apo_zero_unpaired"}), ids=("kto", "apo"))
 def test_bug_of_peers_class_weights_dropped(how, seed):
-    """Each class's losses and gradients are its weight times those without weights."""
+    """The losses and gradients of each class are its weight times the unweighted ones."""
     logps, ref = answers()
     plain = losses.kto(logps, ref, GOOD, **how)
     weighted = losses.kto(logps, ref, GOOD, **how, desirable_weight=3.0, undesirable_weight=0.25)
@@ -95,7 +103,7 @@ def test_reference_point_by_answer_scalar_and_number_agree(seed):
         assert torch.equal(value, values[0])
 
 
-def test_no_reference_is_a_reference_of_zero(seed):
+def test_no_reference_equals_a_reference_of_zero(seed):
     logps, _ = answers()
     zero = torch.zeros(7)
     assert torch.equal(losses.kto(logps, None, GOOD, 0.1), losses.kto(logps, zero, GOOD, 0.1))
@@ -112,7 +120,7 @@ def test_bco_without_a_shift_is_bco_pair(seed):
 
 
 def test_udm_weights_by_hand():
-    p = torch.tensor([0.5, 0.75, 0.1, 1.0, 0.0])  # p / (1 - p) = 1, 3, 1/9, inf, 0, kept in [0.5, 10]
+    p = torch.tensor([0.5, 0.75, 0.1, 1.0, 0.0])  # p / (1 - p) = 1, 3, 1/9, inf, 0, clamped to [0.5, 10]
     torch.testing.assert_close(losses.udm_weights(p), torch.tensor([1.0, 3.0, 0.5, 10.0, 0.5]))
     loose = losses.udm_weights(p, min_ratio=0.0, max_ratio=1e6)
     torch.testing.assert_close(loose, torch.tensor([1.0, 3.0, 1 / 9, 1e6, 0.0]))
@@ -129,14 +137,14 @@ def test_running_mean_is_the_mean_of_all(seed):
         expected = torch.cat(batches[: i + 1]).double().mean()
         torch.testing.assert_close(mean, expected.detach(), rtol=1e-12, atol=1e-12)
         assert not mean.requires_grad
-        if i == 1:  # goes on from a checkpoint
+        if i == 1:  # continues from a checkpoint
             saved = running.state_dict()
             running = losses.RunningMean()
             running.load_state_dict(saved)
     assert running.count == 12 and running.mean.dtype == torch.float64
 
 
-def test_running_mean_does_not_change_what_was_saved():
+def test_running_mean_does_not_change_its_saved_state():
     running = losses.RunningMean()
     running.update(torch.tensor([1.0]))
     saved = running.state_dict()
@@ -148,9 +156,15 @@ def test_metrics_by_hand():
     logps, ref = torch.tensor([1.0, 2.0, 4.0], requires_grad=True), torch.tensor([0.0, 4.0, 1.0])
     metrics = losses.unpaired_metrics(logps, ref, torch.tensor([True, False, True]), beta=0.5, kl=torch.tensor([0.25]))
     expected = {
-        "rewards/chosen": 1.0, "rewards/rejected": -1.0, "rewards/margins": 2.0,  # 0.5 (1 + 3) / 2, 0.5 (-2)
-        "logps/chosen": 2.5, "logps/rejected": 2.0, "count/chosen": 2, "count/rejected": 1, "kl": 0.25,
-    }  # fmt: skip
+        "rewards/chosen": 1.0,
+        "rewards/rejected": -1.0,
+        "rewards/margins": 2.0,  # 0.5 (1 + 3) / 2, 0.5 (-2)
+        "logps/chosen": 2.5,
+        "logps/rejected": 2.0,
+        "count/chosen": 2,
+        "count/rejected": 1,
+        "kl": 0.25,
+    }
     assert {name: value.item() for name, value in metrics.items()} == expected
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
@@ -164,7 +178,7 @@ def test_metrics_of_one_class_alone(good):
 
 
 def test_metric_names_are_trls():
-    """The names that TRL's KTO trainer logs are those of ours, token_metrics', and what is not the loss's to say."""
+    """Every metric that TRL's KTO trainer logs is in ours or in token_metrics, except those that no loss knows."""
     source = trainer("trainer/kto_trainer.py").read_text()
     appended = {node.slice.value for node in ast.walk(ast.parse(source)) if _is_metric(node)}
     ours = {*losses.unpaired_metrics(torch.zeros(1), None, torch.tensor([True]), kl=torch.zeros(()))}
@@ -211,8 +225,8 @@ def test_bad_call(call, error, message):
         call()
 
 
-def test_long_answers_keep_their_digits_as_a_sum_of_differences(seed):
-    """docs/losses.md says so: two sums of 512 log-probs lose digits in fp32 before one is taken from the other."""
+def test_a_sum_of_differences_keeps_the_digits_of_long_answers(seed):
+    """As docs/losses.md says: two fp32 sums of 512 log-probs lose digits that a sum of differences keeps."""
     logps = -torch.rand(8, 512, dtype=torch.float64) * 6
     ref_logps, good = logps + 0.1 * torch.randn(8, 512), torch.arange(8) < 4
 

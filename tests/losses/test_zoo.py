@@ -1,4 +1,4 @@
-"""The whole zoo, a row a loss: by hand, against float64 in the tests' own words, gradcheck, extremes, coverage."""
+"""Every row of the zoo: values worked out by hand, an oracle in float64, gradcheck, extremes, coverage."""
 
 import inspect
 
@@ -62,8 +62,8 @@ def test_extremes_stay_finite(row, distance):
         assert grads[i].isfinite().all(), grads[i]
 
 
-def test_every_loss_has_a_row_and_says_who_agrees():
-    """Whatever `losses` exports with a docstring that names a loss is in the table."""
+def test_every_loss_has_a_row_that_names_its_peers():
+    """Every function that `losses` exports is in the table or in NOT_LOSSES, and every row names its peers."""
     rows = {row.name for row in TABLE}
     functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
     missing = functions - rows - set(NOT_LOSSES)
@@ -74,7 +74,7 @@ def test_every_loss_has_a_row_and_says_who_agrees():
     assert not silent, f"no word about the peers: {silent}"
 
 
-# What `losses` exports besides losses, and which test file has them.
+# Functions in `losses` that are not losses, and the tests that cover them.
 NOT_LOSSES: dict[str, str] = {
     "importance_weights": "test_policy.py",
     "off_policy_sequence_mask": "test_policy.py",

@@ -1,4 +1,4 @@
-"""The modules called as Liger's, against Liger's own classes: signatures, losses, aux, gradients."""
+"""The modules with Liger's signatures against Liger's own classes: signatures, losses, aux values, gradients."""
 
 import inspect
 
@@ -14,7 +14,7 @@ HOW, OURS_ALONE = {"compiled", "chunk_size"}, {"KTO": {"desirable_weight", "unde
 
 
 def both(name: str, how: dict) -> tuple:
-    """(ours, theirs), constructed alike."""
+    """(ours, theirs), constructed with the same arguments."""
     ours = getattr(modules, f"FusedLinear{name}Loss")(**how)
     return ours, getattr(chunked_loss, f"LigerFusedLinear{name}Loss")(compiled=False, **how)
 
@@ -25,7 +25,7 @@ def parameters(function) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures(name):
-    """Theirs in their order and with their defaults, but for how it is computed; no argument takes another's place."""
+    """Liger's arguments in its order and with its defaults, except those about how it computes; positions agree."""
     ours, theirs = getattr(modules, f"FusedLinear{name}Loss"), getattr(chunked_loss, f"LigerFusedLinear{name}Loss")
     forward = [list(parameters(cls.forward).items()) for cls in (ours, theirs)]
     assert [(n, p.default) for n, p in forward[0]] == [(n, p.default) for n, p in forward[1]]
@@ -56,7 +56,7 @@ PAIRS = [
 @pytest.mark.parametrize("name, how, ref", PAIRS, ids=[f"{p[0]}-{'-'.join(map(str, p[1].values()))}" for p in PAIRS])
 def test_pairs(name, how, ref, seed):
     batch = Batch()
-    batch.hidden *= 0.3  # log-ratios at which no loss of theirs overflows
+    batch.hidden *= 0.3  # log-ratios for which none of Liger's losses overflows
     results, leaves = [], []
     for module in both(name, how):
         hidden, weight, bias = batch.leaves()
@@ -66,7 +66,7 @@ def test_pairs(name, how, ref, seed):
     compare(*results, tuple(leaves))
 
 
-def test_orpos_other_labels(seed):
+def test_orpo_with_nll_labels(seed):
     batch, nll_target = Batch(), torch.randint(0, V, (2 * B, T))
     nll_target[:, 0] = IGNORE
     results, leaves = [], []
@@ -93,8 +93,8 @@ def test_kto(use_ref, kl, average, seed):
 @pytest.mark.parametrize("weighed", (False, True), ids=("", "weights"))
 @pytest.mark.parametrize("name, how", GRPO, ids=GRPO_IDS)
 def test_grpo(name, how, weighed, seed):
-    """In Liger's, vespo's weights of masked positions count, so they are 1 there, and luspo's mean goes over padding if
-    anything differs from token to token."""
+    """In Liger vespo reads the weights of masked positions, so they are 1 there, and luspo's mean includes padding if
+    anything differs between tokens."""
     batch = Answers()
     batch.is_ratio = batch.is_ratio[:, :1] if name == "luspo" else torch.where(batch.mask, batch.is_ratio, 1.0)
     results, leaves = [], []
@@ -116,7 +116,7 @@ def test_grpo_of_a_step(name, seed):
 
 
 def test_known_bug_sigmoid_ignores_label_smoothing(seed):
-    """Liger's loss is the same with and without; ours is not."""
+    """Liger's loss does not change with label_smoothing; ours does."""
     batch = Batch()
     hidden, weight, bias = batch.leaves()
     values = []

@@ -1,4 +1,4 @@
-"""The modules called as Liger's, against log-softmax of whole logits and formulas in the tests' own words."""
+"""The modules with Liger's signatures against log_softmax of full logits and independent formulas."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fused_po import losses, modules
 
 @pytest.fixture(autouse=True)
 def float64():
-    """What is random here is float64, so that rounding does not stand between a module and its formula."""
+    """Random tensors are float64, so that modules and formulas agree closely."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -21,7 +21,7 @@ def logistic(x):
 
 
 def pair_oracle(batch, leaves, contrast, average, nll_target=None, alpha=None, ref=(0.0, 0.0), beta=0.3):
-    """(loss, aux) of a loss of pairs: contrast(chosen, rejected) -> a number."""
+    """(loss, aux) of a pairwise loss; contrast(chosen, rejected) returns a number."""
     hidden, weight, *bias = leaves
     chosen, rejected = batch.sequences(hidden, weight, *bias, average=average).chunk(2)
     means = batch.logits_mean(slice(0, B)), batch.logits_mean(slice(B, 2 * B))
@@ -56,7 +56,7 @@ def test_fused_linear_dpo(average, nll, use_ref, seed):
 
 @pytest.mark.parametrize("loss_type", modules.liger.DPO_LOSSES)
 def test_fused_linear_dpo_by_name(loss_type, seed):
-    """Each name is that of `losses.preference_loss`, of the sequences' log-probs."""
+    """Each name gives `losses.preference_loss` of that name, of the sequences' log-probs."""
     batch = Batch(scale=0.3)
     smoothing = 0.1 if loss_type in ("sigmoid", "robust", "exo_pair") else 0.0
     how = dict(beta=0.3, loss_type=loss_type, label_smoothing=smoothing)
@@ -138,7 +138,7 @@ grpo = modules.FusedLinearGRPOLoss
 
 
 def grpo_oracle(name, batch, leaves, how, weights):
-    """(loss, metrics) with everything spelled out."""
+    """(loss, metrics), written out."""
     how = dict(beta=0.04, epsilon_low=0.2, epsilon_high=0.2) | how
     logps = batch.tokens(*leaves, temperature=how.get("temperature", 1.0))
     mask, count = batch.mask.to(batch.hidden), batch.mask.sum()
@@ -171,9 +171,11 @@ def grpo_oracle(name, batch, leaves, how, weights):
     loss, share = loss * mask, (clipped * mask).sum() / count
     sums = loss.sum(-1)
     total = {
-        "grpo": (sums / mask.sum(-1)).mean(), "sapo": (sums / mask.sum(-1)).mean(),
-        "dr_grpo": sums.sum() / (4 * how.get("max_completion_length", 1)), "luspo": sums.mean(),
-    }.get(name, sums.sum() / count)  # fmt: skip
+        "grpo": (sums / mask.sum(-1)).mean(),
+        "sapo": (sums / mask.sum(-1)).mean(),
+        "dr_grpo": sums.sum() / (4 * how.get("max_completion_length", 1)),
+        "luspo": sums.mean(),
+    }.get(name, sums.sum() / count)
     return total, ((kl * mask).sum() / count, share) if how["beta"] else (share,)
 
 
@@ -187,7 +189,7 @@ def test_fused_linear_grpo(name, how, weighed, seed):
 
 
 def test_fused_linear_grpo_scores_the_reference(seed):
-    """From the reference's hidden states and head, at the same temperature; without old log-probs ratios are 1."""
+    """The reference's log-probs come from its hidden states and head. Without old log-probs the ratios are 1."""
     batch = Answers()
     near = [(v + 0.1 * torch.randn_like(v)).detach() for v in batch.leaves()]
     batch.ref_hidden, batch.ref_weight, batch.ref_bias = near
@@ -221,7 +223,7 @@ def test_sequences_without_tokens_give_no_nan(module, seed):
 
 
 def test_orpo_of_a_certain_answer_stays_finite():
-    """log p rounds to 0: Liger's odds are infinite."""
+    """log p rounds to 0, where Liger's odds are infinite."""
     hidden = torch.full((2, 1, 1), 100.0, requires_grad=True)
     loss, aux = modules.FusedLinearORPOLoss()(torch.tensor([[1.0], [-1.0]]), hidden, torch.tensor([[0], [1]]))
     loss.backward()
@@ -256,7 +258,11 @@ BAD = [
     ),
     (lambda: modules.FusedLinearDPOLoss(discopop_tau=0.1), ValueError, "discopop_tau: got 0.1"),
     (lambda: modules.FusedLinearDPOLoss(beta=0.0), ValueError, "beta: got 0.0"),
-    (lambda: modules.FusedLinearDPOLoss(-100, 0.1, 1.0, False, True), TypeError, "positional"),  # Liger's compiled
+    (
+        lambda: modules.FusedLinearDPOLoss(-100, 0.1, 1.0, False, True),
+        TypeError,
+        "positional",
+    ),  # Liger's argument `compiled`
     (lambda: modules.FusedLinearCPOLoss(compiled=False), TypeError, "compiled"),
     (lambda: modules.FusedLinearCPOLoss(label_smoothing=0.5), ValueError, "label_smoothing: got 0.5"),
     (lambda: modules.FusedLinearSimPOLoss(gamma=-1.0), ValueError, "gamma: got -1.0"),

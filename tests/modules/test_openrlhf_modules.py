@@ -1,4 +1,4 @@
-"""The modules called as OpenRLHF's, against formulas in the tests' own words."""
+"""The modules with OpenRLHF's signatures against independent formulas."""
 
 import inspect
 import re
@@ -15,14 +15,14 @@ WITH_EMPTY = FULL & (torch.arange(B) != 3)[:, None]
 
 
 def tokens(n: int = 3) -> list:
-    """n tensors [B, T] near one another, NaN where masked, so that whoever looks there is seen; the first a leaf."""
+    """n similar tensors [B, T] with NaN at masked positions, which must not be read; the first requires grad."""
     base = -torch.rand(B, T) - 0.05
     values = [torch.where(FULL, base * (0.4 * torch.randn(B, T)).exp(), torch.nan) for _ in range(n)]
     return [values[0].requires_grad_(), *values[1:]]
 
 
 def mean(values, mask, by_token):
-    """Over tokens, or over the sequences that have any of means over tokens."""
+    """The mean over tokens, or over non-empty sequences of their means over tokens."""
     values = torch.where(mask, values, 0)
     if by_token:
         return values.sum() / mask.sum()
@@ -44,16 +44,21 @@ def compare(module, inputs, expected, leaf) -> None:
 
 
 BANDS = [
-    ("token", "mask", "ratio", (0.8, 1.25)), ("token", "clip", "ratio", (0.8, 1.25)),
+    ("token", "mask", "ratio", (0.8, 1.25)),
+    ("token", "clip", "ratio", (0.8, 1.25)),
     ("seq", "mask", "ratio", (0.9, 1.1)),
     *((level, "mask", kind, (-1.0, 0.05)) for level in ("token", "seq") for kind in ("binary_kl", "tv")),
-]  # fmt: skip
+]
 NAMES = [f"is_correction_{word}" for word in ("level", "mode", "gating", "threshold")]
 POLICY = [
-    {}, {"token_level_loss": False}, {"clip_eps_low": 0.1, "clip_eps_high": 0.3}, {"dual_clip": 1.5},
+    {},
+    {"token_level_loss": False},
+    {"clip_eps_low": 0.1, "clip_eps_high": 0.3},
+    {"dual_clip": 1.5},
     {"policy_loss_type": "gspo", "clip_eps_low": 0.01, "clip_eps_high": 0.02},
-    {"policy_loss_type": "gspo", "is_correction_level": "seq"}, *(dict(zip(NAMES, band)) for band in BANDS),
-]  # fmt: skip
+    {"policy_loss_type": "gspo", "is_correction_level": "seq"},
+    *(dict(zip(NAMES, band)) for band in BANDS),
+]
 
 
 def policy_oracle(how, logps, old, advantages, mask, rollout):
@@ -79,15 +84,16 @@ def policy_oracle(how, logps, old, advantages, mask, rollout):
 
 
 def correction_oracle(how, old, rollout, mask):
-    """(weights, share outside), a sequence at a time."""
+    """(weights, share outside the band), one sequence at a time."""
     least, most = how["is_correction_threshold"]
     weights, outside = torch.zeros(B, T), torch.zeros(B, T)
     for b in range(B):
         there, p, q = mask[b], rollout[b, mask[b]].exp(), old[b, mask[b]].exp()
         stat = {
-            "ratio": (q / p).log(), "tv": (p - q).abs(),
+            "ratio": (q / p).log(),
+            "tv": (p - q).abs(),
             "binary_kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
-        }[how["is_correction_gating"]]  # fmt: skip
+        }[how["is_correction_gating"]]
         stat = stat.mean().expand_as(stat) if how["is_correction_level"] == "seq" else stat
         stat = stat.exp() if how["is_correction_gating"] == "ratio" else stat
         outside[b, there] = ((stat < least) | (stat > most)).float()
@@ -126,7 +132,7 @@ def test_sft_loss(by_token, seed):
 
 @pytest.mark.parametrize("by_token", (False, True))
 def test_ranks_and_micro_batches_add_up(by_token, seed):
-    """Two ranks with the counts of the step: the mean over ranks is the loss of all."""
+    """Two ranks with the counts of the whole step: the mean over ranks equals the loss of all tokens."""
     logps, old, _ = tokens()
     advantages, module = torch.randn(B, T), modules.PolicyLoss(token_level_loss=by_token)
     whole = module(logps, old, advantages, WITH_EMPTY)[0]
@@ -135,14 +141,14 @@ def test_ranks_and_micro_batches_add_up(by_token, seed):
     torch.testing.assert_close(sum(shares) / 2, whole)
 
 
-def test_no_mask_is_a_mask_of_ones(seed):
+def test_no_mask_equals_a_mask_of_ones(seed):
     logps, old, advantages = torch.randn(3, B, T)
     module, ones = modules.PolicyLoss(), torch.ones(B, T)
     for got, want in zip(module(logps, old, advantages)[:3], module(logps, old, advantages, ones)[:3]):
         assert torch.equal(got, want)
 
 
-def test_nothing_counts_gives_a_differentiable_zero():
+def test_an_empty_mask_gives_a_differentiable_zero():
     logps = torch.zeros(B, T, requires_grad=True)
     loss, *metrics, _, _ = modules.PolicyLoss()(logps, logps.detach(), torch.ones(B, T), torch.zeros(B, T))
     loss.backward()

@@ -1,4 +1,4 @@
-"""Autograd around every op: edits of results, inference mode, hooks on saved tensors, modules, ranks."""
+"""Every op and autograd: in-place edits of results, inference mode, saved-tensor hooks, modules, ranks."""
 
 import public_calls
 import pytest
@@ -10,13 +10,13 @@ from op_table import (
     STATS,
     B,
     close,
-    cut_over_ranks,
     equal,
     every,
     in_place_too,
     leaves_of,
     named,
     run,
+    split_over_ranks,
     storage,
     tensors,
     total,
@@ -29,7 +29,7 @@ import fused_po
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ROWS)
-def test_results_are_apart_from_what_is_saved(name, backend):
+def test_results_share_no_memory_with_saved_tensors(name, backend):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         results = run(name, backend)[0]
@@ -50,7 +50,7 @@ def numpy_edit(value):
 
 
 EDITS = {
-    "data": lambda value: value.data.zero_(),  # bumps no version counter, as dist.all_reduce
+    "data": lambda value: value.data.zero_(),  # does not bump the version counter, like dist.all_reduce
     "detach": lambda value: value.detach().add_(3),
     "no_grad": no_grad_edit,
     "numpy": numpy_edit,
@@ -59,7 +59,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 @every
-def test_an_edit_of_a_result_changes_no_gradient_and_no_other_result(name, edit):
+def test_editing_a_result_changes_no_gradient_and_no_other_result(name, edit):
     _, loss, leaves = run(name)
     expected = torch.autograd.grad(loss, leaves)
     for field in run(name)[0]:
@@ -72,7 +72,7 @@ def test_an_edit_of_a_result_changes_no_gradient_and_no_other_result(name, edit)
 
 
 @every
-def test_an_edit_of_a_result_is_part_of_the_graph(name):
+def test_an_in_place_edit_of_a_result_is_part_of_the_graph(name):
     """x[~keep] = 0 has the gradient of torch.where(keep, x, 0)."""
     for field in [field for field, value in run(name)[0].items() if value.requires_grad]:
         results, _, leaves = run(name)
@@ -87,7 +87,7 @@ def test_an_edit_of_a_result_is_part_of_the_graph(name):
 
 
 def of_copies(target):
-    """(results that have gradients, the leaves) of a loss called with what was computed from leaves."""
+    """(results that have gradients, the leaves) of a loss whose inputs are computed from the leaves."""
     leaves = [value.clone().requires_grad_() for value in target.good.values() if is_numbers(value)]
     computed = iter([leaf * 1 for leaf in leaves])
     good = {name: next(computed) if is_numbers(value) else value for name, value in target.good.items()}
@@ -104,7 +104,7 @@ LOSSES = {name: target for name, target in PURE.items() if of_copies(target)[0]}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_an_edit_of_a_loss(name):
+def test_editing_a_loss(name):
     """An in-place operation on a result is part of the graph; writing to its data changes no gradient."""
     target = LOSSES[name]
     for i in range(len(of_copies(target)[0])):
@@ -124,7 +124,7 @@ def test_an_edit_of_a_loss(name):
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.plain])
-def test_log_probs_edited_as_those_of_log_softmax(name):
+def test_edited_log_probs_match_edited_log_softmax(name):
     row, keep = ROWS[name], tensors()["mask"]
     found = []
     for score in (lambda t: row.call(t)[0], row.plain):
@@ -137,8 +137,8 @@ def test_log_probs_edited_as_those_of_log_softmax(name):
     close(*found)
 
 
-def test_an_edit_of_one_half_leaves_the_other_half_usable():
-    """Each result counts its own versions: what autograd saved of one is not spoilt by an edit of another."""
+def test_editing_one_result_leaves_the_other_usable():
+    """Each result has its own version counter: editing one does not invalidate what autograd saved of another."""
     results, _, leaves = run("dpo_from_logits")
     loss = results["rejected_logps"].square().sum() + results["losses"].exp().sum()
     for field in set(results) - {"rejected_logps", "losses"}:
@@ -147,7 +147,7 @@ def test_an_edit_of_one_half_leaves_the_other_half_usable():
     torch.autograd.grad(loss, leaves)
 
 
-def test_chunked_loss_gives_its_loss_function_copies():
+def test_chunked_loss_passes_copies_to_its_loss_function():
     t = tensors()
     leaves = leaves_of("chunked_loss", t)
     w, schedule = t["weights"].flatten(), fused_po.Schedule(logits_budget=200)
@@ -206,8 +206,8 @@ def test_edits_after_a_compiled_forward(name):
         ("linear", ("logps", "lse"), 3),
     ],
 )
-def test_numbers_saved_of_a_token(name, outputs, numbers):
-    """What a backward reads of a token's results: shift, norm and log-prob, and the entropy if it is an output."""
+def test_what_is_saved_per_token(name, outputs, numbers):
+    """The backward saves per token the shift, norm and log-prob, and the entropy if it is an output."""
     t, saved = tensors(), []
     own = {storage(value) for value in t.values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -222,7 +222,7 @@ def test_numbers_saved_of_a_token(name, outputs, numbers):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_constants_made_under_inference_mode(name):
+def test_constants_created_under_inference_mode(name):
     row = ROWS[name]
     expected, loss, leaves = run(name)
     gradients = torch.autograd.grad(loss, leaves) if leaves else ()
@@ -246,11 +246,11 @@ def test_whole_calls_under_inference_mode(name):
         for value in found.values():
             value.clone().mul_(2)
     assert equal(found.values(), expected)
-    assert equal(named(ROWS[name].call(t, backend="reference")).values(), expected)  # of such tensors alone, outside
+    assert equal(named(ROWS[name].call(t, backend="reference")).values(), expected)  # outside inference mode
 
 
-def test_references_made_under_inference_mode_are_not_copied():
-    """kl_from_logits saves the very memory of the reference's logits, linear_kl that of its head."""
+def test_references_created_under_inference_mode_are_not_copied():
+    """kl_from_logits saves the reference's logits themselves and linear_kl the reference's head; neither copies."""
     for name, constant in (("kl_from_logits", "ref_logits"), ("linear_kl", "ref_weight")):
         t, saved = tensors(), []
         with torch.inference_mode():
@@ -298,8 +298,8 @@ MODULES = ("FusedLinearDPOLoss", "FusedLinearCPOLoss", "FusedLinearSimPOLoss", "
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_results_of_modules_are_apart(name):
-    """The metrics beside a module's loss, edited in place before the backward, one after the other."""
+def test_results_of_modules_share_no_memory(name):
+    """Each metric that a module returns beside the loss is edited in place before the backward."""
     grads = []
     for edit in (False, True):
         t = tensors()
@@ -325,5 +325,5 @@ CUT = [name for name in DIFFERENTIABLE if not name.startswith(("dpo_from", "poli
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_the_same_with_the_vocabulary_cut_over_ranks(name, ranks):
-    ranks.run(cut_over_ranks, name)
+def test_editing_results_with_the_vocabulary_split_over_ranks(name, ranks):
+    ranks.run(split_over_ranks, name)

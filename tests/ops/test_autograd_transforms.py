@@ -1,4 +1,4 @@
-"""Autograd around every op: second derivatives, forward mode, torch.func."""
+"""Every op under second derivatives, forward-mode AD and torch.func."""
 
 import warnings
 
@@ -20,8 +20,8 @@ import fused_po
 
 
 def refused(name, options, differentiate):
-    """A GPU's backward has a thread of its own, whose new nodes run after older ones: in place PyTorch may see the
-    overwritten logits before our error comes."""
+    """On a GPU the backward runs in a thread of its own, where new nodes run after older ones. With inplace_backward
+    PyTorch may therefore notice the overwritten logits before our error is raised."""
     errors = ["second derivatives are not implemented", "forward-mode tangent"]
     if options.get("inplace_backward") and DEVICE == "cuda":
         errors.append("modified by an inplace operation")
@@ -30,7 +30,7 @@ def refused(name, options, differentiate):
 
 
 def scalar_of(name, options):
-    """(a function of the row's first leaf, that leaf)"""
+    """(a scalar function of the row's first leaf, that leaf)."""
     leaf, t = ROWS[name].leaves[0], tensors()
     carrying = [field for field, value in run(name)[0].items() if value.requires_grad]
 
@@ -93,7 +93,7 @@ FORWARD = {
 
 @pytest.mark.parametrize("way", FORWARD)
 @pytest.mark.parametrize("name", ROWS)
-def test_forward_mode_is_refused_by_argument(name, way):
+def test_forward_mode_is_refused_for_each_argument(name, way):
     row = ROWS[name]
     for argument in (*row.leaves, *row.constants):
         t = tensors()
@@ -109,8 +109,8 @@ def test_forward_mode_is_refused_by_argument(name, way):
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("chunked_loss")])
-def test_forward_mode_through_a_graph_compiled_before(name):
-    """Without a tangent the graph was right, and it calls the op alone: the op itself refuses one."""
+def test_forward_mode_through_a_graph_compiled_without_it(name):
+    """A graph compiled without a tangent calls only the op, so the op itself must refuse a tangent."""
     row, t = ROWS[name], tensors()
     compiled = torch.compile(lambda t: named(row.call(t)), backend="aot_eager")
     compiled(t)
@@ -119,7 +119,7 @@ def test_forward_mode_through_a_graph_compiled_before(name):
             compiled(t | {argument: forward_ad.make_dual(t[argument], t[argument])})
 
 
-def test_forward_mode_through_what_a_loss_function_reads():
+def test_forward_mode_through_inputs_of_a_loss_function():
     t = tensors()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="loss_fn's loss has a forward-mode tangent"):
         ROWS["chunked_loss"].call(t | {"weights": forward_ad.make_dual(t["weights"], t["weights"])})
@@ -127,7 +127,7 @@ def test_forward_mode_through_what_a_loss_function_reads():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_constants_inside_forward_mode(name):
-    """What has no tangent is computed as usual: a frozen model's log-probs, or what was detached."""
+    """Tensors without a tangent are computed as usual: a frozen model's log-probs, or detached tensors."""
     row, t = ROWS[name], tensors()
     argument = (*row.leaves, *row.constants)[0]
     expected = named(row.call(t))

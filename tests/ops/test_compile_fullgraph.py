@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of everything public, with numbers and batch sizes that change between calls."""
+"""torch.compile(fullgraph=True) of every public function, with numbers and batch sizes that change between calls."""
 
 import contextlib
 import inspect
@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fused_po
 from fused_po import Schedule, losses, modules
 
-# What a number that is None or 0 by default starts from.
+# First values of the numbers whose default is None or 0.
 START = {
     "epsilon": 0.2, "epsilon_high": 0.3, "delta": 4.0, "dual_clip": 3.0, "cap": 3.0, "clamp": 2.0, "softcap": 5.0,
     "eps": 1e-4, "low": 0.5, "high": 3.0, "ld_alpha": 0.5, "max_length": 8.0, "clip_eps": 0.2, "margin": 0.1,
     "num_tokens": 7, "num_sequences": 5, "alpha": 0.5, "batch_num_tokens": 7, "global_batch_size": 5, "kl": 0.2,
     "log_ratio_clamp": 20.0, "num_items_in_batch": 7.0, "max_completion_length": 8,
 }  # fmt: skip
-# Calls beside those of `public_calls`, so that every number is read in one of them.
+# Further calls beside those of `public_calls`, so that some call reads every number.
 MORE = {
     "cispo": [{"cap": None, "epsilon": 0.2, "epsilon_high": 0.3}],
     "cpo": [{"loss_type": "alphapo", "alpha": 0.25}],
@@ -38,17 +38,15 @@ MORE = {
         {"loss_type": "gspo", "epsilon": 0.2, "epsilon_high": 0.3, "delta": 4.0},
     ],
     "aggregate": [{"mode": "seq-mean-token-mean", "num_tokens": 9, "num_sequences": 4}],
-    **{
-        f"{name}.forward": [{"dp_size": 2, "batch_num_tokens": 9.0}] for name in ("PolicyLoss", "SFTLoss", "ValueLoss")
-    },
+    **{f"{name}.forward": [{"dp_size": 2, "batch_num_tokens": 9.0}] for name in ("PolicyLoss", "SFTLoss", "ValueLoss")},
     "token_weights": [{"num_tokens": 9, "num_sequences": 4}],
-}  # fmt: skip
-# These look at values on the host, as their documentation says, so that no graph can hold them; or are no computation.
+}
+# These read values on the host, as documented, so they cannot be part of a graph; or they compute nothing.
 ON_THE_HOST = {"chunked_loss", "bradley_terry_mle", "backends"}
 
 
 def calls() -> list[public_calls.Target]:
-    """Functions and methods, each with every call that is tried; no constructors."""
+    """Functions and methods, each with every call to try; no constructors."""
     found = []
     for target in public_calls.targets():
         if isinstance(target.call, type) or target.name in ON_THE_HOST:
@@ -72,7 +70,7 @@ def is_number(name: str, value: object, annotation: object) -> bool:
 
 
 def series(name: str, value: object) -> list:
-    """Three values of a number, of which the first is its default if that is not 0."""
+    """Three values of a number. The first is its default, unless that is 0."""
     if isinstance(value, (tuple, list)):
         return [type(value)(v * factor for v in value) for factor in (1, 0.9, 0.8)]
     value = value or START.get(name, 0.1)
@@ -93,19 +91,19 @@ def numbers(target: public_calls.Target) -> dict[str, list]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     target.call(**target.good | {n: s[0] for n, s in found.items()} | {name: number})
-        except (TypeError, ValueError):  # not read in this call
+        except (TypeError, ValueError):  # this call does not read it
             continue
         found[name] = chosen
     return found
 
 
 def grown(value: object) -> object:
-    """The same with a batch of twice the size."""
+    """The same arguments with a batch of twice the size."""
     return tree_map(lambda v: torch.cat((v, v)) if isinstance(v, Tensor) and v.shape[:1] == (B,) else v, value)
 
 
 def sequence_of_calls(target: public_calls.Target) -> list[dict]:
-    """The arguments of two calls, between which every number and the batch change."""
+    """The arguments of several calls between which every number and the batch size change."""
     changing = numbers(target)
     found = [target.good | {name: values[i] for name, values in changing.items()} for i in range(2)]
     with contextlib.suppress(ValueError):  # packed sequences, whose bounds do not grow
@@ -121,7 +119,7 @@ def assert_same(got: object, want: object) -> None:
         torch.testing.assert_close(ours, eager, equal_nan=True)
 
 
-# One of each kind; a compilation or more a call, so that all of them are for the slow tests.
+# One call of each kind. Every call compiles at least once, so the rest are slow tests.
 QUICK = (
     "aggregate",
     "dpo_from_logits",
@@ -138,7 +136,7 @@ EVERY = [pytest.param(target, marks=() if target.name in QUICK else pytest.mark.
 @pytest.mark.parametrize("target", EVERY, ids=[target.name for target in CALLS])
 @pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.filterwarnings("ignore")
-def test_numbers_and_batches_that_change(target, dynamic):
+def test_changing_numbers_and_batch_sizes(target, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda **given: target.call(**given), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     given = sequence_of_calls(target)
@@ -146,15 +144,13 @@ def test_numbers_and_batches_that_change(target, dynamic):
         assert_same(compiled(**arguments), target.call(**arguments))
 
 
-def test_every_number_is_changed_in_some_call():
+def test_every_number_changes_in_some_call():
     changed: dict[str, set] = {}
     every: dict[str, set] = {}
     for target in CALLS:
         name = target.name.split(" ")[0]
         changed.setdefault(name, set()).update(numbers(target))
-        of_call = {
-            p.name for p in target.signature.parameters.values() if is_number(p.name, p.default, p.annotation)
-        }  # fmt: skip
+        of_call = {p.name for p in target.signature.parameters.values() if is_number(p.name, p.default, p.annotation)}
         every.setdefault(name, set()).update(of_call)
     left = {(name, number) for name, wanted in every.items() for number in wanted - changed[name]}
     assert left == set()
@@ -168,7 +164,7 @@ MODULES = [
 @pytest.mark.parametrize("built", MODULES, ids=[target.name for target in MODULES])
 @pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.filterwarnings("ignore")
-def test_modules_whose_numbers_differ(built, dynamic):
+def test_modules_with_different_numbers(built, dynamic):
     torch._dynamo.reset()
     changing = numbers(built)
     made = [built.call(**built.good | {name: values[i] for name, values in changing.items()}) for i in range(3)]
@@ -189,7 +185,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("dynamic", DYNAMIC)
 @pytest.mark.parametrize("outside", [True, False], ids=["made outside", "made inside"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_that_change(name, outside, dynamic):
+def test_changing_schedules(name, outside, dynamic):
     torch._dynamo.reset()
     hidden, weight = normal(B, T, 5).requires_grad_(), normal(V, 5).requires_grad_()
 
@@ -206,7 +202,7 @@ def test_schedules_that_change(name, outside, dynamic):
 
 X, Y = normal(B), normal(B).flip(0)
 TOKENS = normal(B, T)
-BAD = {  # a call of one number, values that are allowed, and one that is not
+BAD = {  # a call that reads one number, allowed values, and a value that is not allowed
     "beta": (lambda v: losses.dpo(X, Y, beta=v), (0.1, 0.2, 0.3), (-1.0, float("nan"), float("inf"))),
     "label_smoothing": (lambda v: losses.dpo(X, Y, label_smoothing=v), (0.1, 0.2), (0.7, -0.1)),
     "delta": (lambda v: losses.ppo_clip(TOKENS, TOKENS, X, TOKENS, delta=v), (3.0, 4.0), (1.1,)),
@@ -232,17 +228,17 @@ def test_errors_while_tracing_name_the_argument(name):
             call(value)
         with pytest.raises(Exception, match=rf"{name}: got .*(allowed|leave it)"):
             compiled(value)
-    assert_same(compiled(good[0]), call(good[0]))  # a refused value spoils nothing
+    assert_same(compiled(good[0]), call(good[0]))  # calls still work after a refused value
 
 
 @pytest.mark.parametrize("beta", [10**400, -(10**400)])
-def test_integers_beyond_any_float_are_refused(beta):
+def test_integers_too_large_for_a_float_are_refused(beta):
     with pytest.raises(ValueError, match="beta: got"):
         losses.dpo(X, Y, beta=beta)
 
 
-def test_a_number_of_plain_arithmetic_compiles_twice_whatever_its_values():
-    """Once as a constant, once as a symbol: PyTorch's own policy."""
+def test_a_changing_number_compiles_at_most_twice():
+    """Once with the number as a constant and once as a symbol, as PyTorch does for any number."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(
@@ -255,15 +251,15 @@ def test_a_number_of_plain_arithmetic_compiles_twice_whatever_its_values():
 
 SQUARE, ONES = normal(V, V), labels(B, T)
 GRADIENTS = {
-    "dpo_from_logits": lambda z, v: fused_po.dpo_from_logits(
-        z, ONES, ref_logps=TOKENS, beta=v, kl="k3", kl_coef=v
-    ).loss,
+    "dpo_from_logits": lambda z, v: (
+        fused_po.dpo_from_logits(z, ONES, ref_logps=TOKENS, beta=v, kl="k3", kl_coef=v).loss
+    ),
     "linear_logps": lambda z, v: fused_po.linear_logps(z, SQUARE, ONES, temperature=v).logps.sum(),
-    "policy_loss": lambda z, v: fused_po.policy_loss_from_logits(
-        z, ONES, X, TOKENS, loss_type="ppo", temperature=v, entropy_coef=v
-    ).loss,
+    "policy_loss": lambda z, v: (
+        fused_po.policy_loss_from_logits(z, ONES, X, TOKENS, loss_type="ppo", temperature=v, entropy_coef=v).loss
+    ),
     "losses.dpo": lambda z, v: losses.dpo(*z.sum((1, 2)).view(2, -1), beta=v).mean(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -1,7 +1,7 @@
-"""Labels of which the softmax is nearly sure: log-prob and gradient to relative precision, in every op.
+"""Labels with a probability near 1: the log-prob and its gradient keep their relative precision, in every op.
 
-The truth leaves the label out: log p = -log1p(sum over the others of exp(z_v - z_y)). log_softmax rounds it to a
-multiple of 6e-8, and its gradient with it.
+The expected value sums over the other tokens only: log p = -log1p(sum of exp(z_v - z_y) over v != y). log_softmax
+rounds log p to a multiple of 6e-8, and the gradient with it.
 """
 
 import importlib
@@ -11,18 +11,18 @@ import torch
 from numerics import BACKENDS, DEVICE, IGNORE, Scaling, assert_below
 
 import fused_po
-from fused_po.ops import backend as backends
-from fused_po.parallel import Sharded
-from fused_po.reference import stats_dtype
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Outputs, stats_dtype
+from fused_po.parallel.row_passes import KL_RECORD, SplitRows
 
-GAPS = (0.0, 1e-3, 0.5, 3.0, 10.0, 20.0, 40.0, 70.0)  # nats of the label over the next; fp32 ends at e^-87
+GAPS = (0.0, 1e-3, 0.5, 3.0, 10.0, 20.0, 40.0, 70.0)  # nats between label and next token; fp32 underflows at e^-87
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = Scaling()
 CAP = Scaling(temperature=0.9, logit_scale=0.5, softcap=200.0)
 
 
 def problem(v: int, dtype: torch.dtype, scaling: Scaling = PLAIN):
-    """(logits [N, V], labels [N]) whose label leads by GAPS in the softmax's own logits; at both ends, and anywhere."""
+    """(logits [N, V], labels [N]): each label leads by one of GAPS; labels are at both ends and in between."""
     n = len(GAPS)
     labels = torch.randint(0, v, (n,), device=DEVICE)
     labels[1], labels[3], labels[5] = 0, v - 1, min(1, v - 1)
@@ -46,9 +46,9 @@ def truth(logits, labels, scaling: Scaling = PLAIN):
 
 
 def assert_relative(name, ours, exact, dtype, slack: float = 1.0):
-    """A relative error of what rounding the logits' differences, up to some 80 nats, makes of it, and of a few units.
+    """The relative error is what rounding the logits' differences (up to some 80 nats) causes, and a few units more.
 
-    slack: of what is rounded to fewer digits, or stands on longer sums.
+    slack: a factor on the bound, for values rounded to fewer digits or summed over more terms.
     """
     info = torch.finfo(dtype)
     bound = (slack * 200 * info.eps) * exact.abs() + info.smallest_normal
@@ -65,11 +65,11 @@ def check(name, logps, grad, logits, labels, scaling=PLAIN):
     """Log-probs and their gradient against the truth, the gradient in its own dtype."""
     exact, exact_grad = truth(logits, labels, scaling)
     wide = stats_dtype(logits.dtype)
-    slack = 1.0 if scaling.softcap is None else 10.0  # a tanh's rounding grows by the cap
+    slack = 1.0 if scaling.softcap is None else 10.0  # the rounding of tanh is multiplied by the cap
     if logps is not None:
         assert_relative(name, logps, exact, wide, slack)
         theirs = at(scaling.apply(logits.to(wide)).log_softmax(-1), labels)
-        # A scaled logit is a rounded product: what half a unit in each makes of the log-prob.
+        # A scaled logit is a rounded product; half a unit of each logit changes the log-prob by this much.
         size = logits.double().abs() + logits.double().gather(1, labels[:, None]).abs()
         of_products = 0.0 if scaling == PLAIN or scaling.softcap else (exact_grad.abs() * size).nan_to_num().sum(1) / 2
         rounding = torch.finfo(wide).eps * (4 * slack * exact.abs() + of_products)
@@ -102,7 +102,7 @@ def test_logits(backend, scaling, dtype, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_label_anywhere_in_a_row(backend, seed):
-    """In the columns before and after a row's 16-byte boundaries, in a full block, in the last; all outputs."""
+    """Labels before and after 16-byte boundaries, in a full block and in the last block; all outputs."""
     whole = torch.randn(9, 531, device=DEVICE)
     for begin, column in [(0, 0), (0, 255), (0, 256), (0, 530), (1, 0), (1, 2), (1, 3), (3, 300), (3, 526), (3, 527)]:
         logits = whole[:, begin:]
@@ -128,8 +128,8 @@ def test_the_label_anywhere_in_a_row(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_entropy_of_sure_rows(backend, seed):
-    """Relative precision too: its parts are both positive once the label is left out."""
+def test_entropy_of_confident_rows(backend, seed):
+    """The entropy keeps its relative precision too: without the label's term its two parts are positive."""
     logits, labels = problem(300, torch.float32)
     apart = (logits.double() - at(logits.double(), labels)[:, None]).scatter(1, labels[:, None], -torch.inf)
     others = apart.exp()
@@ -140,7 +140,7 @@ def test_entropy_of_sure_rows(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_without_others(backend):
+def test_a_vocabulary_of_one_token(backend):
     for logits in (torch.tensor([[3.0]]), torch.tensor([[7.0, -torch.inf, -torch.inf]])):
         x = logits.to(DEVICE).requires_grad_()
         outputs = ("logps", "entropy", "is_top1")
@@ -154,7 +154,7 @@ def test_rows_without_others(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads(backend, seed):
-    """`linear_logps`, its basis kept in fp32 and in bf16, or thrown away; logits are exact: hidden is the identity."""
+    """`linear_logps` with its basis kept in fp32, kept in bf16 or recomputed. hidden is the identity: exact logits."""
     for dtype in (torch.float32, torch.bfloat16):
         logits, labels = problem(300, dtype)
         for share in (0.0, 1.0):
@@ -198,7 +198,7 @@ def test_policy(backend, inplace, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("direction", ["reverse", "forward", "js"])
 def test_kl(backend, direction, seed):
-    """Its log-probs and their gradients; and of equal rows all is exactly 0."""
+    """Log-probs and their gradients; for equal rows the KL and its gradient are exactly 0."""
     for v in (9, 2061):
         logits, labels = problem(v, torch.float32)
         other = problem(v, torch.float32)[0] + 1
@@ -215,14 +215,14 @@ def test_kl(backend, direction, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kl_of_two_sure_rows(backend, seed):
-    """Policy and reference both sure of the label: the KL itself, far below the rounding of 1."""
+def test_kl_of_two_confident_rows(backend, seed):
+    """Policy and reference both give the label a probability near 1: the KL is far below the rounding of 1."""
     logits, labels = problem(300, torch.float32)
     ref = logits.clone().scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], 2.0, dtype=torch.float32))
     out = fused_po.kl_from_logits(logits, ref, labels, backend=backend)
     p, q = (torch.cat([truth(x, labels)[0][:, None], x.double().log_softmax(-1)], 1) for x in (logits, ref))
     for log in (p, q):
-        log.scatter_(1, 1 + labels[:, None], -torch.inf)  # the label's, exact, is in front
+        log.scatter_(1, 1 + labels[:, None], -torch.inf)  # the label's term, which is exact, comes first
     exact = (p.exp() * (p - q).nan_to_num(nan=0.0)).sum(1)
     assert_relative("kl", out.kl[4:], exact[4:], torch.float32, 20.0)
 
@@ -242,7 +242,7 @@ def test_split_rows(monkeypatch, seed):
 
 
 class Ranks:
-    """A backend over columns cut into parts, one after another in this process."""
+    """A backend that splits the columns into parts and runs them one after another in this process."""
 
     def __init__(self, backend: str, sizes: tuple[int, ...]) -> None:
         self.run, self.sizes = backends.get(backend), sizes
@@ -254,19 +254,19 @@ class Ranks:
         parts = []
         for rank, (begin, size) in enumerate(zip(self.starts, self.sizes)):
             here = torch.where(owner == rank, labels - begin, 0)
-            parts.append(Sharded.record(self, logits[None, :, begin : begin + size], here, 1.0, None, outputs))
+            parts.append(
+                SplitRows.record(self, logits[None, :, begin : begin + size], here, Scaling(), Outputs.of(outputs))
+            )
         return self.run.merge_scores(torch.stack(parts), owner, logits.shape[1], outputs)
 
     def kl(self, logits, ref_logits, labels, direction):
         """`merge_kl` of the parts."""
-        from fused_po.parallel import KL_FIELDS
-
         owner = torch.bucketize(labels, torch.tensor(self.sizes, device=DEVICE).cumsum(0), right=True)
         parts = []
         for rank, (begin, size) in enumerate(zip(self.starts, self.sizes)):
             here, columns = torch.where(owner == rank, labels - begin, 0), slice(begin, begin + size)
             both = logits[None, :, columns], ref_logits[None, :, columns]
-            parts.append(self.run.kl(*both, here, (1.0, None), (1.0, None), direction, True)[list(KL_FIELDS)])
+            parts.append(self.run.kl(*both, here, (1.0, None), (1.0, None), direction, True)[KL_RECORD])
         return self.run.merge_kl(torch.stack(parts), owner, direction)
 
 
@@ -288,7 +288,7 @@ def test_vocabulary_over_ranks(backend, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("apart", [60.0, 88.0, 100.0, 1e3, 1e4])
 def test_a_label_far_below_another_ranks_best(backend, apart):
-    """Nothing overflows between ranks: log-probs, entropy, KL and gradients as in one piece."""
+    """Nothing overflows when ranks are merged: log-probs, entropy, KL and gradients match the unsplit vocabulary."""
     logits = torch.tensor([[apart, apart - 1, 0.0, 1.0], [0.0, 1.0, apart, apart - 1]], device=DEVICE)
     logits = logits.repeat_interleave(4, 0)
     labels = torch.arange(4, device=DEVICE).repeat(2)

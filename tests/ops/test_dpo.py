@@ -1,4 +1,4 @@
-"""The flagship against float64 in the tests' own words: loss, KL, rewards, gradients, launches."""
+"""`dpo_from_logits` and `linear_dpo` against plain PyTorch in float64: loss, KL, rewards, gradients, launches."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def batch(pairs=3, length=5, v=70, dtype=torch.float32, distance=0.3):
-    """(logits, labels, ref_logits): policy and reference a little apart, prompts and padding ignored."""
+    """(logits, labels, ref_logits): policy and reference differ a little; prompts and padding are ignored."""
     logits = (torch.randn(2 * pairs, length, v, device=DEVICE) * 2).to(dtype)
     ref_logits = (logits.float() + distance * torch.randn_like(logits.float())).to(dtype)
     labels = random_labels(2 * pairs * length, v).view(2 * pairs, length)
@@ -30,7 +30,7 @@ def ref_logps_of(ref_logits, labels):
 
 
 def unit(exact):
-    """The power of two next to the RMS: problems' gradients differ in size, and their errors with them."""
+    """The power of two nearest to the RMS. Gradients are divided by it, since their errors grow with their size."""
     return 2.0 ** round(math.log2(exact.square().mean().sqrt().item() + 1e-30))
 
 
@@ -46,7 +46,7 @@ def unit(exact):
 def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
     coef = 0.4 if kl else 0.0
     how = (0.3, smoothing, kl, coef)
-    problems, ours_too = [], []  # (plain PyTorch's, exact) of many problems and ours of the first: one's error is luck
+    problems, ours_too = [], []  # (plain PyTorch, exact) of many problems, ours of the first: one error is random
     for i in range(256):
         logits, labels, ref_logits = batch(dtype=dtype)
         picked = ref_logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
@@ -58,7 +58,7 @@ def test_dpo_from_logits(backend, kl, dtype, smoothing, seed, poison):
             (out["loss"] * 2 + out["losses"].sum() - out["rejected_logps"].sum() * 0.1).backward()
             sides.append({**{k: v.detach() for k, v in out.items()}, "gradient": x.grad})
         scale = unit(sides[1]["gradient"])
-        if kl:  # k3 is an exponential: a large one is off by as much as it is steep
+        if kl:  # k3 is an exponential: its error grows with its slope
             steep = (1 + sides[1]["kl_per_token"].abs()).log2().round().exp2().float()
         for side in sides:
             side["gradient"] = side["gradient"] / scale
@@ -108,7 +108,7 @@ def test_gradcheck_dpo_from_logits(kl, reference, seed):
 def test_gradcheck_linear_dpo(kl, seed):
     hidden, weight, bias = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((4, 3, 5), (9, 5), (9,)))
     ref_hidden, ref_weight = (torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((4, 3, 6), (9, 6)))
-    hidden, ref_hidden = hidden / 4, ref_hidden / 4  # k3 of large log-ratios is too curved for finite differences
+    hidden, ref_hidden = hidden / 4, ref_hidden / 4  # k3 of large log-ratios curves too much for finite differences
     labels = random_labels(12, 9).view(4, 3)
 
     def run(h, w, b):
@@ -148,10 +148,10 @@ def test_two_launches_forward_one_backward(kl, kl_coef, inplace, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forms_of_the_reference_agree(backend, seed):
+def test_all_forms_of_the_reference_agree(backend, seed):
     logits, labels, ref_logits = batch()
     ref = fused_po.logps_from_logits(ref_logits, labels, backend=backend).logps
-    noise = torch.where(labels == IGNORE, torch.nan, ref)  # what stands at ignored positions is not looked at
+    noise = torch.where(labels == IGNORE, torch.nan, ref)  # values at ignored positions are not read
     outs = []
     for refs in ((ref_logits, None), (None, ref), (None, noise), (None, ref.sum(-1)), (ref_logits.double(), None)):
         if backend == "triton" and refs[0] is not None and refs[0].dtype == torch.float64:
@@ -255,8 +255,8 @@ def test_empty_batches_and_empty_answers(backend, seed, poison):
 @pytest.mark.filterwarnings("ignore:fused_po. k1 as a loss")
 @pytest.mark.parametrize("distance", (30.0, 1e4, -1e4))
 @pytest.mark.parametrize("kl", KLS[1:])
-def test_policies_far_apart_give_the_finite_losses_of_the_zoo(backend, distance, kl, seed, poison):
-    """k3's exponential would overflow; fused or not, it goes on along its tangent, in value and gradient."""
+def test_distant_policies_give_the_finite_values_of_the_pure_losses(backend, distance, kl, seed, poison):
+    """k3's exponential would overflow. Beyond a limit it continues along its tangent, in the op and in the losses."""
     logits, labels, _ = batch(2, 3, 9)
     ref_logps = torch.where(labels != IGNORE, distance, 0.0)
     x = logits.requires_grad_()
@@ -268,7 +268,7 @@ def test_policies_far_apart_give_the_finite_losses_of_the_zoo(backend, distance,
     assert out.loss.isfinite() and x.grad.isfinite().all()
     loss = fused_po.losses.dpo(*logps.sum(-1).chunk(2), *ref_logps.sum(-1).chunk(2)).mean()
     loss = loss + 1e-3 * expected.sum() / (labels != IGNORE).sum()
-    # A sequence's log-ratio is a sum of up to 3 numbers as large as the distance, in one order or another.
+    # A sequence's log-ratio is a sum of up to 3 numbers as large as the distance; the order of the sum varies.
     atol = max(1e-5, 0.1 * 3 * abs(distance) * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(out.loss.detach(), loss.detach(), rtol=1.3e-6, atol=atol)
     slopes = torch.autograd.grad(loss, logps)[0]

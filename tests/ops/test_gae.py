@@ -1,4 +1,6 @@
-"""GAE against a float64 loop over tokens: masks, lengths, strides, dtypes; as an op; fewer operations than the loop."""
+"""`gae` against a float64 loop over tokens: masks, lengths, strides, dtypes, opcheck, and the number of operations."""
+
+import importlib
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_po
-from fused_po.ops import backend as backends
-from fused_po.reference import scan
+from fused_po.backend import choose as backends
+
+plain = importlib.import_module("fused_po.reference.gae")  # the package has a function of that name
 
 FEW = settings(max_examples=40, deadline=None)
 FACTORS = {
@@ -26,7 +29,7 @@ MASKS = ("none", "half", "holes", "rare", "padded", "empty")
 
 
 def random_mask(kind, rows, length):
-    """[rows, length] or None; the first row of "half", and all of "empty", have no token."""
+    """[rows, length] or None. The first row of "half" and all rows of "empty" have no token."""
     if kind == "none":
         return None
     place = torch.arange(length, device=DEVICE).expand(rows, length)
@@ -43,7 +46,7 @@ def random_mask(kind, rows, length):
 
 
 def problem(rows, length, kind="none", bootstrap=False, dtype=torch.float32):
-    """(rewards, values, mask, last values), NaN where nothing counts."""
+    """(rewards, values, mask, last values), with NaN at masked positions."""
     rewards, values = (torch.randn(rows, length, device=DEVICE).to(dtype) for _ in range(2))
     mask = random_mask(kind, rows, length)
     last = torch.randn(rows, device=DEVICE).to(dtype) if bootstrap else None
@@ -54,15 +57,15 @@ def problem(rows, length, kind="none", bootstrap=False, dtype=torch.float32):
 
 
 def in_dtype(inputs, dtype):
-    """The inputs for the loop: what does not count is 0 there."""
+    """The inputs in this dtype, with 0 at masked positions, for the loop."""
     return [x if x is None or x.dtype == torch.bool else x.to(dtype).nan_to_num() for x in inputs]
 
 
 def check(rows, length, kind, bootstrap, factors, backend, dtype=torch.float32):
-    """Ours on a problem; the fp32 loop's errors on at least 64 rows of another bound our error.
+    """Check `gae` on one problem. The bound is the error of the fp32 loop on at least 64 rows of another problem.
 
-    Errors run on along a row: few rows are few samples, whose root mean square is luck. Then the maximum alone counts,
-    which is what assert_close makes of less than 64 numbers.
+    Errors accumulate along a row, so few rows are few independent samples and their RMS is random. assert_close
+    compares only the maximum of fewer than 64 numbers.
     """
     inputs = problem(rows, length, kind, bootstrap, dtype)
     others = problem(max(64, 65536 // length), length, kind, bootstrap, dtype)
@@ -79,7 +82,7 @@ def check(rows, length, kind, bootstrap, factors, backend, dtype=torch.float32):
 
 
 def some_rows(backend):
-    """How many rows a test can afford."""
+    """The number of rows that a test has time for."""
     return 64 if backend == "reference" or DEVICE == "cuda" else 3
 
 
@@ -107,9 +110,9 @@ def test_more_than_one_block(backend, kind, seed, poison):
 
 @pytest.mark.parametrize("kind", ("none", "half"))
 @pytest.mark.parametrize("rows, length", ((7, 33), (3, 150), (64, 15)))
-def test_more_rows_than_at_once(rows, length, kind, seed, poison, monkeypatch):
-    monkeypatch.setattr(scan, "ONE_THREAD", 200)
-    monkeypatch.setattr(scan, "SCAN_WIDTH", 4)
+def test_more_rows_than_one_launch_takes(rows, length, kind, seed, poison, monkeypatch):
+    monkeypatch.setattr(plain, "ONE_THREAD", 200)
+    monkeypatch.setattr(plain, "SCAN_WIDTH", 4)
     check(rows, length, kind, True, (1.0, 0.99), "reference")
 
 
@@ -136,7 +139,7 @@ def test_low_precision_inputs_give_fp32(backend, dtype, seed, poison):
 
 
 @pytest.mark.parametrize("which", (0, 1, 3))
-def test_float64_wherever_it_is_gives_float64(which, seed):
+def test_any_float64_input_gives_float64(which, seed):
     inputs = list(problem(3, 33, "half", True))
     inputs[which] = inputs[which].double()
     results = fused_po.gae(*inputs, backend="reference")
@@ -170,7 +173,7 @@ def test_strides(backend, seed, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_bits_in_every_run_and_whatever_does_not_count(backend, seed, poison):
+def test_bitwise_equal_in_every_run_and_for_any_masked_values(backend, seed, poison):
     rewards, values, mask, last = problem(3, 300, "half", True)
     first = fused_po.gae(rewards, values, mask, last, backend=backend)
     other = [torch.where(mask, x, torch.inf) for x in (rewards, values)]
@@ -180,7 +183,7 @@ def test_the_same_bits_in_every_run_and_whatever_does_not_count(backend, seed, p
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_broken_rows_stay_alone(backend, seed):
-    """Where values are not looked at, NaN and infinities come out in their row, and before their position only."""
+    """Where values are not checked, NaN and infinities stay in their row, at their position and before it."""
     rewards, values = torch.randn(3, 40, device=DEVICE), torch.randn(3, 40, device=DEVICE)
     whole = backends.get(backend).gae(rewards, values, None, None, 1.0, 0.95)
     rewards[1, 20] = torch.nan
@@ -249,7 +252,7 @@ def test_positions_that_do_not_count_change_nothing(case, data, gamma, lam):
     rewards, values, mask = case
     n_extra = data.draw(st.integers(0, 20))
     order = torch.tensor(data.draw(st.permutations(range(mask.shape[1] + n_extra))))
-    kept = order < mask.shape[1]  # where the columns we have go, in their order, among n_extra of nothing
+    kept = order < mask.shape[1]  # positions of the real columns, in order, among n_extra masked ones
     wide = [torch.full((len(mask), len(order)), torch.nan, dtype=torch.float64) for _ in range(2)]
     wide_mask = torch.zeros(len(mask), len(order), dtype=torch.bool)
     for target, source in zip((*wide, wide_mask), (rewards, values, mask)):
@@ -288,7 +291,7 @@ def test_bad_input(call, error, message):
 
 
 class Work(TorchDispatchMode):
-    """PyTorch's operations meanwhile, inside custom operators too, and the numbers they make."""
+    """Counts PyTorch operations, inside custom operators too, and the elements they produce."""
 
     operations = numbers = 0
 
@@ -305,7 +308,10 @@ class Work(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ("none", "half"))
 def test_a_twentieth_of_the_loops_operations(kind, seed):
-    """Each costs microseconds, whatever it computes; the numbers are few times as many. Times depend on the machine."""
+    """The scan runs at most a twentieth of the loop's operations, and produces only a few times as many elements.
+
+    Each operation costs microseconds on the host. Times are not compared: they depend on the machine.
+    """
     rewards, values, mask, _ = problem(64, 4096, kind)
     with Work() as theirs:
         gae_loop(rewards, values, mask, None, 1.0, 0.95)

@@ -1,4 +1,4 @@
-"""What a call costs on the host, in counts that no clock touches; `benchmarks/overhead.py` measures the times."""
+"""The cost of a call on the host, as counts of operations; `benchmarks/overhead.py` measures times."""
 
 import json
 import os
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_po
 from fused_po import checks
-from fused_po.ops import autograd, linear_logps, logps
+from fused_po.backend.interface import Outputs
+from fused_po.lm_head import scored
+from fused_po.ops import outputs, register
 
 ROWS = {row.name: row for row in overhead_cases.rows("cpu")}
 # ATen ops and Python functions of one call: (forward), (forward and backward). A change may lower them.
@@ -53,7 +55,7 @@ BOUNDS: dict[str, tuple[tuple[int, int], ...]] = {
     "losses.kl_loss": ((17, 24), (45, 30)),
     "modules.DPOLoss": ((15, 56), (24, 62)),
 }
-SLACK = 2, 6  # what other versions of torch may add to either
+SLACK = 2, 6  # other versions of torch may add this many to either count
 CASES = [pytest.param(row, mode, id=f"{row.name}-{mode}") for row in ROWS.values() for mode in overhead.modes_of(row)]
 
 
@@ -73,22 +75,22 @@ def test_the_floor_checks_its_labels_too(bad):
 
 @pytest.mark.parametrize("row, mode", CASES)
 def test_counts(row, mode):
-    """No more PyTorch ops and Python functions than are written down: a later change that adds some is seen."""
+    """A call runs no more PyTorch ops and Python functions than the table above allows."""
     counted = overhead.counts(overhead.step(row.ours, row.leaves, mode))
     ops, python = BOUNDS[row.name][overhead.modes_of(row).index(mode)]
     assert counted.ops <= ops + SLACK[0]
     assert counted.python <= python + SLACK[1]
 
 
-def test_a_loop_over_sequences_is_seen():
-    """The counts follow what is computed: rows that lie apart are passed over sequence by sequence."""
+def test_a_loop_over_sequences_raises_the_counts():
+    """A loop over sequences raises the counts: rows that are not adjacent in memory take one pass per sequence."""
     d = overhead_cases.data("cpu")
     apart = torch.empty(d.logits.shape[0], d.logits.shape[1] + 1, d.logits.shape[2])[:, :-1].copy_(d.logits)
     ours = [overhead.counts(lambda x=x: fused_po.logps_from_logits(x, d.labels)).ops for x in (d.logits, apart)]
     assert ours[1] > ours[0] + 7 * 8
 
 
-# A GPU: its values are not looked at, so that nothing waits for it but the count of scored tokens.
+# On a GPU values are not checked, so that only the count of scored tokens waits for the device.
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def scores(d):
-    """Calls by the kernels' backend, and the syncs that docs/api.md names."""
+    """Calls with the kernels' backend, and the number of syncs that docs/api.md gives for each."""
     how = {"backend": "triton"}
     head, ref = (d.hidden, d.weight), {"ref_hidden": d.ref_hidden, "ref_weight": d.ref_weight}
     policy = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.2} | how
@@ -123,7 +125,7 @@ def test_host_syncs(name, as_on_a_gpu):
     assert seen.syncs == documented, {k: v for k, v in seen.names.items() if k in overhead.SYNCS}
 
 
-# Past PyTorch's dispatcher.
+# Calls that skip PyTorch's dispatcher.
 
 
 def graph(value: torch.Tensor) -> list[str]:
@@ -156,7 +158,7 @@ class Sub(torch.Tensor):
     pass
 
 
-def test_an_op_that_nothing_sees_skips_the_dispatcher():
+def test_an_op_that_nothing_observes_skips_the_dispatcher():
     d = overhead_cases.data("cpu")
     assert "fused_po_linear_logps_fwdBackward" in graph(fused_po.linear_logps(d.hidden, d.weight, d.labels).logps)
 
@@ -178,37 +180,37 @@ def test_a_profiler_sees_the_ops():
 
 
 def test_every_tensor_of_an_op_is_known():
-    """By the op's own schema."""
-    assert len(autograd.registered) >= 16
-    for op, known in autograd.registered.items():
-        arguments = op._opoverload._schema.arguments
-        assert known.tensors == [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        assert known.mutated == [i for i, a in enumerate(arguments) if a.alias_info is not None]
+    """The tensors are compared with the op's schema."""
+    assert len(register.registered) >= 16
+    for op in register.registered:
+        arguments = op.definition._opoverload._schema.arguments
+        assert op.tensors == [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        assert op.mutated == [i for i, a in enumerate(arguments) if a.alias_info is not None]
 
 
-def test_unseen():
-    """Nothing but plain tensors, in no context that has rules of its own."""
+def test_when_the_dispatcher_is_skipped():
+    """The dispatcher is skipped only for plain tensors, and only where no mode, transform or tracer is active."""
     x = torch.ones(2)
-    assert autograd.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
+    assert register.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
     with torch.no_grad():
-        assert autograd.unseen((x,), (0,))
+        assert register.unseen((x,), (0,))
     for other in (x.to("meta"), x.as_subclass(Sub)):
-        assert not autograd.unseen((x, other), (0, 1))
+        assert not register.unseen((x, other), (0, 1))
     with torch.autograd.forward_ad.dual_level():
-        assert not autograd.unseen((x,), (0,))
+        assert not register.unseen((x,), (0,))
     for mode in (Watching(), Functions(), torch._subclasses.FakeTensorMode(), torch.device("cpu")):
         with mode:
-            assert not autograd.unseen((x,), (0,))
+            assert not register.unseen((x,), (0,))
     seen = []
-    torch.func.grad(lambda v: (seen.append(autograd.unseen((v,), (0,))), v.sum())[1])(x)
-    torch.func.vmap(lambda v: (seen.append(autograd.unseen((v,), (0,))), v)[1])(x)
-    torch.jit.trace(lambda v: (seen.append(autograd.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
+    torch.func.grad(lambda v: (seen.append(register.unseen((v,), (0,))), v.sum())[1])(x)
+    torch.func.vmap(lambda v: (seen.append(register.unseen((v,), (0,))), v)[1])(x)
+    torch.jit.trace(lambda v: (seen.append(register.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
     assert seen == [False] * 3
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_the_dispatcher_changes_no_bit(row):
-    """The op's own path and the short one: the same results and gradients."""
+def test_results_are_bitwise_equal_without_the_dispatcher(row):
+    """With and without the dispatcher: the same results and gradients, bit for bit."""
     direct = overhead.results(row.ours, row, True)
     with Watching():
         dispatched = overhead.results(row.ours, row, True)
@@ -220,7 +222,10 @@ def test_the_dispatcher_changes_no_bit(row):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("watched", (False, True), ids=("direct", "dispatched"))
 def test_writing_over_logits_counts_as_a_new_version(watched, backend):
-    """A graph that had saved the logits says so, whichever way the op ran; PyTorch does not see a kernel's writes."""
+    """A graph that saved the logits raises PyTorch's error, with and without the dispatcher.
+
+    PyTorch does not see the writes of a kernel by itself.
+    """
     d = overhead_cases.data("cpu")
     logits = d.logits * 1.0
     square = (logits * logits).sum()
@@ -238,7 +243,7 @@ def test_writing_over_logits_counts_as_a_new_version(watched, backend):
 
 
 def test_results_may_be_edited_in_place():
-    """No result is a view that autograd would refuse to see edited."""
+    """No result is a view that autograd does not allow to be edited in place."""
     d = overhead_cases.data("cpu")
     stats = fused_po.linear_logps(d.hidden, d.weight, d.labels, outputs=fused_po.TokenStats._fields)
     for value in (stats.logps, stats.entropy, stats.lse):
@@ -247,7 +252,7 @@ def test_results_may_be_edited_in_place():
     (stats.logps + stats.entropy + stats.lse).sum().backward()
 
 
-# The checks that became cheaper refuse what they refused.
+# The cheap checks refuse the same values as the full ones.
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
@@ -281,18 +286,20 @@ def test_label_range(ignore_index):
 
 @pytest.mark.parametrize("ignore_index", (-100, 3))
 def test_scored_rows(ignore_index):
-    assert linear_logps.scored_rows(torch.tensor([0, 1]), ignore_index) is None
-    assert linear_logps.scored_rows(torch.tensor([0, ignore_index, 1]), ignore_index).tolist() == [0, 2]
-    assert linear_logps.scored_rows(torch.empty(0, dtype=torch.int64), ignore_index) is None
+    assert scored.scored_rows(torch.tensor([0, 1]), ignore_index) is None
+    assert scored.scored_rows(torch.tensor([0, ignore_index, 1]), ignore_index).tolist() == [0, 2]
+    assert scored.scored_rows(torch.empty(0, dtype=torch.int64), ignore_index) is None
 
 
-def test_output_bits():
-    assert logps.output_bits(("entropy", "logps", "entropy")) == 3
-    assert logps.output_bits(["log_sum_sq_probs"]) == 32
+def test_outputs():
+    assert outputs.outputs_of(("entropy", "logps", "entropy")) == Outputs(logps=True, entropy=True)
+    assert outputs.outputs_of(["log_sum_sq_probs"]).bits == 32
+    for bits in range(64):
+        assert Outputs.of(bits).bits == bits
 
 
 def test_the_command_line(tmp_path):
-    """`python benchmarks/overhead.py --json FILE`: a line for each row and mode, and the same in the file."""
+    """`python benchmarks/overhead.py --json FILE` prints a line for each row and mode, and writes the same to FILE."""
     script = Path(overhead.__file__)
     to = tmp_path / "overhead.json"
     command = [sys.executable, script, "--json", to, "--only", "aggregate", "--turns", "3", "--repeats", "2"]

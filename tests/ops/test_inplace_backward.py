@@ -1,4 +1,4 @@
-"""inplace_backward where a gradient can't be written over the logits: an error in the forward, in every backend."""
+"""inplace_backward where the gradient cannot be written over the logits: every backend raises in the forward."""
 
 import pytest
 import torch
@@ -23,9 +23,11 @@ OPS = {
     "kl_from_logits": lambda z, **how: (fused_po.kl_from_logits(z, REF, **how).kl * ROWS).sum(),
     "dpo_from_logits": lambda z, **how: fused_po.dpo_from_logits(z, LABELS, REF, **how).loss,
     "dpo_from_logits full": lambda z, **how: fused_po.dpo_from_logits(z, LABELS, REF, kl="full", kl_coef=1, **how).loss,
-    "policy ppo": policy("ppo"), "policy gspo": policy("gspo"), "policy reinforce": policy("reinforce"),
-}  # fmt: skip
-SHARED = {  # a leaf's values as [2, 3, 5] logits whose elements share memory
+    "policy ppo": policy("ppo"),
+    "policy gspo": policy("gspo"),
+    "policy reinforce": policy("reinforce"),
+}
+SHARED = {  # views of a leaf as [2, 3, 5] logits whose elements share memory
     "expanded": ((2, 1, 5), lambda x: x.expand(2, 3, 5)),
     "one row for all": ((5,), lambda x: x.expand(2, 3, 5)),
     "columns expanded": ((2, 3, 1), lambda x: x.expand(2, 3, 5)),
@@ -33,7 +35,7 @@ SHARED = {  # a leaf's values as [2, 3, 5] logits whose elements share memory
     "sliding windows of rows": ((4, 5), lambda x: x.unfold(0, 3, 1).transpose(1, 2)),
     "as_strided": ((40,), lambda x: x.as_strided((2, 3, 5), (4, 10, 1))),
 }
-VIEWS = {  # and as logits whose elements do not
+VIEWS = {  # and as logits whose elements do not share memory
     "transposed": ((3, 2, 5), lambda x: x.transpose(0, 1)),
     "columns first": ((5, 2, 3), lambda x: x.permute(1, 2, 0)),
     "sliced": ((4, 4, 9), lambda x: x[1:3, :3, 2:7]),
@@ -41,7 +43,7 @@ VIEWS = {  # and as logits whose elements do not
     "windows side by side": ((2, 15), lambda x: x.unfold(1, 5, 5)),
     "a diagonal": ((2, 3, 3, 5), lambda x: x.diagonal(dim1=1, dim2=2).transpose(1, 2)),
     "with an offset": ((35,), lambda x: x[5:].view(2, 3, 5)),
-}  # fmt: skip
+}
 
 
 def logits_of(shape, view):
@@ -59,7 +61,7 @@ def test_elements_that_share_memory_are_refused_in_the_forward(name, backend, se
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
-def test_not_in_place_they_are_served(name, backend, seed):
+def test_without_in_place_they_are_accepted(name, backend, seed):
     for shape, view in list(SHARED.values())[:: 1 if backend == "reference" else 3]:
         leaf, logits = logits_of(shape, view)
         OPS[name](logits, backend=backend).backward()
@@ -70,7 +72,7 @@ def test_not_in_place_they_are_served(name, backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
-def test_views_without_shared_elements_are_served_in_place(name, backend, seed):
+def test_views_without_shared_elements_are_accepted_in_place(name, backend, seed):
     for shape, view in list(VIEWS.values())[:: 1 if backend == "reference" else 3]:
         grads = []
         leaf = torch.randn(shape, device=DEVICE)
@@ -81,8 +83,8 @@ def test_views_without_shared_elements_are_served_in_place(name, backend, seed):
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
 
 
-def test_overlap_against_every_element_s_address(seed):
-    """Of random layouts: what shares an address is found; a nested layout that shares none is let through."""
+def test_overlap_against_the_address_of_every_element(seed):
+    """Random layouts: every layout with a shared address is refused; a nested layout without one is accepted."""
     generator, found = torch.Generator().manual_seed(0), {True: 0, False: 0}
     for _ in range(3000):
         shape = torch.randint(1, 5, (3,), generator=generator).tolist()
@@ -91,7 +93,7 @@ def test_overlap_against_every_element_s_address(seed):
         shared = len(set(addresses)) < len(addresses)
         found[shared] += 1
         assert checks._overlap(shape, strides) >= shared, (shape, strides)
-    for _ in range(300):  # what slices, steps and permutations make of a dense tensor
+    for _ in range(300):  # layouts that slices, steps and permutations of a dense tensor can have
         base = torch.empty(torch.randint(1, 7, (4,), generator=generator).tolist())
         order = torch.randperm(4, generator=generator).tolist()
         cuts = torch.randint(1, 4, (2, 4), generator=generator).tolist()
@@ -112,7 +114,7 @@ WITH_REF = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", WITH_REF)
 def test_a_reference_in_the_same_memory(name, backend, seed):
-    """Refused where the gradient would overwrite it; taken as the very same view, or woven in without sharing."""
+    """A reference that the gradient would overwrite is refused. The same view, or interleaved memory, is accepted."""
     call, how = WITH_REF[name], {"inplace_backward": True, "backend": backend}
     x = torch.randn(6, 3, 5, device=DEVICE, requires_grad=True)
     y = x * 1.0
@@ -131,7 +133,7 @@ def test_a_reference_in_the_same_memory(name, backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
-def test_a_leaf_is_refused_and_stays_as_it_was(name, backend, seed):
+def test_a_leaf_is_refused_and_unchanged(name, backend, seed):
     leaf = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
     before = leaf.detach().clone()
     for logits in (leaf, leaf[:], leaf.view(2, 3, 5)):
@@ -145,7 +147,7 @@ def test_a_leaf_is_refused_and_stays_as_it_was(name, backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
-def test_another_result_that_needs_the_logits_is_never_wrong(name, backend, seed):
+def test_another_result_that_needs_the_logits_raises(name, backend, seed):
     """It raises PyTorch's error about a tensor that was modified in place."""
     leaf = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
     logits = leaf * 1.0
@@ -155,7 +157,7 @@ def test_another_result_that_needs_the_logits_is_never_wrong(name, backend, seed
         other.backward()
 
 
-def test_verl_s_default_does_not_overwrite_a_leaf(seed):
+def test_the_default_of_verl_does_not_overwrite_a_leaf(seed):
     leaf = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True)
     before = leaf.detach().clone()
     (verl.logprobs_from_logits(leaf, LABELS) * ROWS).sum().backward()

@@ -1,4 +1,4 @@
-"""The exact KL against float64 in the tests' own words: values, gradients, extremes, schedules, and its uses."""
+"""`kl_from_logits` against plain PyTorch in float64: values, gradients, extremes, strides, bad input."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gradient_in_closed_form(logits, ref_logits, direction, weight):
-    """d KL / d logits without autograd, which makes NaN of log 0."""
+    """d KL / d logits without autograd, which turns log 0 into NaN."""
     p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     if direction == "forward":
         return p.exp() - q.exp()
@@ -23,7 +23,7 @@ def gradient_in_closed_form(logits, ref_logits, direction, weight):
 
 
 def check_logits(n, v, dtype, backend, how, scalings=(None, None), ref_dtype=None, problems=16):
-    """Ours against float64, with plain PyTorch's error on several problems as the bound."""
+    """Compare with float64; the bound is plain PyTorch's error on several problems."""
     found, ours = [], None
     settings_ = {}
     if scalings[0]:
@@ -97,7 +97,7 @@ def test_equal_sides_give_exactly_zero(backend, how, seed, poison):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forbidden_tokens(backend, seed, poison):
-    """-inf on either side: what nobody may say counts nothing; what one side may say and the other not is +inf."""
+    """In KL(p || q) a token forbidden (-inf) in both adds 0, and a token forbidden only in q gives +inf."""
     logits, ref_logits = pair(4, 300)
     logits[:2, 10:20] = -torch.inf
     ref_logits[:2, 10:20] = -torch.inf  # both
@@ -128,7 +128,7 @@ def test_nan_stays_in_its_row(backend, poison):
 @pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_and_masks(backend, inplace, seed):
-    """[:, :-1] of a batch, a transpose, four dimensions: as their contiguous copies."""
+    """[:, :-1] of a batch, a transpose and four dimensions give the results of their contiguous copies."""
     base, ref_base = (torch.randn(3, 6, 2, 50, device=DEVICE) for _ in range(2))
     views = [lambda t: t[:, :-1, 0], lambda t: t.transpose(0, 2), lambda t: t[..., ::2], lambda t: t[1:, ::2]]
     for view in views:
@@ -150,7 +150,7 @@ def test_any_strides_and_masks(backend, inplace, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 80), st.floats(0, 30), st.floats(-50, 50))
-def test_never_negative_and_blind_to_constants(number, v, distance, constant):
+def test_never_negative_and_unchanged_by_constants(number, v, distance, constant):
     torch.manual_seed(number)
     logits, ref_logits = pair(3, v, distance=distance)
     for direction, weight in DIRECTIONS.values():

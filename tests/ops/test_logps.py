@@ -1,4 +1,4 @@
-"""`logps_from_logits` and `linear_logps` against float64, on the whole grid, by every backend."""
+"""`logps_from_logits` and `linear_logps` against float64: a grid of sizes and dtypes, for every backend."""
 
 import itertools
 
@@ -17,8 +17,8 @@ SCALINGS = {
     "scale": Scaling(logit_scale=1 / 16),
     "softcap": Scaling(temperature=1.3, logit_scale=0.5, softcap=5.0),
 }
-LARGE = 20_000_000  # logits: more are for the slow tests
-INTERPRETED_ELEMENTS = 600_000  # Triton's interpreter takes seconds for more, as for many rows, each a program
+LARGE = 20_000_000  # logits; larger problems are slow tests
+INTERPRETED_ELEMENTS = 600_000  # Triton's interpreter takes seconds for more, and for many rows
 
 
 def grid():
@@ -36,7 +36,7 @@ def grid():
 
 
 def baseline_rows(n: int, v: int) -> int:
-    """One row's error is luck: plain PyTorch's is taken over at least so many."""
+    """The number of rows over which plain PyTorch's error is taken: the error of a single row is random."""
     return max(n, 256 if v < 5000 else 64 if v < 100_000 else 24) if n else 1
 
 
@@ -85,7 +85,7 @@ def test_minus_infinity_is_a_masked_vocabulary(backend, dtype, v, seed, poison):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_confident_rows_keep_their_gradient(backend, seed):
-    """p of the label up to 1 - 1e-7: 1 - p must not come from subtracting p from 1."""
+    """The label's p is up to 1 - 1e-7, so 1 - p must not be computed by subtracting p from 1."""
     gap = torch.linspace(1, 16, 256, device=DEVICE)[torch.randperm(256, device=DEVICE)]
     logits = torch.randn(256, 10, device=DEVICE)
     logits[:, 3] = logits.max(-1).values + gap
@@ -109,13 +109,21 @@ def test_is_top1_is_argmax_with_ties(backend, v, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype, v", [
-    (torch.float32, 57), (torch.bfloat16, 16), (torch.bfloat16, 4099),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (torch.float32, 16), (torch.float32, 4099), (torch.bfloat16, 57))),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, v",
+    [
+        (torch.float32, 57),
+        (torch.bfloat16, 16),
+        (torch.bfloat16, 4099),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((torch.float32, 16), (torch.float32, 4099), (torch.bfloat16, 57))
+        ),
+    ],
+    ids=str,
+)
 def test_strides(backend, dtype, v, seed, poison):
-    """Slices, transposes, unaligned starts: the same numbers as from contiguous logits, bitwise, gradients too."""
+    """Slices, transposes and unaligned starts give bitwise the results and gradients of contiguous logits."""
     base = torch.randn(3, 6, v + 3, device=DEVICE).to(dtype)
     views = {
         "shifted": base[:, :-1, :v],
@@ -180,7 +188,7 @@ def test_linear_scaling_bias_and_tiles(backend, scaling, ignored, dtype, seed, p
 
 @pytest.mark.parametrize("temperature", (0.5, 2.0))
 def test_entropy_never_ignores_the_temperature(temperature, seed):
-    """A bug of the peers: log-probs at the temperature, entropy and its bonus at 1."""
+    """Other libraries had this bug: log-probs at the temperature, but the entropy and its bonus at temperature 1."""
     hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
     labels, mask = torch.randint(0, 30, (1, 5)), torch.ones(1, 5)
     hidden.requires_grad_()
@@ -200,7 +208,7 @@ def test_entropy_never_ignores_the_temperature(temperature, seed):
 @pytest.mark.parametrize("keep", (0, None), ids=("recomputed", "kept"))
 @pytest.mark.parametrize("outputs", (("logps",), ("logps", "entropy")), ids=("log-probs", "entropy"))
 def test_the_gradient_of_a_bias_over_many_tokens(outputs, keep, seed):
-    """A sum over 4,000 rows, which plain PyTorch makes in cascades; one row after another it errs ten times more."""
+    """A sum over 4,000 rows. PyTorch uses cascade summation; adding row after row errs ten times more."""
     n, v, width = 4000, 64, 8
     hidden, weight = torch.randn(n, width, device=DEVICE), torch.randn(v, width, device=DEVICE)
     bias, labels = torch.randn(v, device=DEVICE), torch.randint(v, (n,), device=DEVICE)
@@ -224,7 +232,7 @@ def test_the_gradient_of_a_bias_over_many_tokens(outputs, keep, seed):
 
 @pytest.mark.parametrize("op", ("linear_kl", "chunked_loss"))
 def test_the_gradient_of_a_bias_over_many_tokens_in_other_ops(op, seed):
-    """They sum it as `linear_logps` does; chunked_loss over eight groups."""
+    """They sum a bias's gradient as `linear_logps` does; chunked_loss sums over eight groups."""
     n, v, width = 4000, 64, 8
     hidden, ref_hidden = torch.randn(2, n, width, device=DEVICE)
     weight, ref_weight = torch.randn(2, v, width, device=DEVICE)

@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs (OpInfo): odd shapes, strides and offsets, put through our ops against float64."""
+"""PyTorch's sample inputs (OpInfo), with unusual shapes, strides and offsets, through our ops against float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ database = pytest.importorskip(
     "torch.testing._internal.common_methods_invocations", reason="torch has no OpInfo samples here"
 )
 BACKENDS = ("reference", pytest.param("triton", marks=pytest.mark.slow))  # interpreted rows take time
-SAMPLES = {"reference": 200, "triton": 6}  # of each operator
+SAMPLES = {"reference": 200, "triton": 6}  # samples of each operator
 
 
 def samples(name: str, count: int):
@@ -22,7 +22,7 @@ def samples(name: str, count: int):
 def assert_logps(
     what: str, logits: torch.Tensor, exact: torch.Tensor, ours: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    """Twice float32 log_softmax's error in the same row, and one rounding of the row's largest number."""
+    """The bound is twice float32 log_softmax's error in the row, plus one rounding of the row's largest number."""
     pick = labels.long()[..., None]
     expected = exact.log_softmax(-1).gather(-1, pick)[..., 0]
     plain = logits.log_softmax(-1).gather(-1, pick)[..., 0]

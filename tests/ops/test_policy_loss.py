@@ -1,4 +1,4 @@
-"""`policy_loss_from_logits` against float64 in the tests' own words: losses, statistics, gradients, in place or not."""
+"""`policy_loss_from_logits` against plain PyTorch in float64: losses, statistics, gradients, in place or not."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ import fused_po
 from fused_po import losses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOST = [name for name in LOSSES if name not in ("bnpo, two-sided", "dapo", "sapo, sharp", "luspo")]  # but for numbers
-SOME = ("ppo, dual clip", "cispo", "sapo", "gspo")  # one of each kind, where all would take long
+MOST = [name for name in LOSSES if name not in ("bnpo, two-sided", "dapo", "sapo, sharp", "luspo")]  # no variants
+SOME = ("ppo, dual clip", "cispo", "sapo", "gspo")  # one of each kind, for tests where all take too long
 
 
 def units(key, exact):
-    """Powers of two to divide by: errors grow with what is large, and in a row of the gradient with the ratio too."""
+    """Powers of two to divide by: errors grow with the values, and in a row of the gradient also with the ratio."""
     size = 1 + exact[key].abs() * (key in ("losses", "kl", "ratio"))
     if key == "gradient":
         size = exact[key].square().mean(-1, keepdim=True).sqrt()
@@ -27,7 +27,7 @@ def units(key, exact):
 def test_values_and_gradients(backend, name, dtype, inplace, kl, seed, poison):
     row = LOSSES[name]
     how = {"kl": kl, "kl_coef": 0.3 if kl else 0.0, "entropy_coef": 0.05 if kl else 0.0, "temperature": 0.8}
-    sides, found = [], []  # (plain PyTorch's, exact) of many problems and ours of the first: one's error is luck
+    sides, found = [], []  # (plain PyTorch, exact) of many problems, ours of the first: one error is random
     for i in range(32):
         t = problem(DTYPES[dtype], loss_type=row[0], kl=kl, temperature=0.8)
         sides.append([torch_of(t, row, precision, **how) for precision in (torch.float32, torch.float64)])
@@ -38,7 +38,7 @@ def test_values_and_gradients(backend, name, dtype, inplace, kl, seed, poison):
             for key in set(found[-1]) - {"loss"}:
                 assert (found[-1][key][nothing] == 0).all(), key
     eps = torch.finfo(torch.float32).eps
-    for ours, (_, exact) in zip(found, sides):  # the loss is as wrong as its tokens, but for adding up
+    for ours, (_, exact) in zip(found, sides):  # the loss has the errors of its tokens and of their sum
         slack = (ours["losses"] - exact["losses"]).abs().sum() + eps * exact["losses"].abs().sum()
         assert (ours["loss"] - exact["loss"]).abs() <= slack
     for key in set(sides[0][0]) - {"loss"}:
@@ -66,7 +66,7 @@ def test_kl_times_the_ratio_or_not(name, times_ratio, seed):
 
 
 @pytest.mark.parametrize("backend, name", [("reference", n) for n in LOSSES] + [("triton", n) for n in SOME])
-def test_equals_the_zoo_on_log_probs(backend, name, seed):
+def test_equals_the_pure_losses_on_log_probs(backend, name, seed):
     """losses.*, aggregate and logps_from_logits give the same loss and the same gradient, to rounding."""
     loss_type, settings, *_ = LOSSES[name]
     t = problem(torch.float32, loss_type=loss_type, kl="k3")
@@ -104,11 +104,11 @@ def test_equals_the_zoo_on_log_probs(backend, name, seed):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("on_policy", (False, True))
 def test_gradcheck(name, on_policy, seed):
-    """In place too: the gradient that the forward wrote is that of the loss."""
+    """In place too: the gradient that the forward writes is the gradient of the loss."""
     row = LOSSES[name]
     t = problem(torch.float64, 2, 3, 9, row[0], "k2")
     if on_policy and name not in ("cispo", "reinforce", "sft"):
-        t["old_logps"] = None  # the ratio is 1 by definition: finite differences cannot see its gradient
+        t["old_logps"] = None  # the ratio is 1 by definition, so finite differences cannot measure its gradient
         exact = torch_of(t, row, torch.float64, kl="k2", kl_coef=0.3, entropy_coef=0.1)
         for inplace in (False, True):
             _, gradient = ours_of(t, row, kl="k2", kl_coef=0.3, entropy_coef=0.1, inplace_backward=inplace)
@@ -116,7 +116,7 @@ def test_gradcheck(name, on_policy, seed):
         return
     how = {"kl": "k2", "kl_coef": 0.3, "entropy_coef": 0.1, "temperature": 0.8, "use_bias_correction_kl": False}
     if row[0] == "cispo":
-        t["old_logps"] = t["old_logps"] - 9  # the ratio's weight is a constant once it is capped
+        t["old_logps"] = t["old_logps"] - 9  # a capped ratio is a constant weight
 
     def loss(x, inplace=False):
         settings = {"loss_type": row[0], **row[1], **how, "inplace_backward": inplace}
@@ -130,7 +130,7 @@ def test_gradcheck(name, on_policy, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", (False, True))
-def test_masked_vocabulary_strides_and_what_is_not_looked_at(backend, inplace, seed, poison):
+def test_masked_vocabulary_strides_and_ignored_values(backend, inplace, seed, poison):
     t = problem(torch.bfloat16, 3, 5, 333, kl="k2")
     hidden = torch.rand_like(t["logits"].float()) < 0.4
     hidden.scatter_(-1, t["labels"].clamp(min=0)[..., None], False)
@@ -147,7 +147,7 @@ def test_masked_vocabulary_strides_and_what_is_not_looked_at(backend, inplace, s
         out.loss.backward()
         found.append((*out[1:], x.grad))
         assert (x.grad[hidden | nothing[..., None]] == 0).all() and x.grad.isfinite().all()
-    for other in found[1:]:  # groups of columns begin elsewhere: sums in another order, and bf16 of them
+    for other in found[1:]:  # groups of columns start elsewhere: sums and bf16 roundings differ in order
         for a, b in zip(other[:-1], found[0][:-1]):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(other[-1], found[0][-1], rtol=2**-7, atol=1e-8)
@@ -156,7 +156,7 @@ def test_masked_vocabulary_strides_and_what_is_not_looked_at(backend, inplace, s
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", ((0, 3), (2, 0), (2, 3)))
 @pytest.mark.parametrize("loss_type", ("ppo", "gspo"))
-def test_nothing_counted_is_a_differentiable_zero(backend, shape, loss_type, seed, poison):
+def test_no_counted_token_gives_a_differentiable_zero(backend, shape, loss_type, seed, poison):
     logits = torch.randn(*shape, 9, device=DEVICE, requires_grad=True)
     labels = torch.full(shape, IGNORE, device=DEVICE)
     a = torch.zeros(shape[0], device=DEVICE)
@@ -170,7 +170,7 @@ def test_nothing_counted_is_a_differentiable_zero(backend, shape, loss_type, see
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("ppo", "cispo", "sapo", "gspo"))
 @pytest.mark.parametrize("distance", (1e4, -1e4))
-def test_policies_far_apart_give_the_finite_losses_of_the_zoo(backend, name, distance, seed):
+def test_distant_policies_give_the_finite_values_of_the_pure_losses(backend, name, distance, seed):
     t = problem(torch.float32, loss_type=name, kl="k3")
     t["old_logps"], t["ref_logps"] = t["old_logps"] + distance, t["ref_logps"] + distance
     out, gradient = ours_of(t, LOSSES[name], kl="k3", backend=backend)
@@ -183,7 +183,7 @@ def test_policies_far_apart_give_the_finite_losses_of_the_zoo(backend, name, dis
 
 @pytest.mark.parametrize("name", ("ppo", "ppo, dual clip", "cispo", "sapo"))
 def test_importance_weights_may_be_multiplied_into_the_advantages(name, seed):
-    """What the docstring says: L is proportional to |A|."""
+    """As documented: L is proportional to |A|."""
     t = problem(torch.float64)
     weights = torch.rand_like(t["old_logps"])
     plain, _ = ours_of(t, LOSSES[name])
@@ -192,8 +192,8 @@ def test_importance_weights_may_be_multiplied_into_the_advantages(name, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_make_any_batching_one_batch(backend, seed):
-    """Gradient accumulation by token_weights with the whole step's counts; a fixed length for Dr. GRPO."""
+def test_weighted_micro_batches_equal_one_batch(backend, seed):
+    """Gradient accumulation: token_weights with the counts of the whole step, and with a fixed length for Dr. GRPO."""
     t = problem(torch.float32, 4, 5)
     mask = t["mask"] & (t["labels"] != IGNORE)
     counts = {"mode": "seq-mean-token-sum-norm", "num_sequences": 4, "max_length": 7}

@@ -1,13 +1,16 @@
-"""`policy_loss_from_logits` as a citizen of PyTorch: launches, in place, opcheck, torch.compile, errors."""
+"""`policy_loss_from_logits` with PyTorch's features: launches, in place, opcheck, torch.compile, errors."""
 
 import math
 
 import pytest
 import torch
-from numerics import BACKENDS, DEVICE, IGNORE, count_launches, random_labels
+from numerics import BACKENDS, DEVICE, count_launches, random_labels
 from policy_problems import given, problem
+from registered_ops import opcheck
 
 import fused_po
+from fused_po.backend.interface import Form
+from fused_po.ops.policy import PolicySettings
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,8 +38,8 @@ def test_one_launch_forward_and_the_gradient_in_the_logits(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_losss_own_gradient_is_multiplied_in(backend, seed):
-    """Under gradient accumulation or a loss scaler; for a power of two that is exact in bf16."""
+def test_the_incoming_gradient_is_multiplied_in(backend, seed):
+    """As under gradient accumulation or a loss scaler. For a power of two the product is exact in bf16."""
     t = problem(torch.bfloat16, 2, 3, 9001)
     grads = []
     for factor in (1.0, 0.25, 3.0):
@@ -50,7 +53,7 @@ def test_the_losss_own_gradient_is_multiplied_in(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_takes_the_loss_scalers_factor_before_it_rounds(backend, seed):
+def test_fp16_gradients_are_scaled_before_rounding(backend, seed):
     t = problem(torch.float16, 2, 3, 300)
     weights = torch.full((2, 3), 1e-6, device=DEVICE)
     x = t["logits"].clone().requires_grad_()
@@ -77,17 +80,15 @@ def test_without_a_gradient_nothing_is_overwritten(backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, seed):
-    ops = torch.ops.fused_po
     logits = torch.randn(2, 3, 37, device=DEVICE, requires_grad=True)
     numbers = [torch.randn(6, device=DEVICE) for _ in range(4)]
-    form = "clip", 0.8, 1.2, math.inf, "k3", 0.1, True, 0.2
-    first = random_labels(6, 37, "some"), *numbers, *form, 1.5, IGNORE
-    torch.library.opcheck(ops.policy_fwd, (logits, *first, False, backend))
-    torch.library.opcheck(ops.policy_fwd_, (logits.detach(), *first, backend))
-    torch.library.opcheck(ops.policy_scale_, (logits.detach(), numbers[0].sum(), backend))
-    torch.library.opcheck(
-        ops.policy_link, (logits, numbers[0].sum(), backend), test_utils=("test_schema", "test_faketensor")
-    )
+    settings = PolicySettings(Form("clip", 0.8, 1.2, math.inf, "k3", 0.1, True, 0.2), 1.5, False, backend)
+    first = random_labels(6, 37, "some"), *numbers, settings
+    opcheck("policy_fwd", logits, *first)
+    opcheck("policy_fwd_", logits.detach(), *first)
+    opcheck("policy_scale_", logits.detach(), numbers[0].sum(), backend)
+    link, without_autograd = torch.ops.fused_po.policy_link, ("test_schema", "test_faketensor")
+    torch.library.opcheck(link, (logits, numbers[0].sum(), backend), test_utils=without_autograd)
 
 
 @pytest.mark.parametrize(

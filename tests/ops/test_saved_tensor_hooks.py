@@ -1,4 +1,4 @@
-"""Every fused loss inside checkpoints and under hooks on saved tensors; the weights of tokens in closed form."""
+"""Every fused loss inside checkpoints and under saved-tensor hooks; token weights in closed form."""
 
 import pytest
 import torch
@@ -20,28 +20,28 @@ def tensors(seed):
 
 
 LOSSES = {
-    "policy_loss_from_logits": lambda h, w, y, ref, a: fused_po.policy_loss_from_logits(
-        h @ w.T, y, a, loss_type="grpo"
-    ).loss,
-    "policy_loss_from_logits, in place": lambda h, w, y, ref, a: fused_po.policy_loss_from_logits(
-        h @ w.T, y, a, loss_type="dapo", inplace_backward=True
-    ).loss,
-    "policy_loss_from_logits, an answer's ratio": lambda h, w, y, ref, a: fused_po.policy_loss_from_logits(
-        h @ w.T, y, a, loss_type="gspo"
-    ).loss,
+    "policy_loss_from_logits": lambda h, w, y, ref, a: (
+        fused_po.policy_loss_from_logits(h @ w.T, y, a, loss_type="grpo").loss
+    ),
+    "policy_loss_from_logits, in place": lambda h, w, y, ref, a: (
+        fused_po.policy_loss_from_logits(h @ w.T, y, a, loss_type="dapo", inplace_backward=True).loss
+    ),
+    "policy_loss_from_logits, an answer's ratio": lambda h, w, y, ref, a: (
+        fused_po.policy_loss_from_logits(h @ w.T, y, a, loss_type="gspo").loss
+    ),
     "weights of tokens": lambda h, w, y, ref, a: (
         token_weights(y != -100, "seq-mean-token-mean") * fused_po.linear_logps(h, w, y).logps
     ).sum(),
     "linear_logps": lambda h, w, y, ref, a: fused_po.linear_logps(h, w, y, outputs=("entropy",)).entropy.sum(),
     "linear_dpo": lambda h, w, y, ref, a: fused_po.linear_dpo(h, w, y, ref, w, kl="k3", kl_coef=0.1).loss,
     "linear_kl": lambda h, w, y, ref, a: fused_po.linear_kl(h, w, ref, w, y).kl.sum(),
-    "dpo_from_logits": lambda h, w, y, ref, a: fused_po.dpo_from_logits(
-        h @ w.T, y, ref @ w.T, kl="full", kl_coef=0.1, inplace_backward=True
-    ).loss,
+    "dpo_from_logits": lambda h, w, y, ref, a: (
+        fused_po.dpo_from_logits(h @ w.T, y, ref @ w.T, kl="full", kl_coef=0.1, inplace_backward=True).loss
+    ),
     "chunked_loss": lambda h, w, y, ref, a: fused_po.chunked_loss(
         lambda stats, rows: (stats.logps.exp() * stats.logps).sum(), h, w, y, GROUPS
     ),
-}  # fmt: skip
+}
 INSIDE = {
     "checkpoint": lambda run, hidden: checkpoint(run, hidden, use_reentrant=False),
     "reentrant checkpoint": lambda run, hidden: checkpoint(run, hidden, use_reentrant=True),

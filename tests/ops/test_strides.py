@@ -1,6 +1,6 @@
-"""Every tensor argument of every op, in every layout: bit for bit the results and gradients of its contiguous copy.
+"""Every tensor argument of every op, in every layout: results and gradients are bitwise those of a contiguous copy.
 
-Labels leave nothing out where the form says so: rows that are picked are copied, which hides a layout.
+Forms named "all rows" ignore no label: picking scored rows copies them, which would hide the layout.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import Schedule, kernels
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 B, T, V, H = 4, 3, 5, 4
 N = B * T
@@ -20,29 +20,29 @@ GEMM = ("hidden", "weight", "ref_hidden", "ref_weight", "u", "low")  # their str
 
 
 def step(value: torch.Tensor) -> torch.Tensor:
-    """Every second element of a wider tensor; flattened, the view keeps the stride."""
+    """Every second element of a wider tensor; flattening keeps the stride."""
     return torch.stack([value, torch.full_like(value, 3)], -1).flatten(-2)[..., ::2]
 
 
 def offset(value: torch.Tensor) -> torch.Tensor:
-    """Contiguous, but from the third element of its storage on."""
+    """Contiguous, starting at the third element of its storage."""
     wide = torch.cat([value.new_full((3,), 2), value.flatten()])
     return wide[3:].view(value.shape)
 
 
 def turned(value: torch.Tensor) -> torch.Tensor:
-    """Stored in reverse order of dimensions."""
+    """Stored with the dimensions in reverse order."""
     order = list(reversed(range(value.ndim)))
     return value.permute(order).contiguous().permute(order)
 
 
 def column(value: torch.Tensor) -> torch.Tensor:
-    """One column of a table that has another dimension at the end, as Y[..., d]."""
+    """One column of a tensor with one more dimension at the end, like Y[..., d]."""
     return torch.stack([torch.zeros_like(value), value, torch.ones_like(value)], -1)[..., 1]
 
 
 def expanded(value: torch.Tensor) -> torch.Tensor:
-    """The first row for all: stride 0. (Other values than `value`'s.)"""
+    """The first row for all rows: stride 0. The values differ from `value`."""
     return value[:1].expand(value.shape)
 
 
@@ -50,7 +50,7 @@ LAYOUTS = {layout.__name__: layout for layout in (step, offset, turned, column, 
 
 
 def whole(*shape: int) -> torch.Tensor:
-    """Small whole numbers, whose products and sums are exact."""
+    """Small integers, whose products and sums are exact."""
     return torch.randint(-2, 3, shape, device=DEVICE).float()
 
 
@@ -71,8 +71,13 @@ def problem() -> dict[str, torch.Tensor]:
 
 
 ALL = ("logps", "entropy", "lse", "mean_logits", "is_top1", "log_sum_sq_probs")
-SCHEDULES = {"kept": Schedule(), "recomputed": Schedule(logits_budget=0), "in tiles": Schedule(tile_bytes=V * 4 * 5),
-             "all rows": Schedule(compact=False), "bounded": Schedule(num_scored=N)}  # fmt: skip
+SCHEDULES = {
+    "kept": Schedule(),
+    "recomputed": Schedule(logits_budget=0),
+    "in tiles": Schedule(tile_bytes=V * 4 * 5),
+    "all rows": Schedule(compact=False),
+    "bounded": Schedule(num_scored=N),
+}
 
 
 def linear(hidden, weight, labels, bias, u, low, *, schedule, **on):
@@ -145,23 +150,31 @@ POLICIES = (("ppo", False), ("ppo", True), ("gspo", False), ("reinforce", True))
 FORMS = {
     "logps_from_logits": (scores, {}),
     **{f"linear_logps {name}": (linear, {"schedule": name}) for name in SCHEDULES},
-    "linear_logps frozen": (frozen, {}), "linear_kl": (kl_of_heads, {}),
+    "linear_logps frozen": (frozen, {}),
+    "linear_kl": (kl_of_heads, {}),
     "linear_kl recomputed": (kl_of_heads, {"schedule": "recomputed", "direction": "forward"}),
-    "kl_from_logits": (kl, {}), "kl_from_logits js": (kl, {"direction": "js", "inplace_backward": True}),
-    "dpo_from_logits": (dpo, {}), "dpo_from_logits logps": (dpo_of_logps, {}),
+    "kl_from_logits": (kl, {}),
+    "kl_from_logits js": (kl, {"direction": "js", "inplace_backward": True}),
+    "dpo_from_logits": (dpo, {}),
+    "dpo_from_logits logps": (dpo_of_logps, {}),
     "dpo_from_logits sums": (dpo_of_sums, {}),
-    "linear_dpo": (dpo_of_head, {}), "linear_dpo k3": (dpo_of_heads, {"estimator": "k3"}),
-    "linear_dpo full": (dpo_of_heads, {"estimator": "full"}), "chunked_loss": (chunked, {}), "gae": (gae, {}),
+    "linear_dpo": (dpo_of_head, {}),
+    "linear_dpo k3": (dpo_of_heads, {"estimator": "k3"}),
+    "linear_dpo full": (dpo_of_heads, {"estimator": "full"}),
+    "chunked_loss": (chunked, {}),
+    "gae": (gae, {}),
     "packed": (packed, {}),
-    **{f"policy_loss_from_logits {name}{' in place' * inplace}": (policy, {"loss_type": name, "inplace": inplace})
-       for name, inplace in POLICIES},
-}  # fmt: skip
-# Interpreted kernels take seconds: of these forms, with two layouts, in the ordinary tests.
+    **{
+        f"policy_loss_from_logits {name}{' in place' * inplace}": (policy, {"loss_type": name, "inplace": inplace})
+        for name, inplace in POLICIES
+    },
+}
+# Interpreted kernels take seconds: the ordinary tests run only these forms, with two layouts.
 QUICK = ("linear_logps kept", "linear_logps all rows", "linear_dpo", "gae", "policy_loss_from_logits ppo in place")
 
 
 def by_backend(forms):
-    """(form, backend) pairs; interpreted forms beside the quick ones are slow."""
+    """(form, backend) pairs; interpreted forms are slow, except the quick ones."""
     for form in forms:
         for backend in BACKENDS:
             slow = backend == "triton" and form not in QUICK and DEVICE == "cpu"
@@ -170,7 +183,7 @@ def by_backend(forms):
 
 @contextlib.contextmanager
 def only_contiguous_arrives():
-    """Fails where a kernel is given a tensor that it would take for contiguous."""
+    """Fail if a kernel is given a non-contiguous tensor that it would read as contiguous."""
     if DEVICE == "cuda":
         yield
         return
@@ -192,7 +205,7 @@ def only_contiguous_arrives():
 
 
 def results(form: str, t: dict[str, torch.Tensor], expand_grads: bool, backend: str) -> dict[str, torch.Tensor]:
-    """Everything a form returns, and its gradients by argument, in contiguous tensors."""
+    """All results of a form and its gradients by argument, as contiguous tensors."""
     call, how = FORMS[form]
     names = [name for name in inspect.signature(call).parameters if name in t]
     leaves = {name: t[name].detach() for name in names}
@@ -204,7 +217,7 @@ def results(form: str, t: dict[str, torch.Tensor], expand_grads: bool, backend: 
         found = {str(key): value for key, value in out.items() if value is not None}
         with_grads = [value for value in found.values() if value.requires_grad]
         if with_grads:
-            # The gradient of a sum is a number expanded: stride 0.
+            # The gradient of a sum is an expanded number: stride 0.
             sums = [v.sum() if expand_grads else (v * torch.ones_like(v)).sum() for v in with_grads]
             torch.stack([s.double() for s in sums]).sum().backward()
     found |= {f"grad {name}": value.grad for name, value in leaves.items() if value.grad is not None}
@@ -212,7 +225,7 @@ def results(form: str, t: dict[str, torch.Tensor], expand_grads: bool, backend: 
 
 
 def reordered(name: str, backend: str | None) -> bool:
-    """Whether the layout decides the order of sums: a kernel's threads take 16 bytes, wherever a row begins in them."""
+    """Whether the layout changes the order of sums: threads read aligned groups of 16 bytes, wherever a row starts."""
     kernels = backend == "triton" or (backend is None and DEVICE == "cuda")
     return kernels and name in ("logits", "ref_logits")
 
@@ -273,8 +286,8 @@ def test_masks_of_every_dtype(backend, seed):
             assert_same(f"{form} {dtype}", results(form, changed, True, backend), base, False)
 
 
-def test_every_launcher_goes_through_the_boundary(seed):
-    """A launcher added later is held to it too: all its arguments become contiguous, except rows, known by name."""
+def test_every_launcher_gets_contiguous_arguments(seed):
+    """Launchers added later too: all tensor arguments become contiguous, except rows, which are known by name."""
     run, seen = kernels.load("triton"), []
     for function in run.__all__:
         if function == "unsupported":

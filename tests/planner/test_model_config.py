@@ -1,4 +1,4 @@
-"""Which LM head a configuration describes: by hand, through transformers, and of all models transformers has."""
+"""The LM head that a configuration describes: by hand, through transformers, and for every transformers model."""
 
 import json
 import socket
@@ -13,14 +13,20 @@ from fused_po.planner import model
 from fused_po.planner.model import head_of, read_head
 
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-    "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
 GEMMA3 = {
-    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "dtype": "bfloat16",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "dtype": "bfloat16",
     "text_config": {"model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 2560},
     "vision_config": {"hidden_size": 1152, "vocab_size": 32000},
-}  # fmt: skip
+}
 THINKER = {"text_config": {"vocab_size": 152064, "hidden_size": 3584}, "audio_config": {"d_model": 1280}}
 
 
@@ -61,7 +67,7 @@ def test_by_hand(config, expected, tmp_path):
         ),
     ],
 )
-def test_what_has_no_head(content, message, tmp_path):
+def test_models_without_a_head(content, message, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"^--model: .*{message}") as caught:
         read_head(str(tmp_path))
@@ -69,7 +75,7 @@ def test_what_has_no_head(content, message, tmp_path):
         assert str(caught.value).endswith("--vocab and --hidden plan any head")
 
 
-def test_what_is_not_there(tmp_path, monkeypatch):
+def test_missing_configurations(tmp_path, monkeypatch):
     for path in (str(tmp_path / "config.json"), str(tmp_path), "./nowhere", "some/config.json"):
         with pytest.raises(ValueError, match=r"^--model: got .* but there is no file .*--vocab and --hidden"):
             read_head(path)
@@ -107,12 +113,12 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
 
 
 def silent(*_, **__):
-    """A connection that nobody answers."""
+    """A server that accepts connections and never answers."""
     threading.Event().wait(3)
     raise TimeoutError
 
 
-def test_a_hub_out_of_reach_is_found_within_seconds(monkeypatch):
+def test_an_unreachable_hub_is_reported_within_seconds(monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(model, "getproxies", dict)
@@ -131,7 +137,7 @@ def test_a_hub_out_of_reach_is_found_within_seconds(monkeypatch):
 
 
 def shallow(config):
-    """The configuration with one layer."""
+    """The configuration reduced to one layer."""
     parts = [config, config.get_text_config(), *(v for v in vars(config).values() if hasattr(v, "model_type"))]
     for part in parts:
         for name in ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "n_layers"):
@@ -142,7 +148,7 @@ def shallow(config):
 
 @pytest.mark.slow
 def test_every_model_of_transformers():
-    """The head of each model that can be made here without weights."""
+    """The head of each model that can be built here without weights."""
     modeling = pytest.importorskip("transformers.models.auto.modeling_auto")
     mappings = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM")
     warnings.simplefilter("ignore")
@@ -156,7 +162,7 @@ def test_every_model_of_transformers():
                     made = (model_class[0] if isinstance(model_class, tuple) else model_class)(config)
                 head = made.get_output_embeddings()
                 sizes = *head.weight.shape, getattr(head, "bias", None) is not None
-            except Exception:  # a default configuration that makes no model, or a package it needs is not here
+            except Exception:  # the default configuration builds no model, or a package it needs is not installed
                 continue
             found = head_of(config.to_dict(), config_class.__name__)
             right += (found.vocab, found.hidden, found.bias) == sizes

@@ -1,4 +1,4 @@
-"""`python -m fused_po plan`: what it says, and what it says of bad flags."""
+"""`python -m fused_po plan`: its output, and its errors for bad flags."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def by_name(rows: list[dict]) -> dict[str, dict]:
 
 
 def test_schedules_and_contenders(capsys):
-    """In GEMMs over the scored tokens, the reference's of DPO included; half of the tokens is prompt."""
+    """GEMMs over the scored tokens, including those of DPO's reference; half of the tokens are prompt."""
     status, plan = found(capsys, *QWEN, *BATCH)
     schedules, beside = by_name(plan["schedules"]), by_name(plan["beside"])
     kept = plan["kept tokens"] / plan["work"]["scored"]
@@ -51,7 +51,7 @@ def test_schedules_and_contenders(capsys):
     assert by_name(frozen["beside"])["TRL 1.16"]["GEMMs"] == 3
 
 
-def test_the_budget_it_names_keeps_everything(capsys):
+def test_the_suggested_budget_keeps_everything(capsys):
     plan = found(capsys, *QWEN, *BATCH)[1]
     (said,) = [line for line in plan["advice"] if line.startswith("--budget")]
     after = found(capsys, *QWEN, *BATCH, "--budget", said.split()[1])[1]
@@ -60,7 +60,7 @@ def test_the_budget_it_names_keeps_everything(capsys):
     assert f"{ms:.3g} ms a step less" in said
 
 
-def test_what_does_not_fit_is_told_what_would(capsys):
+def test_a_plan_that_does_not_fit_suggests_one_that_does(capsys):
     batch = ("--tokens", "8192", "--pairs", "4", "--free", "24GiB")
     status, plan = found(capsys, *LLAMA, *batch)
     assert status == 1 and not plan["fits"] and plan["advice"][0].startswith("does not fit: ")
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_told_what_would(capsys):
 
 
 def test_tiles_too_small_for_a_large_vocabulary(capsys):
-    """Two sides of 256,000 logits: 174 rows a tile, whose products wait for the head; a larger tile is named."""
+    """Two sides of 256,000 logits: 174 rows per tile, so products wait for the head; a larger tile is suggested."""
     words = ("--vocab", "256000", "--hidden", "2304", "--tokens", "4096", "--pairs", "4", "--loss", "dpo-kl")
     plan = found(capsys, *words)[1]
     (said,) = [line for line in plan["advice"] if "--tile" in line]
@@ -87,7 +87,7 @@ def test_tiles_too_small_for_a_large_vocabulary(capsys):
 
 
 def test_thousands_of_ranks(capsys):
-    """A 405B model's head over 8 x 256 ranks: a rank's share of memory and FLOPs, and what it sends."""
+    """A 405B model's head over 8 x 256 ranks: memory and FLOPs per rank, and the bytes it sends."""
     plan = found(capsys, *LLAMA, "--tokens", "4096", "--tp", "8", "--dp", "256", "--dp-mode", "fsdp")[1]
     assert plan["ranks"] == 2048 and plan["rows of the head on a rank"] == 16032
     alone = found(capsys, *LLAMA, "--tokens", "4096", "--budget", "80GB", "--device", "h200")[1]
@@ -120,7 +120,7 @@ def test_text(capsys):
 
 
 def test_measured_here(capsys, monkeypatch):
-    """--measure times this machine: its rate and bandwidth make the plan's times."""
+    """--measure times this machine, and the plan's times follow from its rate and bandwidth."""
     monkeypatch.setattr(devices, "best_seconds", lambda run, on_gpu, times=5: (run(), 0.5)[1])
     words = ("--vocab", "512", "--hidden", "32", "--tokens", "64", "--loss", "logps", "--dtype", "fp32", "--measure")
     status, plan = found(capsys, *words)
@@ -143,11 +143,12 @@ def test_times_add_up():
     shown += max(0, steps["statistics gathered"] - steps["scores"])
     assert times.total == pytest.approx(sum(t for n, t in steps.items() if n not in apart) + shown)
     alone = work._replace(dp=1)
-    assert report.times_of(ours(alone), alone, device).total == times.total  # under the rest of the model's backward
+    # overlapped by the rest of the model's backward
+    assert report.times_of(ours(alone), alone, device).total == times.total
 
 
 def test_rings():
-    """Each of p ranks passes on p - 1 parts; across nodes at the network's pace."""
+    """Each of p ranks forwards p - 1 parts; across nodes at the speed of the network."""
     assert communication.all_gather_bytes(rows=10, tile_rows=4, fields=3, ranks=4) == 3 * 4 * 3 * (10 + 3)
     assert communication.scatter_bytes(1000, 4) == 750 and communication.all_reduce_bytes(1000, 4) == 1500
     assert communication.scatter_bytes(1000, 1) == 0
@@ -157,8 +158,8 @@ def test_rings():
     assert far == pytest.approx(1e9 / 50e9 + 8.4e-6 + 7 * 14e-6)
 
 
-def test_the_tables_of_the_page():
-    """docs/scaling.md shows what the planner says today: python docs/make_scaling_tables.py."""
+def test_the_tables_of_the_docs_are_current():
+    """docs/scaling.md has the planner's current tables: python docs/make_scaling_tables.py."""
     spec = importlib.util.spec_from_file_location("make_scaling_tables", DOCS / "make_scaling_tables.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
@@ -172,10 +173,15 @@ def test_sizes(text, value):
     assert size(text) == value
 
 
-def test_sizes_for_people():
+def test_readable_sizes():
     assert [human(v) for v in (0, 1023, 1024, 1000 * 2**20, 2**31, 3 * 2**40)] == [
-        "0B", "1023B", "1KiB", "1000MiB", "2GiB", "3TiB",
-    ]  # fmt: skip
+        "0B",
+        "1023B",
+        "1KiB",
+        "1000MiB",
+        "2GiB",
+        "3TiB",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_sizes_for_people():
         ((*HEAD, "--tokens", "8", "--device", "tpu"), "argument --device: invalid choice: 'tpu'"),
     ],
 )
-def test_bad_words(words, message, capsys):
+def test_bad_flags(words, message, capsys):
     with pytest.raises(SystemExit):
         command.main(["plan", *words])
     assert message in capsys.readouterr().err
@@ -223,7 +229,7 @@ def test_every_device_is_stated_in_full():
         assert 0 < device.network <= device.link < device.bandwidth < device.flops["fp32"] <= device.flops["bf16"]
 
 
-def test_a_plan_is_quick_and_makes_no_tensor_of_its_size(capsys):
+def test_a_plan_is_quick_and_allocates_nothing_large(capsys):
     begin = time.process_time()
     found(capsys, "--vocab", "10000000", "--hidden", "100000", "--tokens", "1000000", "--pairs", "1000", "--tp", "4096")
     assert time.process_time() - begin < 5

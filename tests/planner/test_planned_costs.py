@@ -1,4 +1,4 @@
-"""The planner's figures against counted ones: FLOPs exactly, bytes up to what grows with the number of tokens alone."""
+"""The planner's figures against counted ones: exact FLOPs, and bytes up to terms that grow only with the tokens."""
 
 import counting
 import pytest
@@ -7,20 +7,20 @@ from numerics import DEVICE, IGNORE
 
 import fused_po
 from fused_po import Schedule
-from fused_po.planner.cost import TOKEN_BYTES, Plan, ours
+from fused_po.planner.cost import TOKEN_BYTES, Sizes, ours
 from fused_po.planner.work import Work
 
-ROW = 4 * 2048  # bytes of a row of logits, all that the reference backend's passes take at a time in these tests
-SCRATCH = 10 * ROW  # what such a pass may hold: less than the smallest thing that is planned, fp32 [scored, H]
+ROW = 4 * 2048  # bytes of a row of logits; in these tests the reference backend takes one row at a time
+SCRATCH = 10 * ROW  # memory that such a pass may use: less than the smallest planned tensor, fp32 [scored, H]
 
 
 class Case:
-    """A small batch and what is planned for it."""
+    """A small batch and its plan."""
 
     def __init__(
         self, dtype=torch.float32, share=1.0, n=96, h=512, v=2048, tile=1 << 18, scored=0.5, group=None, **how
     ):
-        """group: over whose ranks the vocabulary is cut, evenly."""
+        """group: the process group over whose ranks the vocabulary is split evenly."""
         self.how = dict(loss="logps", needs=(True, True), entropy=False, bias=False) | how
         self.scored, self.group = int(n * scored), group
         tp, rank = (group.size(), group.rank()) if group else (1, 0)
@@ -52,7 +52,7 @@ class Case:
         self.labels[torch.randperm(n, device=DEVICE)[: n - self.scored]] = IGNORE
 
     def __call__(self):
-        """One forward, and a backward where something requires a gradient; the gradients."""
+        """One forward, and a backward if something requires grad; returns the gradients."""
         own = self.hidden, self.weight
         settings = dict(bias=self.bias, schedule=self.schedule) | ({"process_group": self.group} if self.group else {})
         loss = self.how["loss"]
@@ -73,11 +73,11 @@ class Case:
 
 
 def rule(work: Work) -> int:
-    """Bytes beyond the results: the budget, a tile (of both sides), fp32 for a block of the head, O(tokens x H).
+    """The limit in bytes beyond the results: the budget, a tile (of both sides), an fp32 block of the head, O(N H).
 
-    A CPU casts a block of a 16-bit head too, for the KL of both.
+    A CPU also casts a block of a 16-bit head; the KL casts one of each head.
     """
-    plan = Plan(work)
+    plan = Sizes(work)
     block = 4 * plan.block * work.hidden * (1 + plan.cast * (1 + plan.kl))
     return work.budget + (1 + plan.kl) * work.tile_bytes + block + work.tokens * (5 * 4 * work.hidden + TOKEN_BYTES)
 
@@ -111,18 +111,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("how", CASES.values(), ids=CASES)
-def test_flops_are_the_counted_ones(how, dtype, seed):
+def test_flops_equal_the_counted_ones(how, dtype, seed):
     case = Case(dtype, **how)
     assert ours(case.work).flops == counting.flops(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("how", CASES.values(), ids=CASES)
-def test_peak_is_the_counted_one(how, dtype, seed, monkeypatch):
-    """And beyond the results never more than the rule allows."""
+def test_peak_equals_the_counted_one(how, dtype, seed, monkeypatch):
+    """The peak equals the counted one, and beyond the results it is never more than the rule allows."""
     monkeypatch.setattr(fused_po.reference.rows, "BLOCK_BYTES", ROW)
     case, kept = Case(dtype, **how), []
-    case()  # what is allocated once for all
+    case()  # allocate what is allocated only once
     counted = counting.peak_bytes(lambda: kept.append(case()), DEVICE)
     planned = ours(case.work)
     assert planned.peak - case.work.tokens * TOKEN_BYTES <= counted <= planned.peak + SCRATCH

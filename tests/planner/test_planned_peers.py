@@ -1,4 +1,4 @@
-"""What the planner says of eager PyTorch, TRL and Liger, against what they were counted at."""
+"""The planner's figures for eager PyTorch, TRL and Liger against counted ones."""
 
 import counting
 import kl_providers
@@ -15,7 +15,7 @@ SAME = ("no gradients", "head frozen", "all kept", "hidden frozen", "entropy", "
 
 
 def gradients(case: Case, value: torch.Tensor) -> tuple:
-    """Of the hidden states and the head, where asked for."""
+    """The gradients of the hidden states and the head that are asked for."""
     leaves = [x for x in (case.hidden, case.weight) if x.requires_grad]
     return torch.autograd.grad(value.sum(), leaves) if leaves else ()
 
@@ -26,7 +26,7 @@ def with_entropy(hidden, weight, labels):
 
 
 def step_of(case: Case, score) -> callable:
-    """A step of someone's score(hidden, weight, labels)."""
+    """A step with the function score(hidden, weight, labels) of another library."""
 
     def step():
         value = score(case.hidden, case.weight, case.labels)
@@ -41,7 +41,7 @@ def step_of(case: Case, score) -> callable:
 
 def counted(step) -> tuple[int, int]:
     """(FLOPs, peak bytes with the results)."""
-    step()  # what is allocated once for all
+    step()  # allocate what is allocated only once
     kept = []
     return counting.flops(step), counting.peak_bytes(lambda: kept.append(step()), DEVICE)
 
@@ -61,7 +61,7 @@ def test_eager(name, dtype, seed):
     planned = peers.eager(case.work)
     matrix = 4 * case.work.tokens * case.work.vocab
     assert planned.flops == flops
-    # The policy's log-softmax is there under DPO's reference. The products' own buffers depend on the processor.
+    # The policy's log-softmax is alive while DPO's reference runs. The buffers of the products depend on the processor.
     most = planned.peak + matrix / 4 + product_buffers(case.hidden.detach(), case.weight.detach())
     assert planned.peak - case.work.tokens * TOKEN_BYTES <= peak <= most
 
@@ -69,11 +69,11 @@ def test_eager(name, dtype, seed):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", [n for n in SAME if n != "entropy"])
 def test_trl(name, dtype, seed, monkeypatch):
-    """Its row passes are left out: on a GPU they are kernels that allocate nothing."""
+    """TRL's row passes are left out: on a GPU they are kernels that allocate nothing."""
     pytest.importorskip("trl", minversion="1.15")
     from trl.kernels import chunked_logprob
 
-    monkeypatch.setattr(peers, "TRL_COLUMNS", 512)  # its models say 32768
+    monkeypatch.setattr(peers, "TRL_COLUMNS", 512)  # its models use 32768
     for fold in ("_forward_tile", "_backward_tile"):
         monkeypatch.setattr(chunked_logprob, fold, lambda *_, **__: None)
     case = Case(dtype, **CASES[name])
@@ -85,7 +85,7 @@ def test_trl(name, dtype, seed, monkeypatch):
 
     def step():
         value = score(case.hidden, case.weight, case.labels)
-        if case.work.live_reference:  # detached would do, but there the tile's buffer is what both need
+        if case.work.live_reference:  # a detached tensor would suffice, but both share the tile's buffer
             with torch.no_grad():
                 score(case.ref_hidden, case.ref_weight, case.labels)
         return gradients(case, value)
@@ -93,7 +93,7 @@ def test_trl(name, dtype, seed, monkeypatch):
     flops, peak = counted(step)
     planned = peers.trl(case.work)
     assert planned.flops == flops
-    if dtype == torch.float32:  # a CPU casts 16-bit factors to fp32 in whole, a GPU does not
+    if dtype == torch.float32:  # a CPU casts whole 16-bit operands to fp32, a GPU does not
         assert planned.peak - case.work.tokens * TOKEN_BYTES <= peak <= planned.peak
     assert chunked_logprob.TOKEN_CHUNK_SIZE == peers.TRL_ROWS
 
@@ -101,7 +101,7 @@ def test_trl(name, dtype, seed, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ("dpo", "dpo, head frozen"))
 def test_liger(name, dtype, seed):
-    """FLOPs exactly; memory, which torch.compile changes, within a third, as the planner says."""
+    """FLOPs exactly; memory, which torch.compile changes, within a third, as the planner's documentation says."""
     losses = pytest.importorskip("liger_kernel.chunked_loss")
     case = Case(dtype, **CASES[name], n=192)
     case.work = case.work._replace(sequences=4)

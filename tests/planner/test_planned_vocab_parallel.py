@@ -1,4 +1,4 @@
-"""The plan of a vocabulary cut over 2 processes: what a rank computes, holds and sends, against the counted."""
+"""The plan for a vocabulary split over 2 processes: FLOPs, memory and sent bytes per rank against counted ones."""
 
 import counting
 import pytest
@@ -31,11 +31,11 @@ REST = [
 
 
 def counted(name: str, dtype: torch.dtype, seed: int) -> tuple:
-    """On one rank: (what is planned, FLOPs, peak bytes, collectives)."""
+    """(the plan, FLOPs, peak bytes, collectives) of one rank."""
     torch.manual_seed(seed)
     case = Case(dtype, **CASES[name], group=dist.group.WORLD)
     fused_po.reference.rows.BLOCK_BYTES = ROW // RANKS
-    case()  # what is allocated once for all
+    case()  # allocate what is allocated only once
     with counting.Collectives() as said:
         case()
     kept = []
@@ -50,7 +50,7 @@ def ranks():
 
 
 def sent_bytes(calls: list[tuple[str, int]]) -> tuple[int, int]:
-    """What a rank sends in its all_gathers and its all_reduces of fp32, by the formulas of rings."""
+    """The bytes that a rank sends in fp32 all_gathers and all_reduces, by the formulas for rings."""
     gathered = sum(scatter_bytes(4 * size, RANKS) for name, size in calls if "gather" in name)
     return gathered, sum(all_reduce_bytes(4 * size, RANKS) for name, size in calls if "reduce" in name)
 

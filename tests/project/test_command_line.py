@@ -28,9 +28,19 @@ def outside(words, **how) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1", 1), ("2k", 2000), ("2K", 2000), ("2Ki", 2048), ("1.5M", 1500000), ("1e6", 10**6), ("0.5Ki", 512),
-     ("9007199254740993", 9007199254740993), (str(LARGEST), LARGEST), (" 7 ", 7)],
-)  # fmt: skip
+    [
+        ("1", 1),
+        ("2k", 2000),
+        ("2K", 2000),
+        ("2Ki", 2048),
+        ("1.5M", 1500000),
+        ("1e6", 10**6),
+        ("0.5Ki", 512),
+        ("9007199254740993", 9007199254740993),
+        (str(LARGEST), LARGEST),
+        (" 7 ", 7),
+    ],
+)
 def test_counts(text, value):
     assert count(text) == value
 
@@ -139,7 +149,7 @@ def test_help(words, capsys):
         (("selfcheck", "--seed", "x"), "argument --seed: got 'x', allowed are integers"),
     ],
 )
-def test_bad_words(words, message, capsys):
+def test_bad_flags(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(list(words))
     assert stopped.value.code == 2 and message in capsys.readouterr().err

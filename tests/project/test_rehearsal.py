@@ -87,11 +87,14 @@ def test_every_named_file_of_tests_exists_and_stages_are_checked():
     assert len(named) > 30 and all(path.is_file() for path in named)
     env = os.environ | {"PYTHONPATH": str(SUPPORT)}
     for words, said in (
-        ("sleep", "got sleep; allowed: ops, selfcheck"), ("--python", "expected a script"), ("--every 0", "got 0"),
-        ("ops -- x.py", "which only a run of stages reads"), ("--short -- x.py", "which only a run of stages reads"),
+        ("sleep", "got sleep; allowed: ops, selfcheck"),
+        ("--python", "expected a script"),
+        ("--every 0", "got 0"),
+        ("ops -- x.py", "which only a run of stages reads"),
+        ("--short -- x.py", "which only a run of stages reads"),
         ("--short examples", "got examples; allowed: ops, selfcheck"),
         ("--every 2 -- x.py", "which only a run of stages reads"),
-    ):  # fmt: skip
+    ):
         command = [sys.executable, "-m", "rehearsal", *words.split()]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 2 and said in done.stderr, words

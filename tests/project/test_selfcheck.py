@@ -34,10 +34,17 @@ def test_all_pass_and_every_op_is_there(capsys, seed):
     assert checked == takes_a_backend, "every op of the package"
 
 
-@pytest.mark.parametrize("shares, passed", [
-    ((1.0,), True), ((2.1,), False), ((float("nan"),), False),
-    ((1.5, 0.1, 0.1, 0.1, 0.1), True), ((1.5, 9.0, 0.1, 0.1, 0.1), True), ((1.5, 0.1, 1.1, 1.1, 0.1), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shares, passed",
+    [
+        ((1.0,), True),
+        ((2.1,), False),
+        ((float("nan"),), False),
+        ((1.5, 0.1, 0.1, 0.1, 0.1), True),
+        ((1.5, 9.0, 0.1, 0.1, 0.1), True),
+        ((1.5, 0.1, 1.1, 1.1, 0.1), False),
+    ],
+)
 def test_most_problems_decide(shares, passed, monkeypatch):
     """Of problems drawn with the next seeds; what is beyond twice the bound fails at once."""
     left = list(shares)

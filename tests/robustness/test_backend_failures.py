@@ -14,7 +14,7 @@ from repository import ROOT
 
 import fused_po
 from fused_po import kernels
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 SAID = "fused_po: backend 'triton' does not run on"
 LABELS = torch.tensor([1, 4, -100], device=DEVICE)
@@ -23,11 +23,11 @@ CALLS = {
     "linear_logps": lambda x, **how: fused_po.linear_logps(x, x.flip(1), LABELS.clamp(max=1), **how).logps,
     "kl_from_logits": lambda x, **how: fused_po.kl_from_logits(x, x.flip(1), LABELS, **how).kl,
     "linear_kl": lambda x, **how: fused_po.linear_kl(x, x, x.flip(1), x, **how).kl,
-    "dpo_from_logits": lambda x, **how: fused_po.dpo_from_logits(
-        x[None].repeat(2, 1, 1), LABELS[None].repeat(2, 1), ref_logps=x[:2, :3], **how
-    ).losses,
+    "dpo_from_logits": lambda x, **how: (
+        fused_po.dpo_from_logits(x[None].repeat(2, 1, 1), LABELS[None].repeat(2, 1), ref_logps=x[:2, :3], **how).losses
+    ),
     "gae": lambda x, **how: fused_po.gae(x, x.flip(1), **how)[0],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ cache, benchmarks = sys.argv[1:]
 sys.path.insert(0, benchmarks)
 import aot
 from fused_po import kernels
-from fused_po.ops import backend
+from fused_po.backend import choose as backend
 
 case = next(case for case in aot.cases() if case.kernel == "statistics_kernel")
 kernels.load("triton").statistics = lambda *_: aot.compile_case(case, "90").asm["cubin"]

@@ -12,21 +12,37 @@ from repository import ROOT
 TARGETS = list(public_calls.every_target())
 THING = object()
 WRONG = {  # put in each argument's place; for some arguments some of them are right
-    "a thing": THING, "None": None, "a string": "?", "an int": 3, "a negative int": -1, "NaN": float("nan"),
-    "a float": 2.5, "a list": [1.0], "a tuple": (1,), "a dict": {}, "True": True,
-    "complex": torch.zeros(4, 6, dtype=torch.complex64), "bool": torch.zeros(4, 6, dtype=torch.bool),
-    "int64": torch.zeros(4, 6, dtype=torch.int64), "float64": torch.zeros(4, 6, dtype=torch.float64),
-    "float16": torch.zeros(4, 6, dtype=torch.float16), "shape": torch.zeros(7, 1, 2, 3), "0-dim": torch.zeros(()),
-    "int64, shape": torch.zeros(7, 1, 2, 3, dtype=torch.int64), "empty": torch.zeros(0),
+    "a thing": THING,
+    "None": None,
+    "a string": "?",
+    "an int": 3,
+    "a negative int": -1,
+    "NaN": float("nan"),
+    "a float": 2.5,
+    "a list": [1.0],
+    "a tuple": (1,),
+    "a dict": {},
+    "True": True,
+    "complex": torch.zeros(4, 6, dtype=torch.complex64),
+    "bool": torch.zeros(4, 6, dtype=torch.bool),
+    "int64": torch.zeros(4, 6, dtype=torch.int64),
+    "float64": torch.zeros(4, 6, dtype=torch.float64),
+    "float16": torch.zeros(4, 6, dtype=torch.float16),
+    "shape": torch.zeros(7, 1, 2, 3),
+    "0-dim": torch.zeros(()),
+    "int64, shape": torch.zeros(7, 1, 2, 3, dtype=torch.int64),
+    "empty": torch.zeros(0),
     "meta": torch.zeros(4, 6, device="meta"),
-}  # fmt: skip
+}
 # What is not looked at in that call, as its documentation says; and the counts, of which the one that is missing and
 # the one that came without it are one error.
-NOT_READ = {
-    ("FusedLinearKTOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")
-} | {("FusedLinearGRPOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")} | {
-    ("PolicyLoss.forward", "rollout_log_probs"),
-}  # fmt: skip
+NOT_READ = (
+    {("FusedLinearKTOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")}
+    | {("FusedLinearGRPOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")}
+    | {
+        ("PolicyLoss.forward", "rollout_log_probs"),
+    }
+)
 HEADS = {"weight", "lin_weight", "ref_weight"}  # [V, H], whatever the number of answers
 
 
@@ -40,12 +56,19 @@ def to(dtype):
 
 
 CHANGES = {  # made of every tensor of a call at once: they still fit one another
-    "its first element": rows(lambda t: t[0]), "one dimension more": lambda t: t[None], "flat": torch.flatten,
-    "transposed": lambda t: t.mT if t.ndim > 1 else t, "one row": rows(lambda t: t[:1]),
-    "an odd number of rows": rows(lambda t: t[:3]), "no rows": rows(lambda t: t[:0]),
-    "no columns": rows(lambda t: t[..., :0]), "meta": lambda t: t.to("meta"), "fp16": to(torch.float16),
-    "bf16": to(torch.bfloat16), "fp64": to(torch.float64),
-}  # fmt: skip
+    "its first element": rows(lambda t: t[0]),
+    "one dimension more": lambda t: t[None],
+    "flat": torch.flatten,
+    "transposed": lambda t: t.mT if t.ndim > 1 else t,
+    "one row": rows(lambda t: t[:1]),
+    "an odd number of rows": rows(lambda t: t[:3]),
+    "no rows": rows(lambda t: t[:0]),
+    "no columns": rows(lambda t: t[..., :0]),
+    "meta": lambda t: t.to("meta"),
+    "fp16": to(torch.float16),
+    "bf16": to(torch.bfloat16),
+    "fp64": to(torch.float64),
+}
 COUNTS = {"num_tokens", "num_sequences", "batch_num_tokens", "global_batch_size"}
 
 

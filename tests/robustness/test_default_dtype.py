@@ -48,9 +48,7 @@ MORE = {
         lambda z: fused_po.policy_loss_from_logits(z, SCORED, ONE, loss_type="grpo").loss, LOGITS
     ),
     "default weights in place": lambda: gradients(
-        lambda z: fused_po.policy_loss_from_logits(
-            z * 1, SCORED, ONE, loss_type="dapo", inplace_backward=True
-        ).loss,
+        lambda z: fused_po.policy_loss_from_logits(z * 1, SCORED, ONE, loss_type="dapo", inplace_backward=True).loss,
         LOGITS,
     ),
     "linear_logps": lambda: gradients(
@@ -76,7 +74,7 @@ MORE = {
     "dpo_from_logits": lambda: gradients(
         lambda z: fused_po.dpo_from_logits(z, SCORED, ref_logits=LOGITS + HEAD[:, 0], kl="k3", kl_coef=0.1).loss, LOGITS
     ),
-}  # fmt: skip
+}
 CALLS = {target.name: lambda target=target: target.call(**target.good) for target in TARGETS} | MORE
 
 

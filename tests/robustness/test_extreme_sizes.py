@@ -9,7 +9,7 @@ from numerics import BACKENDS, DEVICE, IGNORE, Scaling, random_labels
 from plain_ops import gae_loop
 
 import fused_po
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 APART = 2**31 + 16  # elements from a row to the next, in memory that is never touched in between
 V = 300
@@ -164,9 +164,8 @@ def test_a_million_tokens_in_a_sequence_and_a_million_sequences(seed):
     x = torch.randn(n, device=DEVICE)
     exact = x.double()
     bounds = torch.tensor([0, n], device=DEVICE)
-    rounding = (
-        torch.finfo(torch.float32).eps * exact.abs().cumsum(0)[-1]
-    )  # a sum's worst, were it one by one, is n times
+    # a sum's worst, were it one by one, is n times
+    rounding = torch.finfo(torch.float32).eps * exact.abs().cumsum(0)[-1]
     assert (fused_po.sequence_logps(x, cu_seqlens=bounds).double() - exact.sum()).abs() <= rounding
     assert torch.equal(fused_po.sequence_logps(x, cu_seqlens=torch.arange(n + 1, device=DEVICE)), x)
     each = fused_po.aggregate(x, None, "seq-mean-token-mean", cu_seqlens=torch.arange(n + 1, device=DEVICE))

@@ -11,9 +11,10 @@ from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import losses
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Form, TokenInputs
 from fused_po.losses.numerics import k3_estimate, saturating_expm1
-from fused_po.ops import backend as backends
-from fused_po.reference.policy import Form, Given
+from fused_po.reference.dpo import kl_estimate
 
 INF = math.inf
 E20 = math.expm1(20.0)
@@ -137,9 +138,7 @@ def test_estimates_in_the_fused_ops(backend, kl):
     assert_same(tokens[2] - tokens[3], r)
     kl_tokens = run.dpo(tokens, labels, None, 0.1, 0.0, kl, -100)[3]
     assert_same(kl_tokens, exact)
-    from fused_po.reference import preference
-
-    assert_same(preference.kl_estimate(r.double(), kl)[1], slopes)
+    assert_same(kl_estimate(r.double(), kl)[1], slopes)
 
 
 def test_estimates_in_the_losses():
@@ -215,8 +214,10 @@ def test_coefficients_of_zero():
     """0 times infinity, wherever a coefficient, a weight, an advantage or a ratio may be 0."""
     c, r = tensor(-INF), tensor(-INF)
     one = tensor(1)
-    assert_same(value_and_slope(lambda x: losses.rpo(x, x * 0.0 - 1, chosen_length=one, alpha=0.0), tensor(-2.0))[0],
-                losses.dpo(tensor(-2.0), tensor(-1.0)))  # fmt: skip
+    assert_same(
+        value_and_slope(lambda x: losses.rpo(x, x * 0.0 - 1, chosen_length=one, alpha=0.0), tensor(-2.0))[0],
+        losses.dpo(tensor(-2.0), tensor(-1.0)),
+    )
     assert losses.rpo(c, tensor(-1.0), chosen_length=one, alpha=0.0).item() == INF
     assert losses.tdpo(tensor(0.0), tensor(0.0), None, None, tensor(0.0), tensor(INF), alpha=0.0).isfinite().all()
     assert losses.tpo(tensor(0.0), tensor(0.0), c, alpha=0.0).isfinite().all()
@@ -281,7 +282,7 @@ def test_policy_ops(backend, kind, kl, seed):
     for a, weights in ((zero, one), (one, tensor(1.0, 0.0, 1.0))):
         if kind == "weight" and a is one:
             continue  # its loss of the token is infinite, and not weighed yet
-        given = Given(a, weights, one * -2, None if kl is None else one * -1)
+        given = TokenInputs(a, weights, one * -2, None if kl is None else one * -1)
         form = Form(kind, 0.5, 2.0, kl=kl, kl_coef=0.0)
         x = logits.clone()
         tokens = backends.get(backend).policy(x, labels, given, form, 1.0, -100, True)
@@ -296,7 +297,7 @@ def test_a_ratio_of_two_forbidden_tokens_is_nan(backend):
     """-inf less -inf, in policy and old policy: not e^-20 in silence."""
     logits = torch.tensor([[[-INF, 0.0]]], device=DEVICE)
     labels, one = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.ones(1, device=DEVICE)
-    given = Given(one, one, one * -INF, None)
+    given = TokenInputs(one, one, one * -INF, None)
     tokens = backends.get(backend).policy(logits, labels, given, Form("clip", 0.8, 1.2), 1.0, -100, False)
     assert tokens[6].isnan().all()
 

@@ -146,9 +146,12 @@ def test_a_batch_in_parts(seed, n, v, data):
 
 
 SCHEDULES = st.builds(
-    dict, logits_budget=st.none() | st.integers(0, 10).map(lambda rows: rows * 8 * 64),
-    tile_bytes=st.none() | st.integers(1, 4000), compact=st.booleans(), skip_zero_rows=st.booleans(),
-)  # fmt: skip
+    dict,
+    logits_budget=st.none() | st.integers(0, 10).map(lambda rows: rows * 8 * 64),
+    tile_bytes=st.none() | st.integers(1, 4000),
+    compact=st.booleans(),
+    skip_zero_rows=st.booleans(),
+)
 
 
 @FEW

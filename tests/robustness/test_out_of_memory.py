@@ -100,17 +100,17 @@ CASES = {
         fused_po.linear_logps, LINEAR, dict(schedule=Schedule(logits_budget=4 * ROW, tile_bytes=5 * ROW), outputs=ALL)
     ),
     "linear_logps, none kept, bf16 head": Case(
-        fused_po.linear_logps, LINEAR | dict(weight=normal(V, H, dtype=torch.bfloat16)),
+        fused_po.linear_logps,
+        LINEAR | dict(weight=normal(V, H, dtype=torch.bfloat16)),
         dict(schedule=Schedule(logits_budget=0, tile_bytes=5 * ROW)),
     ),
     "linear_logps, head frozen": Case(fused_po.linear_logps, LINEAR | dict(weight=HEAD.detach()), dict(schedule=SMALL)),
     "linear_logps, low rank": Case(
         lambda u, low, **rest: fused_po.linear_logps(low_rank=(u, low), **rest),
-        LINEAR | dict(weight=HEAD.detach(), u=normal(N, 2), low=normal(V, 2)), dict(schedule=SMALL),
+        LINEAR | dict(weight=HEAD.detach(), u=normal(N, 2), low=normal(V, 2)),
+        dict(schedule=SMALL),
     ),
-    "kl_from_logits": Case(
-        fused_po.kl_from_logits, LOGITS | dict(ref_logits=normal(N, V, grad=False))
-    ),
+    "kl_from_logits": Case(fused_po.kl_from_logits, LOGITS | dict(ref_logits=normal(N, V, grad=False))),
     "linear_kl": Case(fused_po.linear_kl, LINEAR | REFERENCE, dict(schedule=Schedule(tile_bytes=12 * ROW))),
     "linear_kl, none kept": Case(
         fused_po.linear_kl, LINEAR | REFERENCE, dict(schedule=Schedule(logits_budget=0, tile_bytes=12 * ROW))
@@ -122,11 +122,12 @@ CASES = {
     ),
     "linear_dpo": Case(fused_po.linear_dpo, PAIRS | dict(ref_logps=normal(4, 3, grad=False)), dict(schedule=SMALL)),
     "chunked_loss": Case(
-        fused_po.chunked_loss, LINEAR | dict(groups=torch.arange(N, device=DEVICE) // 3),
+        fused_po.chunked_loss,
+        LINEAR | dict(groups=torch.arange(N, device=DEVICE) // 3),
         dict(loss_fn=share, schedule=Schedule(logits_budget=4 * ROW, tile_bytes=5 * ROW)),
     ),
     "gae": Case(fused_po.gae, dict(rewards=normal(3, 9, grad=False), values=normal(3, 9, grad=False))),
-}  # fmt: skip
+}
 
 
 def step(case: Case) -> tuple[torch.Tensor, ...]:

@@ -21,10 +21,21 @@ FILES.append(ROOT / "setup.py")
 # Modules that run what they read, or that shells are reached by. safetensors, json and yaml's safe_load do neither.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty", "commands"}
 CALLS = {
-    "eval", "exec", "os.system", "os.popen", "os.spawnl", "os.spawnv", "subprocess.getoutput", "torch.hub.load",
-    "subprocess.getstatusoutput", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle",
+    "eval",
+    "exec",
+    "os.system",
+    "os.popen",
+    "os.spawnl",
+    "os.spawnv",
+    "subprocess.getoutput",
+    "torch.hub.load",
+    "subprocess.getstatusoutput",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "pandas.read_pickle",
     "asyncio.create_subprocess_shell",
-}  # fmt: skip
+}
 RUNS = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output"}
 
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch in place of the fused ops, for the examples' tests: logits of all tokens, then log_softmax."""
+"""Plain PyTorch that replaces the fused ops in tests of the examples: all logits, then log_softmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fused_po import losses
 
 
 def log_probs(hidden, weight, bias=None, *, temperature=1.0, logit_scale=1.0, softcap=None):
-    """[..., V]."""
+    """Log-probs [..., V]."""
     z = hidden @ weight.T + (0 if bias is None else bias)
     z = z * logit_scale
     if softcap is not None:
@@ -16,7 +16,7 @@ def log_probs(hidden, weight, bias=None, *, temperature=1.0, logit_scale=1.0, so
 
 
 def linear_logps(hidden, weight, labels, bias=None, *, outputs=("logps",), **how):
-    """`fused_po.linear_logps`: log-probs, entropy and top-1, whatever is asked for."""
+    """Like `fused_po.linear_logps`; always returns log-probs, entropy and top-1."""
     logs = log_probs(hidden, weight, bias, **how)
     scored = labels >= 0
     at = labels.clamp(min=0)[..., None]
@@ -27,7 +27,7 @@ def linear_logps(hidden, weight, labels, bias=None, *, outputs=("logps",), **how
 
 
 def linear_dpo(hidden, weight, labels, *, ref_logps, bias=None, beta=0.1, kl="k3", kl_coef=0.0, **how):
-    """`fused_po.linear_dpo` with the reference's log-probs and the k3 penalty."""
+    """Like `fused_po.linear_dpo` with reference log-probs and the k3 penalty."""
     assert kl == "k3"
     logps = linear_logps(hidden, weight, labels, bias, **how).logps
     mask = labels >= 0
@@ -44,6 +44,6 @@ def linear_dpo(hidden, weight, labels, *, ref_logps, bias=None, beta=0.1, kl="k3
 
 
 def install(patch) -> None:
-    """Puts these in the fused ops' places, through pytest's monkeypatch."""
+    """Replace the fused ops by these functions, through pytest's monkeypatch."""
     for function in (linear_logps, linear_dpo):
         patch.setattr(fused_po, function.__name__, function)

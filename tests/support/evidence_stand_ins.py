@@ -1,4 +1,4 @@
-"""Stand-ins for units of `make gpu-evidence`, and one call of its runner on them."""
+"""Stand-ins for the units of `make gpu-evidence`, and a function that runs them."""
 
 import sys
 from pathlib import Path
@@ -7,14 +7,21 @@ from evidence import prices, runner, state
 from evidence.stages import Unit
 
 ABOUT = {
-    "device": "NVIDIA H100 80GB HBM3", "memory": 80 << 30, "versions": {"torch": "2.11.0"}, "rehearsal": False,
-    "evidence": True, "suite": "gpu", "commit": "abc", "reason": None, "capability": [9, 0],
-}  # fmt: skip
+    "device": "NVIDIA H100 80GB HBM3",
+    "memory": 80 << 30,
+    "versions": {"torch": "2.11.0"},
+    "rehearsal": False,
+    "evidence": True,
+    "suite": "gpu",
+    "commit": "abc",
+    "reason": None,
+    "capability": [9, 0],
+}
 H100 = prices.MACHINES["H100"]
 
 
 def unit(name: str, code: str = "", stage: str = "benchmark", price: float = 0.1, **more) -> Unit:
-    """A stand-in: Python code, which has `here` (a folder), and the name of its result in `result`."""
+    """A unit that runs Python code, with the variables `here` (a folder) and `result` (the file for its result)."""
     return Unit(stage, name, (code,), lambda machine: price, **more)
 
 
@@ -26,7 +33,7 @@ def argv(given: Unit, settings, out: Path, result: Path) -> list[str]:
 
 
 def call(tmp_path: Path, units: list[Unit], retry: bool = False, **settings) -> tuple[runner.Runner, list[str]]:
-    """One call of the runner on OUT in tmp_path: it, and what it said."""
+    """(the runner, the lines it printed) after one call with OUT in tmp_path."""
     out, said = tmp_path / "out", []
     state.open_folder(out, None)
     kept = state.State(out, ABOUT)

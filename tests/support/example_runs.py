@@ -1,4 +1,4 @@
-"""What the tests of the examples share: small data, a supervised model to start from, runs, a kill in mid-step."""
+"""Helpers for tests of the examples: small data, runs, weights of checkpoints, and a run killed inside a step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch.distributed.checkpoint as checkpoint
 from repository import ROOT, SUPPORT  # noqa: F401
 
 EXAMPLES = ROOT / "examples"
-sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of the same name as a script
+sys.path.insert(1, str(EXAMPLES))  # after tests/support
 
 import checkpoints  # noqa: E402
 import common  # noqa: E402
 import comparisons  # noqa: E402
 
-# Kills its own process in the middle of a step: the gradient is there, the weights are not yet changed.
+# Kills its own process inside a step: after the backward, before the weights change.
 KILL = """
 import importlib, os, signal, sys
 sys.path.insert(0, {examples!r})
@@ -46,9 +46,9 @@ def script(name: str):
 
 
 def small_data(folder: Path, train: int = 60, test: int = 8, uneven: bool = False) -> list[str]:
-    """The flags for a few rows of the shipped sets, so that evaluation takes no time.
+    """Flags for a few rows of the shipped data sets, so that evaluation is fast.
 
-    uneven: some answers grow longer. The shipped ones are all of one length, which hides a wrong mean over tokens.
+    uneven: make some answers longer. The shipped answers have one length, which would hide a wrong mean over tokens.
     """
     words = []
     for flag, source, count in (("--dataset", comparisons.TRAIN, train), ("--test-dataset", comparisons.TEST, test)):
@@ -63,12 +63,12 @@ def small_data(folder: Path, train: int = 60, test: int = 8, uneven: bool = Fals
 
 
 def run(name: str, words: list[str], output: Path, *more: str):
-    """What train() returns."""
+    """Run a script; returns what its train() returns."""
     return script(name).train(script(name).parse([*words, "--output", str(output), *more]))
 
 
 def weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, the last one without a step; by whatever number of ranks it was written."""
+    """The weights of a checkpoint, by default the last one. Any number of ranks may have written it."""
     path = common.checkpoint(output, step or common.checkpoints(output)[-1])
     reader = checkpoint.HuggingFaceStorageReader(str(path))
     names = reader.read_metadata().state_dict_metadata
@@ -83,7 +83,7 @@ def metrics(output: Path) -> list[dict]:
 
 
 def killed(name: str, words: list[str], output: Path, at: int) -> None:
-    """Runs the script in a process of its own, which kills itself in its at-th optimizer step."""
+    """Run the script in its own process, which kills itself in optimizer step number `at`."""
     how = dict(examples=str(EXAMPLES), threads=torch.get_num_threads(), script=name, at=at)
     code = KILL.format(**how, words=[*words, "--output", str(output)])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

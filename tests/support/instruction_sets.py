@@ -1,9 +1,9 @@
-"""The tests under other arithmetic: each instruction set and number of threads, with fresh seeds; a table of counts.
+"""Run the tests with each CPU instruction set, with 1 and 2 threads and fresh seeds, and print a table of counts.
 
     python tests/support/instruction_sets.py [--times 3] [-- arguments for pytest]
 
-Each set limits what PyTorch, oneDNN and MKL use of the processor, and so changes the order of their sums. The runs of a
-set have one thread and two in turns.
+Each set limits which instructions PyTorch, oneDNN and MKL use, which changes the order of their sums. The runs of a set
+alternate between one and two threads.
 """
 
 import argparse
@@ -26,10 +26,10 @@ SETS = {
 
 
 def run(values: tuple, threads: int, arguments: list[str]) -> tuple[dict[str, int], str]:
-    """(counts by outcome, the output) of one run of pytest."""
+    """(counts by outcome, the output) of one pytest run."""
     env = {name: value for name, value in os.environ.items() if name not in ("CI", "FUSED_PO_SEED", *NAMES)}
     env |= dict(zip(NAMES, values)) | {"OMP_NUM_THREADS": str(threads)}
-    env["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the cores to the other test processes
+    env["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads leave the cores to the other test processes
     command = [sys.executable, "-m", "pytest", "--color=no", *arguments]
     done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     last = done.stdout.strip().rpartition("\n")[2]

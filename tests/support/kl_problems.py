@@ -1,4 +1,4 @@
-"""Random problems of the exact KL, and its values by plain PyTorch."""
+"""Random problems for the exact KL, and its values in plain PyTorch."""
 
 import math
 
@@ -15,7 +15,7 @@ def terms(a, b):
 
 
 def mixture(p, q, weight):
-    """log(w q + (1 - w) p) of log-probs, without underflow; 0 where neither may be said."""
+    """log(w q + (1 - w) p) of log-probs, without underflow; 0 where both forbid the token."""
     neither = (p == -torch.inf) & (q == -torch.inf)
     return torch.logaddexp(
         q.masked_fill(neither, 0) + math.log(weight), p.masked_fill(neither, 0) + math.log1p(-weight)
@@ -23,7 +23,7 @@ def mixture(p, q, weight):
 
 
 def in_torch(logits, ref_logits, labels, direction, weight, scaling=None, ref_scaling=None):
-    """(kl, logps, ref_logps, entropy) [..., N] as a person would write them, in the dtype of the logits [..., N, V]."""
+    """(kl, logps, ref_logps, entropy) [..., N] in plain PyTorch, in the dtype of the logits [..., N, V]."""
     scaling, ref_scaling = scaling or Scaling(), ref_scaling or Scaling()
     p, q = scaling.apply(logits).log_softmax(-1), ref_scaling.apply(ref_logits).log_softmax(-1)
     if direction == "reverse":
@@ -44,5 +44,5 @@ def pair(n, v, dtype=torch.float32, distance=0.5, ref_dtype=None):
 
 
 def loss_of(stats, g):
-    """All that carries gradients, weighed."""
+    """A weighted sum of all results that carry gradients."""
     return sum((value * w).sum() for value, w in zip((stats[0], stats[1], stats[3]), g))

@@ -1,4 +1,4 @@
-"""Random batches for the modules that are called as Liger's, and the comparison of two results of them."""
+"""Random batches for the modules with Liger's call signatures, and a comparison of two results."""
 
 import torch
 
@@ -7,7 +7,7 @@ IGNORE = -100
 
 
 class Batch:
-    """Random hidden states, heads and labels of `n` sequences; leaves with gradients; prompts and padding ignored."""
+    """Random hidden states, heads and labels of `n` sequences. Prompts and padding are ignored."""
 
     def __init__(self, n: int = 2 * B, scale: float = 1.0, bias: bool = True):
         self.hidden, self.weight = torch.randn(n, T, H) * scale, torch.randn(V, H)
@@ -26,7 +26,7 @@ class Batch:
         return self.ref_hidden, self.ref_weight, self.ref_bias
 
     def tokens(self, hidden, weight, bias=None, temperature=1.0, target=None):
-        """[n, T] log-probs, 0 where nothing is scored."""
+        """Log-probs [n, T], 0 at ignored tokens."""
         target = self.target if target is None else target
         logits = hidden @ weight.T + (0 if bias is None else bias)
         logp = (logits / temperature).log_softmax(-1).gather(-1, target.clamp(min=0)[..., None]).squeeze(-1)
@@ -38,13 +38,13 @@ class Batch:
 
     def logits_mean(self, rows) -> torch.Tensor:
         logits = self.hidden @ self.weight.T + (0 if self.bias is None else self.bias)
-        return logits[rows].mean()  # over all positions, as Liger's
+        return logits[rows].mean()  # over all positions, as Liger does
 
 
 def compare(ours: tuple, theirs: tuple, leaves: tuple) -> None:
-    """Losses, aux and gradients; leaves: ours' and theirs'."""
+    """Compare losses, aux values and gradients; leaves: (ours, theirs)."""
     within = dict(rtol=1e-9, atol=1e-10)
-    if ours[0].dtype == torch.float32:  # Liger's: squares of sums of T log-probs, sums of T V logits
+    if ours[0].dtype == torch.float32:  # Liger's results hold squares of sums of T log-probs and sums of T V logits
         within = dict(rtol=1e-4, atol=5 * T * V * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(ours[0], theirs[0], **within)
     assert len(ours[1]) == len(theirs[1])
@@ -57,19 +57,25 @@ def compare(ours: tuple, theirs: tuple, leaves: tuple) -> None:
 
 
 GRPO = [
-    ("dapo", {}), ("grpo", {}), ("bnpo", {}), ("dr_grpo", {"max_completion_length": 9}),
-    ("dapo", {"delta": 1.5}), ("grpo", {"importance_sampling_level": "sequence"}),
+    ("dapo", {}),
+    ("grpo", {}),
+    ("bnpo", {}),
+    ("dr_grpo", {"max_completion_length": 9}),
+    ("dapo", {"delta": 1.5}),
+    ("grpo", {"importance_sampling_level": "sequence"}),
     ("luspo", {"importance_sampling_level": "sequence", "beta": 0.0}),
-    ("cispo", {"epsilon_high": 1.1}), ("sapo", {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.3}),
+    ("cispo", {"epsilon_high": 1.1}),
+    ("sapo", {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.3}),
     ("vespo", {"vespo_k_pos": 1.5, "vespo_lambda_neg": 2.5}),
     ("dapo", {"use_bias_correction_kl": True, "temperature": 0.7}),
-    ("grpo", {"beta": 0.0}), ("grpo", {"use_ref_model": False}),
-]  # fmt: skip
+    ("grpo", {"beta": 0.0}),
+    ("grpo", {"use_ref_model": False}),
+]
 GRPO_IDS = [f"{name}-{'-'.join(how)}" for name, how in GRPO]
 
 
 class Answers(Batch):
-    """A batch of answers that an older policy gave, with padding at the ends."""
+    """A batch of answers sampled from an older policy, with padding at the end."""
 
     def __init__(self):
         super().__init__(4)
@@ -87,5 +93,8 @@ def grpo_arguments(batch, leaves, weights):
     ids = batch.ids, batch.mask.long(), batch.advantages
     return dict(
         zip(("_input", "lin_weight", "selected_token_ids", "attention_mask", "advantages"), (hidden, weight, *ids)),
-        bias=bias, ref_per_token_logps=batch.ref, old_per_token_logps=batch.old, vllm_is_ratio=weights,
-    )  # fmt: skip
+        bias=bias,
+        ref_per_token_logps=batch.ref,
+        old_per_token_logps=batch.old,
+        vllm_is_ratio=weights,
+    )

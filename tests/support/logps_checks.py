@@ -1,4 +1,4 @@
-"""Checks of `logps_from_logits` and `linear_logps` against float64: values and gradients of one problem."""
+"""Compare `logps_from_logits` and `linear_logps` with float64: values and gradients of one problem."""
 
 import torch
 from numerics import DEVICE, IGNORE, assert_close, oracle, plain
@@ -10,7 +10,7 @@ DIFFERENTIABLE = OUTPUTS[:3]
 
 
 def incoming(n_rows: int, names=DIFFERENTIABLE) -> dict:
-    """Gradients of the statistics: +1 or -1, so that all rows weigh the same, and 0 in a tenth of the rows."""
+    """Incoming gradients of the statistics: +1 or -1, so that all rows weigh the same, and 0 in a tenth of the rows."""
     signs = {name: torch.randint(0, 2, (n_rows,), device=DEVICE) * 2.0 - 1 for name in names}
     dead = torch.rand(n_rows, device=DEVICE) < 0.1
     return {name: g.masked_fill(dead, 0) for name, g in signs.items()}
@@ -21,7 +21,7 @@ def weigh(stats: dict, grads: dict) -> torch.Tensor:
 
 
 def check_logits(logits, labels, scaling, backend, outputs=OUTPUTS, n=None):
-    """Forward and gradient of the first n rows of logits [N, V] against the oracle; all N rows bound the error."""
+    """Compare forward and gradient of the first n rows of logits [N, V] with the oracle; all N rows set the bound."""
     n = len(logits) if n is None else n
     names = [name for name in outputs if name in DIFFERENTIABLE]
     grads = incoming(labels.numel(), names)
@@ -41,9 +41,9 @@ def check_logits(logits, labels, scaling, backend, outputs=OUTPUTS, n=None):
 
 
 def check_linear(hidden, weight, bias, labels, scaling, backend, schedule=None, n=None):
-    """Forward and gradients of the first n rows of hidden [N, H] against the oracle; all N rows bound the error.
+    """Compare forward and gradients of the first n rows of hidden [N, H] with the oracle; all N rows set the bound.
 
-    A GEMM's rounding depends on its shape: plain PyTorch gets as many rows at a time as we score.
+    A GEMM's rounding depends on its shape, so plain PyTorch gets as many rows at a time as we score.
     """
     n = len(hidden) if n is None else n
     grads = incoming(labels.numel())
@@ -61,7 +61,7 @@ def check_linear(hidden, weight, bias, labels, scaling, backend, schedule=None, 
         assert (getattr(ours, name)[labels[:n] == IGNORE] == 0).all(), name
 
     def plain_problem(rows):
-        """[(plain PyTorch's gradient, the exact one)] of hidden, weight and bias with these rows in one GEMM."""
+        """[(plain PyTorch's gradient, exact gradient)] of hidden, weight and bias with these rows in one GEMM."""
         plain_in = [t.detach().clone().requires_grad_() for t in (hidden[rows], *head)]
         stats = plain(torch.nn.functional.linear(*plain_in), labels[rows], scaling)
         weigh(stats, {name: g[rows] for name, g in grads.items()}).backward()
@@ -72,7 +72,7 @@ def check_linear(hidden, weight, bias, labels, scaling, backend, schedule=None, 
     order, count = live.nonzero().squeeze(1), int(live[:n].sum())
     starts = range(0, min(len(order), 16 * count) - count + 1, count) if count else (0,)
     problems = [plain_problem(order[begin : begin + count]) for begin in starts]
-    # A row's own error depends on the GEMM it is in: with all n, ignored ones too, and with as few as a small tile.
+    # The error of a row depends on its GEMM: all n rows including ignored ones, or the few rows of a small tile.
     alone = [torch.arange(n, device=DEVICE), *order[:count].split(3)]
     theirs_hidden = [problem[0] for problem in problems + [plain_problem(rows) for rows in alone]]
     exact_grads = (exact_raw[:n] @ w, exact_raw[:n].T @ h[:n], exact_raw[:n].sum(0))

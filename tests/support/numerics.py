@@ -1,6 +1,6 @@
-"""The oracle, plain PyTorch, and how the two bound our error.
+"""The oracle, plain PyTorch, and the bound on our error.
 
-The oracle is float64 and closed form. Our error against it may be twice that of plain PyTorch at the same dtype, in
+The oracle is a closed form in float64. Our error against it may be twice that of plain PyTorch in the same dtype, in
 maximum and in root mean square, plus the rounding of the result.
 """
 
@@ -32,10 +32,10 @@ def no_inductor() -> str | None:
 
 
 def fresh_seed(test: str) -> int:
-    """Another seed each run; FUSED_PO_SEED repeats one.
+    """A new seed in each run; FUSED_PO_SEED repeats one.
 
-    Where CI is set each test has a seed of its own, always the same: thousands of bounds that hold for all but one
-    problem in a hundred thousand would fail a run in a few, and red must mean that the change is wrong.
+    If CI is set, each test has a fixed seed of its own. Thousands of bounds that fail for one problem in a hundred
+    thousand would fail one run in a few, and a failure in CI must mean that the change is wrong.
     """
     own = zlib.crc32(test.encode()) % 2**31
     fresh = own if os.environ.get("CI") else random.SystemRandom().randrange(2**31)
@@ -43,7 +43,7 @@ def fresh_seed(test: str) -> int:
 
 
 class Scaling(NamedTuple):
-    """How raw logits become the softmax's."""
+    """How raw logits are scaled before the softmax."""
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -57,12 +57,12 @@ class Scaling(NamedTuple):
 
     @property
     def steepest(self) -> float:
-        """The largest slope."""
+        """The largest slope of the scaling."""
         return self.logit_scale / self.temperature
 
     @property
     def cap(self) -> float:
-        """The softmax's largest logit under a softcap, 0 without one."""
+        """The largest scaled logit under a softcap, 0 without one."""
         return 0.0 if self.softcap is None else self.softcap / self.temperature
 
     def slope(self, raw: torch.Tensor) -> torch.Tensor:
@@ -100,14 +100,14 @@ def oracle(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, grads: dic
 
 
 def entropy_of(logp: torch.Tensor) -> torch.Tensor:
-    """[...] of log-probs [..., V]; what has no probability adds nothing."""
+    """The entropy [...] of log-probs [..., V]; tokens with probability 0 add 0."""
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
 
 
 class EntropyOfKept(torch.autograd.Function):
-    """The entropy of logits [..., V], whose gradient comes back from probabilities kept in a 16-bit dtype.
+    """The entropy of logits [..., V], whose gradient is computed from probabilities kept in a 16-bit dtype.
 
-    Of a largest one above 1/2 the log is known, up to the rounding of the largest logit in base 2.
+    If the largest probability is above 1/2, its log is known up to the rounding of the largest logit in base 2.
     """
 
     @staticmethod
@@ -127,14 +127,15 @@ class EntropyOfKept(torch.autograd.Function):
 
 
 def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch.dtype | None = None) -> dict:
-    """The same statistics as a person would write them, in fp32 (float64 for float64); autograd gives their gradients.
+    """The statistics in plain PyTorch, in fp32 (float64 for float64 logits); autograd gives their gradients.
 
-    raw: [..., N, V], labels: [N]. kept: the 16-bit dtype of what the entropy's gradient is made of, but in float64.
+    raw: [..., N, V], labels: [N]. kept: the 16-bit dtype of the probabilities behind the entropy's gradient.
     """
     valid, safe = labels != IGNORE, labels.clamp(min=0).expand(raw.shape[:-1])
     z = scaling.apply(raw if raw.dtype == torch.float64 else raw.float())
     logp = z.log_softmax(-1)
-    shift = z.detach().amax(-1, keepdim=True)  # else logsumexp's gradient, e^(z - lse), is wrong once lse rounds to z
+    # otherwise logsumexp's gradient, e^(z - lse), is wrong when lse rounds to z
+    shift = z.detach().amax(-1, keepdim=True)
     stats = {
         "logps": logp.gather(-1, safe[..., None]).squeeze(-1),
         "entropy": EntropyOfKept.apply(z, kept) if kept and z.dtype == torch.float32 else entropy_of(logp),
@@ -146,29 +147,29 @@ def plain(raw: torch.Tensor, labels: torch.Tensor, scaling: Scaling, kept: torch
 
 
 def k3(r: torch.Tensor) -> torch.Tensor:
-    """e^-r - 1 + r of a log-ratio, on along its tangent below -20."""
+    """e^-r - 1 + r of a log-ratio r; below r = -20 it continues along its tangent."""
     inside = (-r).clamp(max=20)
     return inside.exp() * (1 + (-r - inside)) - 1 + r
 
 
 class Beyond(AssertionError):
-    """An error beyond its bound by less than a factor of 2: other draws of the problem decide, see `decide`."""
+    """An error that exceeds its bound by less than a factor of 2. `decide` draws the problem again."""
 
 
 def assert_below(error: float, allowed: float, message: str) -> None:
-    """error <= allowed, both of random problems."""
+    """Require error <= allowed, where both come from random problems."""
     if not error <= allowed:
         raise (Beyond if error <= 2 * allowed else AssertionError)(message)
 
 
-DRAWS = 5  # of a problem, if the first one is beyond its bound
+DRAWS = 5  # draws of a problem if the first one exceeds its bound
 
 
 def decide(first: Beyond, run: Callable[[int], None], seed: int) -> None:
-    """Raise first if the errors of most of DRAWS problems are beyond the bound: run(seed) draws another and tests it.
+    """Raise `first` if most of DRAWS problems exceed the bound; run(seed) draws and tests another problem.
 
-    Both sides of a bound are the largest errors of random problems, so one draw in some hundreds is beyond it by luck.
-    An error that is too large by its nature is beyond it in every draw.
+    Both sides of a bound are the largest errors of random problems, so one draw in some hundreds exceeds it by chance.
+    A real fault exceeds it in every draw.
     """
     beyond = [seed]
     for other in range(seed + 1, seed + DRAWS):
@@ -182,9 +183,9 @@ def decide(first: Beyond, run: Callable[[int], None], seed: int) -> None:
 
 
 def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: list[tuple]) -> None:
-    """Our error at most twice theirs, in maximum and in RMS, plus the rounding of the result.
+    """Our error is at most twice theirs, in maximum and in RMS, plus the rounding of the result.
 
-    theirs: plain PyTorch's (value, exact value), for this problem and others like it: one problem's error is luck.
+    theirs: plain PyTorch's (value, exact value) for this problem and similar ones: the error of one problem is random.
     """
     assert ours.dtype == theirs[0][0].dtype, f"{name}: dtype {ours.dtype}, expected {theirs[0][0].dtype}"
     errors = [(value.double() - exact)[exact.isfinite()].abs().flatten() for value, exact in theirs]
@@ -192,12 +193,16 @@ def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, theirs: lis
 
 
 def assert_within(
-    name: str, ours: torch.Tensor, exact: torch.Tensor, theirs_error: torch.Tensor, unit: float = 0.0,
+    name: str,
+    ours: torch.Tensor,
+    exact: torch.Tensor,
+    theirs_error: torch.Tensor,
+    unit: float = 0.0,
     theirs_rms: float | None = None,
-) -> tuple[float, float]:  # fmt: skip
-    """`assert_close` from plain PyTorch's errors; unit: a number whose rounding is let pass too.
+) -> tuple[float, float]:
+    """`assert_close`, given plain PyTorch's errors; unit: the rounding of this number is allowed too.
 
-    theirs_rms: in place of the RMS of all their errors.
+    theirs_rms: replaces the RMS of all their errors.
 
     Returns (our largest error beyond rounding, theirs); the first is at most twice the second.
     """
@@ -207,14 +212,14 @@ def assert_within(
     ours_error = (ours.double() - exact)[~infinite].abs().flatten()
     if not ours_error.numel():
         return 0.0, 0.0
-    if not theirs_error.numel():  # nothing was scored: our zeros must be zeros
+    if not theirs_error.numel():  # nothing was scored: our values must be exactly 0
         theirs_error = torch.zeros_like(ours_error)
     assert not ours_error.isnan().any(), f"{name}: NaN"
     info = torch.finfo(ours.dtype)
     rounding = (exact[~infinite].abs() + unit) * info.eps / 2 + info.smallest_normal * info.eps
     beyond, most = (ours_error - rounding).max().item(), theirs_error.max().item()
     assert_below(beyond, 2 * most, f"{name}: max error {ours_error.max():.3e}, plain PyTorch's {most:.3e}")
-    if ours_error.numel() < 64:  # a mean over so few is luck too
+    if ours_error.numel() < 64:  # the mean over so few numbers is random too
         return max(0.0, beyond), most
     rms = [value.square().mean().sqrt().item() for value in (ours_error, theirs_error, rounding)]
     rms[1] = rms[1] if theirs_rms is None else theirs_rms
@@ -222,13 +227,13 @@ def assert_within(
     return max(0.0, beyond), most
 
 
-RUNS = 16  # of a training, or of anything else whose error is one number: what `assert_error` takes
+RUNS = 16  # runs of a training, or of anything else whose error is one number: the input of `assert_error`
 
 
 def nudge(seed: int, *models: torch.nn.Module | None) -> None:
-    """Move every weight to a neighbouring number, up or down at random: other roundings. Seed 0: do nothing.
+    """Move every weight up or down to an adjacent number at random, which changes all roundings. Seed 0 does nothing.
 
-    The error of one run is luck of the processor: other sums of the same terms may err ten times as much.
+    The error of one run depends on the order of sums: another order of the same terms may err ten times as much.
     """
     draw = torch.Generator().manual_seed(seed)
     for model in {id(m): m for m in models if m is not None and seed}.values():
@@ -238,17 +243,17 @@ def nudge(seed: int, *models: torch.nn.Module | None) -> None:
 
 
 def assert_error(name: str, ours: float, theirs: list[float], rounding: float = 0.0) -> None:
-    """One error at most twice theirs, of many runs together, plus a rounding.
+    """One error of ours is at most twice the error of many of their runs, plus a rounding.
 
-    Theirs is the root of the sum of squares: at least their largest, and a lucky run lowers it little. If all errors
-    are normal and equally wide, one of ours in two million is beyond twice that of RUNS (Student's t of 16 beyond 8).
+    Theirs is the root of the sum of squares: at least their largest error, and one small error lowers it little. If all
+    errors are normal with equal variance, one of ours in two million exceeds twice that (Student's t of 16 RUNS > 8).
     """
     allowed = 2 * math.hypot(*theirs) + rounding
     assert ours <= allowed, f"{name}: off by {ours:.2e}, allowed {allowed:.2e}"
 
 
 def assert_with_runs(run: Callable[[int], object], check: Callable[[list], None]) -> None:
-    """check([run(0), run(1), ...]) with as many of RUNS as it takes: in `assert_error` each one widens its bound."""
+    """check([run(0), run(1), ...]) with as few of RUNS as pass: each run widens the bound of `assert_error`."""
     runs: list = []
     for seed in range(RUNS):
         runs.append(run(seed))
@@ -260,13 +265,13 @@ def assert_with_runs(run: Callable[[int], object], check: Callable[[list], None]
 
 
 def product_buffers(hidden: torch.Tensor, weight: torch.Tensor) -> int:
-    """The most bytes that a product of the head allocates beside its result: some CPUs' bf16 products copy operands."""
+    """The most bytes that a product with the head allocates beside its result: some CPUs' bf16 GEMMs copy operands."""
     import counting
 
     logits = hidden @ weight.T
     most = 0
     for a, b in ((hidden, weight.T), (logits, weight), (logits.T, hidden)):
-        a @ b  # what is allocated once for all
+        a @ b  # allocate what is allocated only once
         peak = counting.peak_bytes(lambda a=a, b=b: a @ b, DEVICE)
         most = max(most, peak - a.shape[0] * b.shape[1] * a.element_size())
     return most
@@ -274,7 +279,7 @@ def product_buffers(hidden: torch.Tensor, weight: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def count_launches():
-    """A list that collects the names of the Triton kernels launched meanwhile, on a GPU or interpreted."""
+    """A list that collects the names of all Triton kernels launched inside the context, on a GPU or interpreted."""
     import triton
 
     launched: list[str] = []

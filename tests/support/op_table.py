@@ -1,4 +1,4 @@
-"""Every public op as a row: a call, the tensors that get gradients, and the constants it reads."""
+"""A table of all public ops: for each a call, the tensors that get gradients, and the constants it reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATS = ("logps", "entropy", "lse")
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Arguments by name, the same ones each time; the second token of an answer is ignored."""
+    """Arguments by name, the same in every call; the second token of every answer is ignored."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -38,7 +38,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 
 class Row(NamedTuple):
-    """An op: its call, which tensors may require grad, what it takes as constants."""
+    """An op: a call, the tensors that may require grad, the tensors that are constants."""
 
     call: Callable[..., tuple]  # (tensors by name, **options) -> results
     leaves: tuple[str, ...]
@@ -63,7 +63,7 @@ def policy(loss_type: str, **settings) -> Callable:
 
 
 def chunked(t, **how):
-    """The loss, of log-probs, entropy and lse."""
+    """`chunked_loss` of log-probs, entropy and lse."""
 
     def loss_fn(stats, rows):
         w = t["weights"].flatten()[rows]
@@ -167,11 +167,11 @@ ROWS = {
     ),
     "chunked_loss": Row(chunked, HEAD, ("labels", "groups", "weights")),
     "chunked_loss, frozen head": Row(chunked, ("hidden",), ("labels", "groups", "weights", "weight", "bias")),
-}  # fmt: skip
+}
 
 
 def leaves_of(name: str, t: dict) -> dict[str, torch.Tensor]:
-    """The row's leaves, requiring grad; the call gets 1.0 times the logits, which may be written over."""
+    """The row's leaves, which require grad. The call gets 1.0 times the logits, which may be overwritten."""
     leaves = {leaf: t[leaf].clone().requires_grad_() for leaf in ROWS[name].leaves}
     t |= leaves
     if "logits" in leaves:
@@ -180,19 +180,19 @@ def leaves_of(name: str, t: dict) -> dict[str, torch.Tensor]:
 
 
 def total(results: tuple) -> torch.Tensor:
-    """A number that depends on every result that carries gradients."""
+    """A scalar that depends on every result that carries gradients."""
     carrying = [v for v in results if isinstance(v, torch.Tensor) and v.requires_grad]
     return sum((i + 1) * v.sum() for i, v in enumerate(carrying))
 
 
 def named(results: tuple) -> dict[str, torch.Tensor]:
-    """Results by name, those that are None left out."""
+    """Results by name, without those that are None."""
     fields = getattr(results, "_fields", range(len(results)))
     return {str(name): value for name, value in zip(fields, results) if value is not None}
 
 
-def cut_over_ranks(name: str) -> None:
-    """A row whose vocabulary is cut over two ranks: edits through all_reduce, a second derivative, forward mode."""
+def split_over_ranks(name: str) -> None:
+    """A row with the vocabulary split over two ranks: edits by all_reduce, a second derivative, forward mode."""
     import torch.distributed as dist
     from torch.autograd import forward_ad
 
@@ -244,7 +244,7 @@ in_place_too = pytest.mark.parametrize(
 
 
 def run(name, backend="reference", **options):
-    """(results by name, a scalar of those that carry gradients, leaves) of a row."""
+    """(results by name, a scalar of all results that carry gradients, leaves) of a row."""
     t = tensors()
     leaves = leaves_of(name, t)
     results = ROWS[name].call(t, backend=backend, **options)

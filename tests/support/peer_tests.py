@@ -1,10 +1,10 @@
-"""Tests against packages that are too large, or pinned too otherwise, to live beside ours: `make integrations`.
+"""Tests against packages that are too large, or have conflicting pins, to be installed in .venv: `make integrations`.
 
     python tests/support/peer_tests.py [verl openrlhf liger axolotl deepspeed]
 
-Each is installed into a folder of its own, .peers/<name>, without what it pins (torch, transformers, vllm, ...): that
-is this interpreter's. Then its tests run here with that folder on the path. Liger's own tests of its losses run too,
-out of its source distribution, with our classes in the place of Liger's.
+Each is installed into a folder of its own, .peers/<name>, without its pinned dependencies (torch, transformers, vllm,
+...), which come from this interpreter. Its tests then run with that folder on the path. Liger's own tests of its losses
+run too, from its source distribution, with our classes in the place of Liger's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".peers"
 DEEPSPEED = (
-    "deepspeed", "hjson", "msgpack", "py-cpuinfo", "einops", "pydantic", "pydantic-core", "annotated-types",
-    "typing-inspection", "psutil",
-)  # fmt: skip
-# name -> what pip installs, without dependencies: the version the tests were written for, and what it imports at once
+    "deepspeed",
+    "hjson",
+    "msgpack",
+    "py-cpuinfo",
+    "einops",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+    "psutil",
+)
+# name -> what pip installs without dependencies: the version the tests were written for, and what it needs to import
 PEERS = {
     "verl": (
         "verl==0.9.1", "tensordict", "omegaconf", "antlr4-python3-runtime==4.9.3", "ray", "hydra-core", "codetiming",
@@ -40,19 +48,19 @@ TESTS = {
     "deepspeed": ("distributed/test_fused_heads.py", "integrations/test_trl_accelerate_configs.py"),
     **{name: (f"integrations/test_{name}.py",) for name in ("verl", "openrlhf", "axolotl")},
 }
-# Liger's own: not those of its functional form; "NxM" cases of 1024 x 4096 take minutes on a CPU and are not chosen.
+# Selects Liger's own tests, without its functional form and without cases of 1024 x 4096, which take minutes on a CPU.
 LIGERS = "(dpo or cpo or simpo or orpo or kto) and not functional and not 4096"
-# Where ours is meant to differ: the words of an error; exo_pair without smoothing, an error there, takes the paper's.
+# Intended differences: the text of an error; exo_pair without smoothing is an error in Liger, ours uses the paper's.
 NOT_LIGERS = ("test_invalid_loss_type", "test_label_smoothing_validation")
 
 
 def pip(*words: str) -> None:
-    environment = os.environ | {"DS_BUILD_OPS": "0"}  # deepspeed without its compiled parts
+    environment = os.environ | {"DS_BUILD_OPS": "0"}  # install deepspeed without its compiled parts
     subprocess.run([sys.executable, "-m", "pip", *words], check=True, env=environment)
 
 
 def install(name: str) -> Path:
-    """The folder with the package, made if need be."""
+    """The folder with the package, which is installed if missing."""
     folder = HOME / name
     done = folder / ".installed"
     wanted = "\n".join(PEERS[name])
@@ -63,18 +71,27 @@ def install(name: str) -> Path:
 
 
 def run_tests(folder: Path, *words: str, cwd: Path = ROOT) -> int:
-    """pytest's exit status, with the folder first on the path."""
+    """Run pytest with the folder first on the path; returns its exit status."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", *words]
     return subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}).returncode
 
 
 def ligers_own(folder: Path) -> int:
-    """Liger's tests of its preference losses, with our classes installed by a plugin before they are imported."""
+    """Run Liger's tests of its preference losses. A plugin installs our classes before the tests are imported."""
     source = HOME / "liger-source"
     if not any(source.glob("liger_kernel-*/test")):
-        pip("download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(source),
-            *PEERS["liger"])  # fmt: skip
+        pip(
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(source),
+            *PEERS["liger"],
+        )
         with tarfile.open(next(source.glob("*.tar.gz"))) as archive:
             archive.extractall(source, filter="data")
     plugin = HOME / "plugins"

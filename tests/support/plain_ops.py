@@ -1,11 +1,11 @@
-"""DPO from logits, GAE and the reduction of token losses in plain PyTorch: what the ops are compared with."""
+"""DPO from logits, GAE and the reduction of token losses in plain PyTorch, for comparison with the ops."""
 
 import torch
 from numerics import IGNORE, k3
 
 
 def dpo_in_torch(logits, labels, ref_logps, beta, smoothing, kl, kl_coef, dtype):
-    """The loss and all that is reported, of logits [..., 2B, T, V], by autograd in `dtype`.
+    """The DPO loss and all reported values from logits [..., 2B, T, V], computed in `dtype`.
 
     labels: [2B, T]; ref_logps: [..., 2B, T], or [..., 2B] sums.
     """
@@ -46,7 +46,7 @@ def gae_loop(rewards, values, mask, last, gamma, lam):
 
 
 def aggregate_in_torch(rows, mode, max_length=None, num_tokens=None, num_sequences=None):
-    """The loss of lists of token losses [..., n], by the modes' definitions."""
+    """The loss of a list of token losses [..., n], one entry per sequence, by the definition of the mode."""
     full = [row for row in rows if row.shape[-1]]
     num_tokens = sum(row.shape[-1] for row in full) if num_tokens is None else num_tokens
     num_sequences = len(full) if num_sequences is None else num_sequences

@@ -1,4 +1,4 @@
-"""Random policy-gradient problems, and their losses and gradients by plain PyTorch in the tests' own words."""
+"""Random policy-gradient problems, and their losses and gradients in plain PyTorch, written independently."""
 
 import math
 
@@ -9,7 +9,7 @@ import fused_po
 
 
 def clipped(rho, a, logp, low=0.8, high=1.2, most=math.inf):
-    """PPO's loss of tokens: where A < 0, rho counts as no less than `low` and no more than `most`."""
+    """PPO's loss per token: rho is clamped to [low, most] where A < 0, and to at most `high` elsewhere."""
     return -a * torch.where(a < 0, rho.clamp(low, most), rho.clamp(max=high))
 
 
@@ -18,7 +18,7 @@ def gated(rho, a, logp, tau_pos=1.0, tau_neg=1.05):
     return -a * 4 / tau / (1 + torch.exp(tau - tau * rho))
 
 
-# loss_type, its settings, L in the tests' own words, how tokens weigh in the batch
+# loss_type, its settings, an independent formula of the loss, how tokens are weighted in the batch
 LOSSES = {
     "ppo": ("ppo", {}, clipped, "tokens"),
     "ppo, dual clip": ("ppo", {"dual_clip": 2.0}, lambda *t: clipped(*t, most=2.0), "tokens"),
@@ -38,11 +38,11 @@ LOSSES = {
     "reinforce": ("reinforce", {}, lambda rho, a, logp: -a * logp, "tokens"),
     "sft": ("sft", {}, lambda rho, a, logp: -logp, "tokens"),
 }
-ANSWERS = ("gspo", "luspo")  # those of one ratio an answer
+ANSWERS = ("gspo", "luspo")  # losses with one ratio per answer
 
 
 def in_torch(t, row, dtype, kl=None, kl_coef=0.0, entropy_coef=0.0, temperature=1.0, times_ratio=True):
-    """Everything of a problem t by autograd in `dtype`; row: one of LOSSES."""
+    """All results for a problem t, computed in `dtype`; row: one of LOSSES."""
     loss_type, _, formula, weighing = row
     counts = (t["labels"] != IGNORE) & t["mask"]
     log_p = (t["logits"].to(dtype) / temperature).log_softmax(-1)
@@ -68,7 +68,7 @@ def in_torch(t, row, dtype, kl=None, kl_coef=0.0, entropy_coef=0.0, temperature=
 
 
 def problem(dtype, b=3, length=4, v=70, loss_type="ppo", kl=None, temperature=1.0):
-    """Ratios keep away from where a loss is clipped: there fp32 and float64 may differ, both being right."""
+    """A random problem. Ratios are not close to a clipping bound, where fp32 and float64 may differ legitimately."""
     logits = (torch.randn(b, length, v, device=DEVICE) * 2).to(dtype)
     labels = random_labels(b * length, v).view(b, length)
     labels[:, 0] = 0
@@ -98,7 +98,7 @@ def ours_of(t, row, **how):
 
 
 def torch_of(t, row, dtype, **how):
-    """Plain PyTorch's values and gradient at the logits' dtype and fp32, or the exact ones."""
+    """Values and gradient of plain PyTorch in the logits' dtype and fp32, or the exact ones in float64."""
     if t["advantages"] is None:
         t = t | {"advantages": torch.ones(len(t["labels"]), device=DEVICE)}
     x = (t["logits"].double() if dtype == torch.float64 else t["logits"]).detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""A good call of everything public, made from its signature; and wrong values to put in the place of each argument."""
+"""A valid call of every public function, class and method, built from its signature."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 import fused_po
 from fused_po import losses, modules
 
-B, T, V, H = 4, 6, 9, 5  # of the problems: sequences, tokens, vocabulary, width
+B, T, V, H = 4, 6, 9, 5  # sizes of the problems: sequences, tokens, vocabulary, width
 
 
 class Target(NamedTuple):
-    """Something public: its name, how it is called with keyword arguments, its signature, a good call's arguments."""
+    """A public callable: name, a function that takes keyword arguments, signature, and arguments of a valid call."""
 
     name: str
     call: Callable
@@ -25,7 +25,7 @@ class Target(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """The names that a call may give."""
+        """The names of the arguments that a call may give."""
         kinds = {p.name: p.kind for p in self.signature.parameters.values()}
         return [name for name, kind in kinds.items() if kind not in (inspect.Parameter.VAR_KEYWORD, 2)]
 
@@ -46,7 +46,7 @@ def labels(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel()).remainder(V).view(shape)
 
 
-# What an argument of this name gets, whoever takes it. A tensor not named here is of log-probs, rewards or the like.
+# The value for an argument of this name, in any function. Tensors not named here hold log-probs, rewards or the like.
 GOOD = {
     "hidden": normal(B, T, H), "weight": normal(V, H), "labels": labels(B, T), "logits": normal(B, T, V),
     "ref_logits": normal(B, T, V), "ref_hidden": normal(B, T, H), "ref_weight": normal(V, H), "groups": labels(B, T),
@@ -60,7 +60,7 @@ GOOD = {
     "group": torch.distributed.ProcessGroup(torch.distributed.HashStore(), 0, 1),
     "state": {"mean": torch.zeros(()), "count": 2}, "mask": torch.ones(B, T),
 }  # fmt: skip
-OWN = {  # where a name means something else, or a good call takes more than what has no default
+OWN = {  # functions where a name means something else, or where a valid call needs more than the required arguments
     "PolicyLoss.forward": {"log_probs": normal(B, T), "old_log_probs": normal(B, T)},
     "ValueLoss.forward": {"values": normal(B, T), "old_values": normal(B, T), "returns": normal(B, T)},
     "group_advantages": {"rewards": normal(B), "groups": 2},
@@ -72,20 +72,30 @@ OWN = {  # where a name means something else, or a good call takes more than wha
     "plackett_luce_dpo": {"logps": normal(B, T)},
     "dpo_from_logits": {"ref_logps": normal(B, T)},
     "linear_dpo": {"ref_logps": normal(B, T)},
-    "cispo": {"cap": 3.0}, "kto": {"kl": 0.1}, "plackett_luce": {"rewards": normal(B, 3)},
+    "cispo": {"cap": 3.0},
+    "kto": {"kl": 0.1},
+    "plackett_luce": {"rewards": normal(B, 3)},
     "policy_loss_from_logits": {"advantages": normal(B, T), "old_logps": normal(B, T), "loss_type": "ppo"},
-    "gmpo": {"advantages": normal(B)}, "rloo": {"advantages": normal(B)},
+    "gmpo": {"advantages": normal(B)},
+    "rloo": {"advantages": normal(B)},
     "FusedLinearDPOLoss.forward": {"ref_input": normal(B, T, H), "ref_weight": normal(V, H)},
     "FusedLinearKTOLoss.forward": {"preference_labels": torch.arange(B) % 2 == 0},
     "FusedLinearGRPOLoss.forward": {"ref_per_token_logps": normal(B, T), "advantages": normal(B)},
-    "aggregate": {"token_loss": normal(B, T)}, "sequence_logps": {"logps": normal(B, T)},
+    "aggregate": {"token_loss": normal(B, T)},
+    "sequence_logps": {"logps": normal(B, T)},
     "GPTLMLoss.forward": {"logits": normal(B, T, V)},
-}  # fmt: skip
-PER_TOKEN = ("mask", "action_mask", "loss_mask", "attention_mask", "chosen_kl")  # who takes these takes [B, T]
+}
+PER_TOKEN = (
+    "mask",
+    "action_mask",
+    "loss_mask",
+    "attention_mask",
+    "chosen_kl",
+)  # functions with one of these arguments take tensors [B, T]
 
 
 def good_arguments(name: str, signature: inspect.Signature) -> dict[str, object]:
-    """What a good call gives: every argument without a default, and its own of OWN."""
+    """The arguments of a valid call: every argument without a default, and the function's entries in OWN."""
     own = OWN.get(name, {})
     wanted = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in (2, 4)]
     shape = (B, T) if set(wanted) & set(PER_TOKEN[:4]) else (B,)
@@ -98,7 +108,7 @@ def made(function: Callable, name: str) -> Target:
 
 
 REF_BIAS = {"ref_bias": normal(V)}
-VARIANTS = {  # good calls that go another way than that of `targets`, and what is given beside it
+VARIANTS = {  # valid calls that take other code paths than those of `targets`, and their further arguments
     "kl_from_logits": [{"labels": labels(B, T), "mask": torch.ones(B, T), "direction": "js", "js_weight": 0.3}],
     "linear_kl": [{"labels": labels(B, T), "bias": normal(V), "ref_bias": normal(V)}],
     "linear_logps": [{"bias": normal(V), "low_rank": (normal(B, T, 2), normal(V, 2)), "outputs": ("entropy",)}],
@@ -111,8 +121,14 @@ VARIANTS = {  # good calls that go another way than that of `targets`, and what 
     "sequence_logps": [{"logps": normal(T), "cu_seqlens": torch.tensor([0, 2, T]), "ld_alpha": 0.5}],
     "aggregate": [{"mode": "seq-mean-token-sum-norm", "max_length": 8.0, "num_sequences": 4, "world_size": 2}],
     "preference_loss": [
-        {"loss_type": ["ipo", "sigmoid"], "loss_weights": [1.0, 0.5], "chosen_length": normal(B).abs() + 1,
-         "rejected_length": normal(B).abs() + 1, "f_divergence": "alpha_divergence", "f_alpha": 0.3},
+        {
+            "loss_type": ["ipo", "sigmoid"],
+            "loss_weights": [1.0, 0.5],
+            "chosen_length": normal(B).abs() + 1,
+            "rejected_length": normal(B).abs() + 1,
+            "f_divergence": "alpha_divergence",
+            "f_alpha": 0.3,
+        },
     ],
     "grpo": [
         {"ref_logps": normal(B, T), "beta": 0.1, "weights": normal(B, T).abs(), "delta": 4.0},
@@ -121,11 +137,11 @@ VARIANTS = {  # good calls that go another way than that of `targets`, and what 
     "PolicyLoss": [{"is_correction_level": "token", "is_correction_mode": "clip", "dual_clip": 3.0}],
     "FusedLinearGRPOLoss": [{"loss_type": "vespo"}, {"loss_type": "sapo"}, {"loss_type": "luspo", "delta": 3.0}],
     "FusedLinearORPOLoss.forward": [{"nll_target": labels(B, T), "bias": normal(V)}],
-}  # fmt: skip
+}
 
 
 def targets() -> Iterator[Target]:
-    """All that is public and can be called: functions, classes with their methods, modules with their forward."""
+    """Everything public that can be called: functions, classes with their methods, modules with their forward."""
     for space in (fused_po, losses, modules):
         for name in space.__all__:
             value = getattr(space, name)
@@ -141,7 +157,7 @@ def targets() -> Iterator[Target]:
 
 
 def every_target() -> Iterator[Target]:
-    """The same, and the variants."""
+    """The targets and their variants."""
     for target in targets():
         yield target
         for more in VARIANTS.get(target.name, ()):

@@ -1,7 +1,7 @@
 """Processes that form a group, start once and run many cases: `Ranks(4).run(function, *arguments)`.
 
-A case is a function of a module in this folder. It runs on every rank at the same time, with the group as the default
-one, and returns what can be pickled. The ranks use gloo on CPU, or nccl where there is a GPU for each.
+A case is a function of a module that can be imported by its name. It runs on every rank at the same time, with the
+group as the default one, and its result is pickled. The ranks use gloo on CPU, or nccl where there is a GPU for each.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Failure(NamedTuple):
 
 
 def serve(rank: int, n_ranks: int, store: str, pipe, gpus: bool, timeout: int) -> None:
-    """One rank: cases out of the pipe, (result, error) back."""
+    """The loop of one rank: receives cases from the pipe and sends (result, error) back."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     import conftest  # noqa: F401  (without a GPU it switches the interpreter on)
@@ -82,7 +82,7 @@ class Ranks:
                 os.environ["CUDA_VISIBLE_DEVICES"] = hidden
 
     def answers(self, case, *arguments) -> list[tuple]:
-        """(result, error) of each rank; a rank that died, or did not answer in time, has an error that says so."""
+        """(result, error) of each rank. A rank that died or did not answer in time has an error that says so."""
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send((case.__module__, case.__name__, arguments))
@@ -96,13 +96,13 @@ class Ranks:
         return answers
 
     def run(self, case, *arguments) -> list:
-        """What the case returns on each rank; fails if it failed on one."""
+        """The results of the case on each rank; raises if it failed on any rank."""
         answers = self.answers(case, *arguments)
         failed = [f"rank {rank}: {error.what}\n{error.trace}" for rank, (_, error) in enumerate(answers) if error]
         if failed and all(error and error.beyond for _, error in answers):
             raise Beyond("\n".join(failed))
         if failed:
-            self.close()  # the group may be out of step
+            self.close()  # the ranks may be out of step
             raise AssertionError("\n".join(failed))
         return [result for result, _ in answers]
 

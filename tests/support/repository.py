@@ -1,4 +1,4 @@
-"""Where this repository lies, and programs that run outside it, as for a user who has installed the package."""
+"""The paths of this repository, and functions that run programs as a user who has installed the package would."""
 
 import os
 import subprocess

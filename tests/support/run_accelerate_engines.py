@@ -1,8 +1,8 @@
-"""examples/trl_dpo.py as `accelerate launch --config_file ...` starts it, on CPUs: the stock head, ours, the truth.
+"""Run examples/trl_dpo.py on CPUs, started by `accelerate launch --config_file ...`: stock head, ours, float64.
 
-accelerate knows neither FSDP nor DeepSpeed on a CPU: under DeepSpeed it takes every rank for the only one, FSDP it
-leaves out. So it is told that there is a gloo group, and that FSDP's devices are no CPUs; from there on all goes by the
-configuration.
+accelerate does not support FSDP or DeepSpeed on CPUs: it ignores FSDP, and under DeepSpeed it treats every rank as the
+only one. So this script makes it use a gloo group, and makes FSDP believe that its devices are not CPUs. The rest
+follows the configuration.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def init(self, cpu=False, **how):
 
 
 def nudged(seed: int) -> str:
-    """Where the model of the first run has been written, with other weights next to its own."""
+    """The path of the first run's start model, with weights moved to adjacent numbers."""
     start, path = Path(folder, "start"), Path(folder, f"nudged-{seed}")
     with PartialState().main_process_first():
         if not path.is_dir():

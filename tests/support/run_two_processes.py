@@ -1,4 +1,4 @@
-"""The trainers on several processes, each with its own rows: started as in test_trl_two_processes.py."""
+"""Run TRL's trainers on several processes, each with its own rows; test_trl_two_processes.py starts this script."""
 
 import sys
 from pathlib import Path
@@ -17,12 +17,13 @@ CASES |= {f"{trainer.__name__}_lora": (trainer, trainer, ADAPTERS) for trainer i
 CASES |= {"padding_free": (dpo, padding_free, {}), "padding_free_lora": (dpo, padding_free, ADAPTERS)}
 for name, (stock, ours, args) in CASES.items():
     stock, ours = (made(Path(sys.argv[1]) / name, ddp_backend="gloo", **args) for made in (stock, ours))
-    ranks.wait_for_everyone()  # the first has written the reference model
+    ranks.wait_for_everyone()  # until the first process has written the reference model
     patched = assert_equal_training(stock, ours)
     for parameter, weight in patched.weights.items():
         first = weight.clone()
         distributed.broadcast(first, 0)
         assert first.equal(weight), f"{name}, {parameter}: the processes' weights differ"
-    print(f"{name} equal on rank {ranks.process_index}\n", end="", flush=True)  # one write: both use the same pipe
+    # one write, since both processes use the same pipe
+    print(f"{name} equal on rank {ranks.process_index}\n", end="", flush=True)
 ranks.wait_for_everyone()
 ranks.destroy_process_group()

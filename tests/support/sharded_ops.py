@@ -1,7 +1,7 @@
-"""The ops with the vocabulary cut over ranks, in the places of the whole ones, for tests written for those.
+"""Replace the ops by their vocabulary-parallel versions, to run tests that were written for the unsplit ops.
 
-Every rank draws the whole problem, passes its own columns, and gets its share of the gradient back, which the ranks add
-up. What an op returns on one rank must be bitwise what it returns on the others.
+Every rank draws the whole problem, passes its own columns to the op, and gets its share of the gradient; the shares are
+summed over ranks. The results of an op must be bitwise equal on all ranks.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ OPS = ("logps_from_logits", "linear_logps", "kl_from_logits", "linear_kl")
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The same tensor on all ranks, which get different parts of its gradient."""
+    """A tensor that is equal on all ranks. The backward sums its gradient over the ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -35,7 +35,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def sizes_of(v: int, how: str) -> tuple[int, ...]:
-    """Columns of each rank: "chunk" as torch.chunk has them, "uneven", or "empty", where the last rank has none."""
+    """The number of columns per rank: "chunk" (like torch.chunk), "uneven", or "empty" (the last rank has none)."""
     n = dist.get_world_size()
     if how == "chunk":
         most = -(-v // n)
@@ -47,12 +47,12 @@ def sizes_of(v: int, how: str) -> tuple[int, ...]:
 
 
 def group_of(sizes: tuple[int, ...]):
-    """What process_group= is given: the group alone where it can guess the sizes."""
+    """The value of process_group=: only the group where all sizes are equal, else the group with the sizes."""
     return dist.group.WORLD if len(set(sizes)) == 1 else fused_po.VocabParallel(dist.group.WORLD, sizes)
 
 
 def own(value, sizes, dim=0):
-    """This rank's part of a tensor of the whole vocabulary along `dim`, or None."""
+    """This rank's part, along `dim`, of a tensor of the whole vocabulary; None for None."""
     if value is None:
         return None
     at = sum(sizes[: dist.get_rank()])
@@ -60,7 +60,7 @@ def own(value, sizes, dim=0):
 
 
 def same_everywhere(*values) -> None:
-    """Fail unless these are bitwise the same on all ranks."""
+    """Fail unless these tensors are bitwise equal on all ranks."""
     for value in values:
         if value is None:
             continue
@@ -71,7 +71,7 @@ def same_everywhere(*values) -> None:
 
 
 def watched(hidden):
-    """hidden, whose gradient must be the same on all ranks."""
+    """A view of hidden whose gradient must be equal on all ranks."""
     if not hidden.requires_grad:
         return hidden
     hidden = hidden.view_as(hidden)
@@ -81,7 +81,7 @@ def watched(hidden):
 
 @contextlib.contextmanager
 def ops(how: str):
-    """The cut ops in the places of the whole ones."""
+    """Replace the ops by their vocabulary-parallel versions inside the context."""
     whole = {name: getattr(fused_po, name) for name in OPS}
 
     def logps_from_logits(logits, labels, **options):
@@ -125,9 +125,9 @@ def ops(how: str):
 
 
 def run(how: str, seed: int, module: str, name: str, options: dict) -> None:
-    """A test of another file, tests/<module>.py, by its function's name, with the cut ops."""
+    """Run a test function of tests/<module>.py with the vocabulary-parallel ops."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is full of NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill uninitialised memory with NaN
     folder, _, file = module.rpartition("/")
     with_path = str(SUPPORT.parent / folder)
     if with_path not in sys.path:

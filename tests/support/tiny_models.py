@@ -1,4 +1,4 @@
-"""Tiny models of transformers' architectures: what is special about each head or loss is switched on."""
+"""Tiny models of transformers' architectures, with the special features of each head and loss switched on."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ VISION = dict(
 )
 ROUTER = dict(output_router_logits=True, router_aux_loss_coef=0.5)
 
-# name: (class, arguments of its config, (logit scale, softcap) as its source has them)
+# name: (arguments of its config, (logit scale, softcap) as in its source)
 MODELS = {
     "Llama": (LLAMA, (1.0, None)),
     "Qwen2": (LLAMA, (1.0, None)),
@@ -28,7 +28,7 @@ MODELS = {
     "Gemma2": (GEMMA | dict(final_logit_softcapping=0.7), (1.0, 0.7)),
     "Gemma3": (GEMMA | dict(final_logit_softcapping=0.5), (1.0, 0.5)),
     "Mistral": (LLAMA, (1.0, None)),
-    "Phi": (LLAMA, (1.0, None)),  # its head has a bias
+    "Phi": (LLAMA, (1.0, None)),  # the head has a bias
     "Phi3": (LLAMA, (1.0, None)),
     "Granite": (LLAMA | dict(logits_scaling=8.0), (1 / 8, None)),
     "Cohere": (LLAMA | dict(logit_scale=0.0625), (0.0625, None)),
@@ -46,10 +46,10 @@ MODELS = {
 
 
 def causal_lm(name, seed=0, **more):
-    """A tiny ...ForCausalLM; its head spreads the logits, so that scales and softcaps matter."""
+    """A tiny ...ForCausalLM. Its head's weights are large enough for scales and softcaps to matter."""
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     config = getattr(transformers, config_name)(**MODELS[name][0] | more)
-    config._experts_implementation = "eager"  # the others know no float64 on a CPU
+    config._experts_implementation = "eager"  # the other implementations do not support float64 on a CPU
     return spread(getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"), config, seed)
 
 
@@ -62,7 +62,7 @@ def spread(kind, config, seed=0):
 
 
 def vision_model(name, seed):
-    """(a tiny vision-language model, what it takes beside ids for two images of 4 patches each, its image token)."""
+    """(a tiny vision-language model, its inputs beside ids for two images of 4 patches each, its image token)."""
     image = V - 1
     if name == "Llava":
         vision = dict(VISION, model_type="clip_vision_model", projection_dim=16)
@@ -86,7 +86,7 @@ def vision_model(name, seed):
 
 
 def batch(seed, rows=2, length=12):
-    """(ids, labels): a prompt and some padding are not scored."""
+    """(ids, labels); prompts and some padding are ignored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, V - 3, (rows, length), generator=generator)
     labels = ids.clone()

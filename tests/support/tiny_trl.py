@@ -1,6 +1,6 @@
-"""A tiny model with TRL's trainers around it: the patched run's error is bounded by that of many stock ones.
+"""A tiny model for TRL's trainers, and a bound on the error of a patched run: twice that of many stock runs.
 
-The truth is the stock trainer in float64, with log-probs from plain logits where TRL's own head computes in fp32.
+The exact run is the stock trainer in float64, with log-probs from plain logits where TRL's own head computes in fp32.
 """
 
 from __future__ import annotations
@@ -26,25 +26,35 @@ from trl.trainer import utils
 from fused_po.integrations.trl import patched
 
 datasets.disable_progress_bars()
-gc.freeze()  # every training collects garbage: what the imports left need not be looked at
+gc.freeze()  # every training run collects garbage; this excludes the objects that the imports created
 
 STEPS = 5
 WORDS = [f"w{i}" for i in range(20)]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 V = len(SPECIAL) + len(WORDS)
-# What every trainer is given: five steps that can be repeated, on the CPU, and a line of metrics for each.
+# Arguments of every trainer: five reproducible steps on the CPU, each with a line of metrics.
 ARGS = dict(
-    report_to=[], max_steps=STEPS, logging_steps=1, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
-    optim="sgd", learning_rate=0.05, per_device_train_batch_size=2, gradient_checkpointing=False, seed=3,
-)  # fmt: skip
-# Logged, but not computed from the model.
+    report_to=[],
+    max_steps=STEPS,
+    logging_steps=1,
+    save_strategy="no",
+    use_cpu=True,
+    bf16=False,
+    disable_tqdm=True,
+    optim="sgd",
+    learning_rate=0.05,
+    per_device_train_batch_size=2,
+    gradient_checkpointing=False,
+    seed=3,
+)
+# Logged values that are not computed from the model.
 CLOCKS = ("step_time", "perf/", "in_queue")
-# Logged, and not subject to rounding.
+# Logged values that are exact.
 COUNTS = ("num_tokens", "epoch", "step")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """A tokenizer with one token per word."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL.values(), *WORDS])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **SPECIAL)
@@ -53,11 +63,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 1, **config) -> LlamaForCausalLM:
-    """Two layers of width 16, with weights large enough for its distributions to be far from uniform."""
+    """Two layers of width 16, with weights large enough to give distributions far from uniform."""
     shape = dict(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**shape | config))
 
@@ -72,7 +90,7 @@ def rows(*fields: str, count: int = 20) -> datasets.Dataset:
 
 
 def say(model: LlamaForCausalLM, length: int = 6) -> None:
-    """Let the model "generate" drawn words, the same in every run: sampling must not be what differs."""
+    """Replace the model's generate by random words that are the same in every run, so that sampling does not differ."""
     drawn = torch.Generator().manual_seed(5)
 
     def generate(input_ids=None, generation_config=None, **_):
@@ -91,7 +109,7 @@ def reward(completions: list, **_) -> list[float]:
 
 
 class Record(TrainerCallback):
-    """Every step's gradients, and the logs."""
+    """A callback that records the gradients and logs of every step."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
@@ -102,7 +120,7 @@ class Record(TrainerCallback):
 
 
 class Run(NamedTuple):
-    """What a training left: metrics by name [steps], gradients by name [steps, ...], weights by name."""
+    """The results of a training run: metrics by name [steps], gradients by name [steps, ...], weights by name."""
 
     metrics: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -110,11 +128,11 @@ class Run(NamedTuple):
 
 
 def train(trainer) -> Run:
-    """Train and keep everything."""
+    """Train, and return metrics, gradients and weights."""
     record = Record()
     trainer.add_callback(record)
     trainer.train()
-    log = trainer.state.log_history[:STEPS]  # the last line sums up
+    log = trainer.state.log_history[:STEPS]  # the last line is a summary
     assert len(record.gradients) == STEPS
     names = [n for n in log[0] if not any(clock in n for clock in CLOCKS)]
     metrics = {n: torch.tensor([line[n] for line in log if n in line], dtype=torch.float64) for n in names}
@@ -127,7 +145,7 @@ def train(trainer) -> Run:
 
 
 class PlainHead:
-    """TRL's head in plain PyTorch: all logits, in the dtype of the hidden states."""
+    """TRL's head in plain PyTorch: all logits in the dtype of the hidden states."""
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
@@ -148,7 +166,7 @@ def plain_head():
 
 
 def nudged(make: Callable[[torch.dtype], object], seed: int):
-    """A fresh stock trainer in fp32; `make(dtype)` gives one of weights drawn in fp32."""
+    """A run of a fresh stock trainer in fp32 with weights moved to adjacent numbers; make(dtype) builds trainers."""
     trainer = make(torch.float32)
     nudge(seed, trainer.model, getattr(trainer, "ref_model", None))
     return trainer
@@ -160,7 +178,7 @@ def true_run(make: Callable[[torch.dtype], object]) -> Run:
 
 
 def assert_equal_training(make: Callable, ours: Optional[Callable] = None) -> Run:
-    """The patched run, its error as `assert_equal_runs` allows; ours: makes its trainer, if that is another."""
+    """Train patched and stock and compare with `assert_equal_runs`; ours builds the patched trainer if it differs."""
     with patched():
         found = train((ours or make)(torch.float32))
     truth = true_run(make)
@@ -170,9 +188,9 @@ def assert_equal_training(make: Callable, ours: Optional[Callable] = None) -> Ru
 
 
 def assert_equal_runs(stock: list[tuple[Run, Run]], ours: Run, truth: Run) -> None:
-    """Our largest error of all steps may be what `assert_error` allows. stock: (a run, its truth).
+    """Our largest error over all steps is within the bound of `assert_error`. stock: (a run, its exact run).
 
-    An error counts relative to its tensor. The rounding of a metric is that of the largest one logged, since many are
+    Errors are relative to their tensor. The rounding of a metric is that of the largest one logged, since many are
     differences of summed log-probs.
     """
     eps = torch.finfo(torch.float32).eps
@@ -190,5 +208,5 @@ def size(value: Tensor) -> float:
 
 
 def errors(run: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The largest error of each, relative to the largest number of its truth."""
+    """The largest error of each tensor, relative to the largest exact number."""
     return {name: (run[name] - value).abs().max().item() / size(value) for name, value in truth.items()}

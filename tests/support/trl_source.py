@@ -1,4 +1,4 @@
-"""TRL's trainers as source: the names of their losses, and their loss code run by itself. TRL is not imported."""
+"""TRL's trainers read as source: the names of their losses, and their loss code run alone. TRL is not imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def trainer(name: str) -> Path:
-    """The file trl/<name>; skips the test where TRL is not installed."""
+    """The path of trl/<name>; skips the test if TRL is not installed."""
     spec = importlib.util.find_spec("trl")
     if spec is None:
         pytest.skip("needs TRL: pip install -e '.[test]'")
@@ -26,12 +26,12 @@ def function(path: Path, name: str) -> ast.FunctionDef:
 
 
 def is_loss_type(node: ast.AST) -> bool:
-    """loss_type, self.loss_type, args.loss_type ..."""
+    """Whether the node is loss_type, self.loss_type, args.loss_type or similar."""
     return getattr(node, "id", None) == "loss_type" or getattr(node, "attr", None) == "loss_type"
 
 
 def compared_names(node: ast.AST) -> set[str]:
-    """The strings that loss_type is compared with, by ==, !=, in, not in."""
+    """The strings that loss_type is compared with by ==, !=, in and not in."""
     names = set()
     for test in ast.walk(node):
         if isinstance(test, ast.Compare) and is_loss_type(test.left):
@@ -41,7 +41,7 @@ def compared_names(node: ast.AST) -> set[str]:
 
 
 def branch(body: ast.FunctionDef, name: str) -> list[ast.stmt]:
-    """What stands under `if loss_type == name`."""
+    """The statements under `if loss_type == name`."""
     for node in ast.walk(body):
         test = getattr(node, "test", None)
         equal = isinstance(node, ast.If) and isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq)
@@ -51,7 +51,7 @@ def branch(body: ast.FunctionDef, name: str) -> list[ast.stmt]:
 
 
 def execute(statements: list[ast.stmt], **names) -> SimpleNamespace:
-    """Run statements with torch, F and these names about; what they leave behind."""
+    """Run statements with torch, F and these names in scope, and return the variables."""
     scope = {"torch": torch, "F": torch.nn.functional, **names}
     exec(compile(ast.Module(body=statements, type_ignores=[]), "trl", "exec"), scope)
     return SimpleNamespace(**scope)

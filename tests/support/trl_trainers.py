@@ -24,9 +24,9 @@ from fused_po.integrations.trl import PaddingFreeDPOTrainer
 
 
 def maker(tmp_path, trainer, config, fields, *, sampled=False, reference=False, like=None, **args):
-    """make(dtype): a fresh trainer. like: the model's configuration; sampled: it draws its completions.
+    """make(dtype), which builds a fresh trainer. like: the model's configuration; sampled: the trainer samples.
 
-    reference: whether the trainer is given a reference model; else one comes from the path, if it wants one.
+    reference: whether the trainer is given a reference model; otherwise it loads one from the path if it needs one.
     """
     model(2, **(like or {})).save_pretrained(tmp_path / "reference")
     peft = {"peft_config": args.pop("peft_config")} if "peft_config" in args else {}
@@ -44,7 +44,7 @@ def maker(tmp_path, trainer, config, fields, *, sampled=False, reference=False, 
         if config is KTOConfig:
             data = data.add_column("label", [i % 3 != 1 for i in range(len(data))])
         made = trainer(train_dataset=data, processing_class=tokenizer(), **given)
-        made.model.to(dtype)  # its adapters
+        made.model.to(dtype)  # including its adapters
         return made
 
     return make

@@ -1,4 +1,4 @@
-"""What the processes of test_vocab_parallel.py run, apart from other files' tests."""
+"""Functions that the processes of test_vocab_parallel.py run, apart from tests of other files."""
 
 import os
 import time
@@ -21,7 +21,7 @@ LINE = 4 * 32  # bytes of a padded fp32 row of up to 32 columns
 
 
 def problem(n=20, v=V):
-    """hidden [n, H], weight [v, H], labels [n] of which some are ignored, a gradient [n]; the same on all ranks."""
+    """hidden [n, H], weight [v, H], labels [n] with some ignored, a gradient [n]; equal on all ranks."""
     torch.manual_seed(3)
     labels = torch.randint(0, v, (n,))
     labels[::7] = -100
@@ -29,14 +29,14 @@ def problem(n=20, v=V):
 
 
 def whole(hidden, weight, labels, g, **how):
-    """(log-probs, gradients of hidden and weight) on one process."""
+    """(log-probs, gradients of hidden and weight) of the unsplit op."""
     hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
     logps = fused_po.linear_logps(hidden, weight, labels, **how).logps
     return (logps.detach(), *torch.autograd.grad((logps * g).sum(), (hidden, weight)))
 
 
 def collectives(tile_rows: int, kept_rows: int, frozen: bool, outputs: tuple, n: int) -> tuple[list, list]:
-    """What one forward and one backward say; V / 4 ranks columns here, all rows scored."""
+    """The collectives of one forward and one backward; V / n_ranks columns per rank, all rows scored."""
     hidden, weight, labels, g = problem(n)
     part = own(weight, (V // dist.get_world_size(),) * dist.get_world_size())
     part = part.detach().requires_grad_(not frozen)
@@ -52,7 +52,7 @@ def collectives(tile_rows: int, kept_rows: int, frozen: bool, outputs: tuple, n:
 
 
 def frozen(rows: int, bias: bool) -> None:
-    """A head without gradients: those of hidden through log-probs and lse, which its labels' rows are part of."""
+    """A frozen head: the gradient of hidden through log-probs and lse, which includes the labels' rows of the head."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, g = problem()
     schedule = Schedule(tile_bytes=rows * 2 * LINE)
@@ -72,7 +72,7 @@ def frozen(rows: int, bias: bool) -> None:
 
 
 class Order(TorchDispatchMode):
-    """Products and collectives in the order they are begun, "mm" and "say"; "heard": what others have said has come."""
+    """Records the order of events: "mm" (a product starts), "send" (a collective starts), "received" (it has ended)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class Order(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             self.events.append("mm")
         elif func.namespace == "c10d":
-            self.events.append("say")
+            self.events.append("send")
         return run_inside(self, func, args, kwargs or {})
 
 
 def overlap() -> tuple[list[str], list[str]]:
-    """The order of things in a forward of three tiles, and in its backward with all kept."""
+    """The order of events in a forward of three tiles, and in its backward with all rows kept."""
     hidden, weight, labels, g = problem()
     part = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     hidden.requires_grad_()
@@ -95,7 +95,7 @@ def overlap() -> tuple[list[str], list[str]]:
     schedule = Schedule(tile_bytes=2 * 7 * 4 * len(part), logits_budget=1 << 20)
     try:
         with Order() as forward:
-            parallel.checked = lambda everyone: forward.events.append("heard") or checked(everyone)
+            parallel.checked = lambda everyone: forward.events.append("received") or checked(everyone)
             how = {"process_group": dist.group.WORLD, "schedule": schedule}
             stats = fused_po.linear_logps(hidden, part, labels.clamp(min=0), **how)
     finally:
@@ -106,7 +106,7 @@ def overlap() -> tuple[list[str], list[str]]:
 
 
 def divergence(direction: str) -> list:
-    """What a forward of the KL says."""
+    """The collectives of a forward of the KL."""
     hidden, weight, labels, _ = problem()
     part = own(weight, (V // dist.get_world_size(),) * dist.get_world_size())
     with Collectives() as said:
@@ -116,19 +116,19 @@ def divergence(direction: str) -> list:
 
 
 def other_labels() -> None:
-    """Rank 1 has labels of its own."""
+    """Rank 1 has different labels."""
     hidden, weight, labels, _ = problem()
     fused_po.linear_logps(hidden, weight, labels.roll(dist.get_rank()), process_group=dist.group.WORLD)
 
 
 def other_shapes() -> None:
-    """Rank 1 has a token more."""
+    """Rank 1 has one token more."""
     hidden, weight, labels, _ = problem(20 + dist.get_rank())
     fused_po.linear_logps(hidden, weight, labels.clamp(min=0), process_group=dist.group.WORLD)
 
 
 def one_dies() -> float:
-    """Rank 1 leaves; the seconds until the others know."""
+    """Rank 1 exits; returns the seconds until the other ranks raise."""
     if dist.get_rank() == 1:
         os._exit(1)
     hidden, weight, labels, _ = problem()
@@ -141,7 +141,7 @@ def one_dies() -> float:
 
 
 class Model(torch.nn.Module):
-    """A body and a head, in the forward of which fused_po runs."""
+    """A body and a head; the forward of the head runs fused_po."""
 
     def __init__(self, v: int, bias: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Model(torch.nn.Module):
 
 
 def parallelized(v: int, bias: bool) -> None:
-    """A head that parallelize_module has cut, with a plain hidden: as on one process, and never gathered."""
+    """A head sharded by parallelize_module with a plain hidden gives one process's results, without gathering it."""
     x, _, labels, g = problem(v=v)
     model = Model(v, bias)
     for parameter in model.parameters():
@@ -175,7 +175,7 @@ def parallelized(v: int, bias: bool) -> None:
 
 
 def sequence_parallel(as_dtensors: bool) -> None:
-    """Each rank has a share of the tokens' hidden states, and gets the gradient of its share."""
+    """Each rank has the hidden states of a part of the tokens, and gets the gradient of its part."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, g = problem(20)
     expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)
@@ -197,7 +197,7 @@ def sequence_parallel(as_dtensors: bool) -> None:
 
 
 def verl() -> None:
-    """Its linear_cross_entropy: the gradient of hidden is left to Megatron's regions, which add it up."""
+    """verl's linear_cross_entropy: the gradient of hidden is not reduced, since Megatron's regions sum it."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, g = problem()
     expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)
@@ -213,7 +213,7 @@ def verl() -> None:
 
 
 def chunked() -> None:
-    """A loss of groups of tokens, and DPO, with the head cut as on one process."""
+    """chunked_loss and linear_dpo with a sharded head give the results of one process."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, g = problem(24)
     schedule = Schedule(logits_budget=1 << 11)
@@ -240,7 +240,7 @@ def chunked() -> None:
 
 
 def refused() -> list[str]:
-    """What bad calls say."""
+    """The errors of bad calls."""
     hidden, weight, labels, _ = problem()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     wide, copy = (distribute_tensor(weight, mesh, [place]) for place in (Shard(1), Replicate()))
@@ -271,7 +271,7 @@ def refused() -> list[str]:
 
 
 def compiled() -> None:
-    """torch.compile takes the ops with a process group in one graph."""
+    """torch.compile compiles the ops with a process group to one graph."""
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, g = problem(21)
     expected, grad_hidden, grad_weight = whole(hidden, weight, labels, g)

@@ -106,11 +106,15 @@ def example(name: str, *words: str, output: str = "") -> tuple[str, ...]:
 
 FP32, SHORT_SFT, DRAWN = ("--no-bf16",), ("--sft-steps", "1"), ("--max-completion-length", "8")
 EXAMPLES = (
-    example("dpo", *SHORT_SFT, *FP32), example("dpo", *SHORT_SFT, output="dpo-bf16"),
-    example("kto", *SHORT_SFT, *FP32), example("sft", *FP32), example("reward", *FP32),
-    example("ppo", *SHORT_SFT, *DRAWN, *FP32), example("online_dpo", *SHORT_SFT, *DRAWN, *FP32),
+    example("dpo", *SHORT_SFT, *FP32),
+    example("dpo", *SHORT_SFT, output="dpo-bf16"),
+    example("kto", *SHORT_SFT, *FP32),
+    example("sft", *FP32),
+    example("reward", *FP32),
+    example("ppo", *SHORT_SFT, *DRAWN, *FP32),
+    example("online_dpo", *SHORT_SFT, *DRAWN, *FP32),
     example("grpo", *SHORT_SFT, *DRAWN, "--num-generations", "2", *FP32),
-)  # fmt: skip
+)
 
 STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),

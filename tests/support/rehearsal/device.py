@@ -27,8 +27,19 @@ KEPT = frozenset((
     "view_as_real",
 ))  # fmt: skip
 # Of libraries that a CPU has no counterpart of. A call fails with CUDA's error.
-LEFT_OUT = ("_cslt", "_cudnn", "_efficient", "_flash", "_nested", "_scaled_dot", "_sparse", "cudnn", "miopen",
-            "quantize", "sparse")  # fmt: skip
+LEFT_OUT = (
+    "_cslt",
+    "_cudnn",
+    "_efficient",
+    "_flash",
+    "_nested",
+    "_scaled_dot",
+    "_sparse",
+    "cudnn",
+    "miopen",
+    "quantize",
+    "sparse",
+)
 # They take tensors of a CPU and of a GPU together.
 BETWEEN_DEVICES = ("_copy_from", "copy_", "index", "_index", "_unsafe_index", "_foreach_copy_", "_assert_async")
 
@@ -227,8 +238,11 @@ def addmm_dtype(
 
 
 SPECIAL: dict[str, Callable] = {
-    "mm.dtype": mm_dtype, "mm.dtype_out": mm_dtype_out, "addmm.dtype": addmm_dtype, "addmm.dtype_out": addmm_dtype_out,
-}  # fmt: skip
+    "mm.dtype": mm_dtype,
+    "mm.dtype_out": mm_dtype_out,
+    "addmm.dtype": addmm_dtype,
+    "addmm.dtype_out": addmm_dtype_out,
+}
 
 
 def install() -> None:

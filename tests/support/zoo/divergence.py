@@ -1,4 +1,4 @@
-"""Rows of the KL losses: per-token estimates, whole distributions, Gaussians, Diffusion-DPO."""
+"""Rows of the KL losses: per-token estimates, full distributions, Gaussians, Diffusion-DPO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def apart(distance: float) -> list:
 
 
 def estimate(name, case, run, oracle, expected, peers, **changes) -> Row:
-    """By hand: log pi = -1, log pi_ref = -1.5, so r = 0.5."""
+    """Worked out by hand: log pi = -1, log pi_ref = -1.5, so r = 0.5."""
     return Row(name, case, run, oracle, (-1.0, -1.5), expected, tokens(2), (0,), apart, peers)._replace(**changes)
 
 
@@ -69,7 +69,7 @@ def gaussians():
 
 
 def gaussian_kl_by_dimension(mean_p, mean_q, std_p, std_q):
-    """torch's own KL of one-dimensional Gaussians, summed."""
+    """torch's KL of one-dimensional Gaussians, summed over dimensions."""
     p = torch.distributions.Normal(mean_p, std_p[:, None].expand_as(mean_p))
     q = torch.distributions.Normal(mean_q, std_q[:, None].expand_as(mean_q))
     return torch.distributions.kl_divergence(p, q).sum(-1)
@@ -85,16 +85,21 @@ def jsd(p, q, beta, temperature):
 
 
 def distillation(beta: float, expected: float) -> Row:
-    """By hand: student (3/4, 1/4), teacher (1/4, 3/4)."""
+    """Worked out by hand: student (3/4, 1/4), teacher (1/4, 3/4)."""
     how = dict(beta=beta, temperature=2.0)
     odds = 2 * log(3)  # of logits, at a temperature of 2
     return Row(
-        "generalized_jsd", f"beta {beta}", partial(losses.generalized_jsd, **how),
-        lambda p, q: jsd(p, q, beta, 2.0), ([odds, 0.0], [0.0, odds]), expected,
-        lambda: [torch.randn(3, 5, dtype=F64) for _ in range(2)], (0,),
+        "generalized_jsd",
+        f"beta {beta}",
+        partial(losses.generalized_jsd, **how),
+        lambda p, q: jsd(p, q, beta, 2.0),
+        ([odds, 0.0], [0.0, odds]),
+        expected,
+        lambda: [torch.randn(3, 5, dtype=F64) for _ in range(2)],
+        (0,),
         lambda d: [torch.tensor([[d, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]])],
         "TRL's GKD agrees (run beside ours in test_divergence.py); Liger's JSD agrees",
-    )  # fmt: skip
+    )
 
 
 # m of beta 0.25: student's share 3/4 * 3/4 + 1/4 * 1/4 = 5/8, and 3/8

@@ -33,17 +33,17 @@ def four():
 
 
 def apart(distance: float) -> list:
-    """fp32 log-probs of a policy `distance` above its reference on the chosen answer, and below on the rejected one."""
+    """fp32 log-probs: the policy is `distance` above the reference for the chosen answer, below for the rejected."""
     return [torch.tensor([v]) for v in (-2e4 + distance, -2e4 - distance, -2e4, -2e4)]
 
 
 def lengths(four: tuple) -> dict:
-    """As many of FEW as there are pairs."""
+    """The first n of FEW, for n pairs."""
     return {"chosen_length": FEW[0][: len(four[0])], "rejected_length": FEW[1][: len(four[0])]}
 
 
 def of_ratios(formula):
-    """An oracle of the four log-probs from a formula of w and l."""
+    """An oracle of the four log-probs, from a formula of w and l."""
     return lambda c, r, rc, rr: formula(c - rc, r - rr)
 
 
@@ -205,16 +205,20 @@ PAIRWISE = [
 
 PAIRWISE.append(
     pair(
-        "plackett_luce_dpo", "", partial(losses.plackett_luce_dpo, beta=0.5), None,
-        # rewards 1, 0.5, 0: the first before both, the second before the third
+        "plackett_luce_dpo",
+        "",
+        partial(losses.plackett_luce_dpo, beta=0.5),
+        None,
+        # rewards 1, 0.5, 0: the first beats both others, the second beats the third
         log(exp(1) + exp(0.5) + 1) - 1 + softplus(-0.5),
         "none has it",
         values=([[-1.0, -2.0, -3.0]], [[-3.0, -3.0, -3.0]]),
-        sample=lambda: [torch.randn(2, 3, dtype=F64) for _ in range(2)], grads=(0,),
+        sample=lambda: [torch.randn(2, 3, dtype=F64) for _ in range(2)],
+        grads=(0,),
         oracle=lambda p, q: sum((0.5 * (p - q))[:, k:].exp().sum(1).log() - 0.5 * (p - q)[:, k] for k in range(3)),
         extremes=lambda d: [torch.tensor([[-2e4 + d, -2e4, -2e4 - d]]), torch.full((1, 3), -2e4)],
     )
-)  # fmt: skip
+)
 for divergence, formula, hand in (
     ("forward_kl", lambda r: 1 - torch.exp(-r), (1 - exp(-1)) - (1 - exp(-0.5))),
     ("js_divergence", lambda r: torch.log(2 * torch.exp(r) / (torch.exp(r) + 1)), softplus(-0.5) - softplus(-1.0)),
@@ -222,11 +226,14 @@ for divergence, formula, hand in (
 ):
     PAIRWISE.append(
         pair(
-            "preference_loss", divergence, partial(losses.preference_loss, f_divergence=divergence, beta=0.5),
-            partial(lambda f, w, l: -log_s(0.5 * (f(w) - f(l))), formula), softplus(-0.5 * hand),
+            "preference_loss",
+            divergence,
+            partial(losses.preference_loss, f_divergence=divergence, beta=0.5),
+            partial(lambda f, w, l: -log_s(0.5 * (f(w) - f(l))), formula),
+            softplus(-0.5 * hand),
             "TRL agrees; past exponents of 20 ours goes on along the tangent, TRL's alpha stops at 80, others overflow",
         )
-    )  # fmt: skip
+    )
 
 
 def two():
@@ -235,7 +242,7 @@ def two():
 
 
 def two_apart(distance: float) -> list:
-    """fp32 log-probs that far apart, the larger one 0: p = 1."""
+    """fp32 log-probs `distance` apart; the larger one is 0, so p = 1."""
     return [torch.tensor([min(distance, 0.0)]), torch.tensor([min(-distance, 0.0)])]
 
 

@@ -30,7 +30,7 @@ def sigmoid(x: float) -> float:
 
 
 def draw(*more, per_token: bool = False, apart: float = 0.3):
-    """Four answers of up to five tokens, one without any; the old policy `apart` nats away; and more."""
+    """Four answers of up to five tokens, one of them empty, an old policy `apart` nats away, and further tensors."""
 
     def sample():
         logps = -2 * torch.rand(4, 5, dtype=F64)
@@ -57,7 +57,7 @@ def positive(logps):
 
 
 def apart(more: tuple = ()):
-    """fp32, answers with A = 1 and A = -1 whose policy is `distance` above the old one, and above the reference."""
+    """fp32 answers with A = 1 and A = -1; the policy is `distance` above the old policy and above the reference."""
 
     def make(distance: float) -> list:
         logps, old = torch.full((2, 2), -2e4 + distance), torch.full((2, 2), -2e4)
@@ -67,7 +67,7 @@ def apart(more: tuple = ()):
 
 
 def of_ratio(formula, level: str = "token"):
-    """An oracle from (rho, A, log pi) -> loss, with rho of the token, or of the answer's mean or summed log-ratio."""
+    """An oracle from (rho, A, log pi) -> loss; rho is per token, or from an answer's mean or summed log-ratio."""
 
     def oracle(logps, old, advantages, mask, *rest):
         log_ratio = (logps - old.detach()) * mask
@@ -82,7 +82,7 @@ def of_ratio(formula, level: str = "token"):
 
 
 def clip(low: float, high: float):
-    """PPO's surrogate, case by case."""
+    """PPO's clipped surrogate, case by case."""
 
     def formula(rho, a, logps=None):
         gains = torch.where(rho > 1 + high, (1 + high) * a, rho * a)
@@ -191,7 +191,7 @@ ANSWERS = [
     policy(
         "rloo", "", losses.rloo, of_ratio(clip(0.2, 0.2), "sum"),
         by_hand(-2 * W, -2 * W, 0.8, 0.8), "TRL agrees; OpenRLHF, verl: ppo_clip with RLOO's advantages",
-        sample=draw(apart=0.15),  # ratios are of sums: wider, a single large one would be most of the error
+        sample=draw(apart=0.15),  # ratios of sums: with a larger spread one large ratio would dominate the error
     ),
     policy(
         "gmpo", "", partial(losses.gmpo, epsilon=0.3), gmpo_oracle,
@@ -213,7 +213,7 @@ ANSWERS = [
 
 
 def cov_oracle(share: float, low: float, high: float, of_ppo):
-    """(the surrogate, the mask of the tokens of the largest covariance within the band), by lists."""
+    """(the surrogate, the mask of the tokens with the largest covariance within the band), with Python lists."""
 
     def covariances(logps, old, advantages, mask):
         a = advantages[:, None].expand_as(logps)
@@ -222,9 +222,11 @@ def cov_oracle(share: float, low: float, high: float, of_ppo):
         lp, n = logps.detach(), int(mask.sum())
         cov = (a - a[mask].sum() / n) * (lp - lp[mask].sum() / n)
         band = [
-            (-cov[i, j].item(), i, j) for i in range(len(cov)) for j in range(cov.shape[1])
+            (-cov[i, j].item(), i, j)
+            for i in range(len(cov))
+            for j in range(cov.shape[1])
             if mask[i, j] and low < cov[i, j] < high and ppo[i, j] <= plain[i, j]
-        ]  # fmt: skip
+        ]
         chosen = torch.zeros_like(mask)
         for _, i, j in sorted(band)[: max(int(share * n), 1)]:
             chosen[i, j] = True
@@ -254,8 +256,8 @@ def kl_cov_oracle(logps, old, advantages, mask):
 
 
 ENTROPY = [
-    # covariances 0.75, -0.75, -0.75, 0.75 about the means 1/2 and -3/2
-    clip_cov("one of four", 1.0, 0.25, by_hand(0, -1, 1.5, 0.5)),  # of equals the first
+    # covariances 0.75, -0.75, -0.75, 0.75 with the means 1/2 and -3/2
+    clip_cov("one of four", 1.0, 0.25, by_hand(0, -1, 1.5, 0.5)),  # among equal ones the first
     clip_cov("the whole band", 1.0, 1.0, by_hand(0, -1, 1.5, 0)),
     clip_cov("PPO has clipped both", 0.2, 1.0, by_hand(-2.4, -1, 1.5, 0.8)),
     policy(

@@ -13,7 +13,7 @@ from .row import F64, Row
 
 
 def logistic(x):
-    """log(1 + e^-x), as one writes it down."""
+    """log(1 + e^-x), written out."""
     return (1 + torch.exp(-x)).log()
 
 
@@ -26,7 +26,7 @@ def apart(distance: float) -> list:
 
 
 def ranking(rewards, mask=None):
-    """A list at a time, a choice at a time."""
+    """Plackett-Luce, one list and one choice at a time."""
     total = []
     for i, row in enumerate(rewards):
         left = [r for j, r in enumerate(row) if mask is None or mask[i, j]]

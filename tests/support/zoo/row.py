@@ -12,17 +12,17 @@ F64 = torch.float64
 
 
 class Row(NamedTuple):
-    """A loss of the zoo; test_zoo.py holds every row against its oracle, by hand, at extremes, and by gradcheck.
+    """A loss of the zoo; test_zoo.py checks each row by hand, against its oracle, at extremes and by gradcheck.
 
-    name: of the function in fused_po.losses; case: which of its settings, for the test's name.
+    name: the function in fused_po.losses; case: its settings, for the name of the test.
     run: (*tensors) -> losses: the function with its settings bound.
-    oracle: the same in the test's own words.
-    values: inputs worked through by hand, numbers or nested lists; expected: what the loss gives for them.
+    oracle: an independent implementation.
+    values: inputs of an example worked out by hand, numbers or nested lists; expected: its losses.
     sample: () -> the inputs' random float64 values.
-    grads: the numbers of the inputs that carry gradients. The others must get none.
-    extremes: (log-ratio) -> fp32 inputs of a policy that far from its reference; None where the loss has no such.
-    peers: who in the field has this loss, and whether it agrees or, on purpose, differs.
-    true_gradient: False where something is held constant, so that the gradient is not that of the value.
+    grads: the indices of the inputs that get gradients. The others must get none.
+    extremes: (log-ratio) -> fp32 inputs of a policy that far from its reference; None if the loss has no such inputs.
+    peers: which libraries have this loss, and whether they agree or differ intentionally.
+    true_gradient: False if something is held constant, so that the gradient is not that of the value.
     """
 
     name: str
@@ -43,19 +43,19 @@ class Row(NamedTuple):
 
 
 def tensors(values: tuple, dtype: torch.dtype = F64) -> list[Tensor]:
-    """Numbers become [1] tensors, nested lists tensors of their shape; a tensor stays."""
+    """Turn numbers into [1] tensors and nested lists into tensors of their shape; tensors are unchanged."""
     return [
         v if isinstance(v, Tensor) else torch.tensor([v] if isinstance(v, float) else v, dtype=dtype) for v in values
     ]
 
 
 def with_gradients(row: Row, inputs: list) -> list:
-    """The inputs, all of which require grad, so that those which must get none can be seen to."""
+    """The inputs, all with requires_grad, to check that some get no gradient."""
     return [v.detach().requires_grad_(v.is_floating_point()) for v in inputs]
 
 
 def backward(row: Row, run, inputs: list) -> tuple[torch.Tensor, list]:
-    """(losses, the gradients of their sum in the inputs; None where there is none)."""
+    """(losses, the gradients of their sum in the inputs, None where an input has none)."""
     inputs = with_gradients(row, inputs)
     value = run(*inputs)
     value.sum().backward()

@@ -11,7 +11,7 @@ from fused_po import losses
 
 from .row import F64, Row
 
-GOOD = torch.tensor([True, False])  # by hand: r = -1 - -2 = 1 of a desirable answer, -3 - -3.5 = 0.5 of the other
+GOOD = torch.tensor([True, False])  # by hand: r = -1 - -2 = 1 for a desirable answer, r = -3 - -3.5 = 0.5 for the other
 BY_HAND = ([-1.0, -3.0], [-2.0, -3.5], GOOD)
 MIXED = torch.tensor([True, False, False, True, True])
 KTO_PEERS = "TRL agrees, as did OpenRLHF's KTOLoss till 2026; Liger has no weights"
@@ -34,12 +34,12 @@ def scalar():
 
 
 def apart(*more):
-    """fp32 answers whose policy is `distance` above the reference, one desirable, one not."""
+    """fp32 answers, one desirable and one not; the policy is `distance` above the reference."""
     return lambda distance: [torch.full((2,), -2e4 + distance), torch.full((2,), -2e4), GOOD, *map(torch.tensor, more)]
 
 
 def kto_oracle(weights, beta):
-    """The two classes one after the other, as the paper has them."""
+    """The paper's formula, one class after the other."""
 
     def oracle(logps, ref, desirable, kl=0.0):
         ratio = logps - ref
