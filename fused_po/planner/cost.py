@@ -157,11 +157,8 @@ def backward_moments(sizes: Sizes, lasting: dict[str, int]) -> dict[str, dict[st
     }
     scaled = w.needs[1] * sizes.multiples * n * w.hidden
     tiles = {}
-    if sizes.kept < n:
-        both = sizes.kl and sizes.kept and not sizes.multiples  # the kept ones' bases have a tile each
-        tiles = sizes.tiles(sizes.backward.rows, sizes.backward.columns, 1 + bool(both))
-    elif not sizes.multiples:
-        tiles = sizes.tiles(sizes.backward.rows, sizes.backward.columns, 1 + sizes.kl, logits=False)
+    if sizes.kept < n or not sizes.multiples:  # tiles are projected again, or formed from the kept bases
+        tiles = sizes.tiles(sizes.backward.rows, sizes.backward.columns, 1, logits=sizes.kept < n)
     if sizes.kl:
         tiles["reference's hidden"] = (sizes.subset or sizes.cast) * n * sizes.factor * w.ref_hidden
     middle = start | tiles | {"hidden x incoming gradient": scaled * sizes.factor}
