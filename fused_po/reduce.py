@@ -19,7 +19,7 @@ def _bounds(cu_seqlens: Tensor, n_tokens: int, device: torch.device) -> Tensor:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
     if cu_seqlens.is_floating_point():
         raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected an integer dtype such as torch.int32")
-    if checks.looked_at(cu_seqlens):
+    if checks.values_checked(cu_seqlens):
         steps = cu_seqlens.diff()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n_tokens or bool((steps < 0).any()):
             raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, expected rising bounds from 0 to N = {n_tokens}")
@@ -129,7 +129,7 @@ def _check_mode(mode: str, max_length: Optional[float], world_size: int) -> None
         raise ValueError(
             f"max_length: got {max_length}, expected a length with 'seq-mean-token-sum-norm' and only then"
         )
-    checks.whole("world_size", world_size, 1)
+    checks.whole_number("world_size", world_size, 1)
 
 
 def _normaliser(

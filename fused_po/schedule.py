@@ -104,7 +104,7 @@ class Schedule:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected an int, in {unit}, or None")
             if value < low:
-                raise ValueError(checks.refusal(name, value, "ints >= {}, in {}, or None", low, unit))
+                raise ValueError(checks.not_allowed(name, value, "ints >= {}, in {}, or None", low, unit))
         checks.flags(entropy_grad=self.entropy_grad, skip_zero_rows=self.skip_zero_rows, compact=self.compact)
         if self.num_scored is not None and not self.compact:
             raise ValueError("num_scored: got it with compact=False, which computes every token; leave out one of them")

@@ -228,7 +228,7 @@ def test_errors():
     assert "token_stats" in model(ids, labels=labels, fused=True), "an error must leave nothing behind"
     with pytest.raises(TypeError, match="model: got Linear, expected a transformers model"):
         fuse_lm_head(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"softcap: got 3\.0, which only logit_scale reads"):
+    with pytest.raises(ValueError, match=r"softcap: got 3\.0, used only with logit_scale"):
         fuse_lm_head(causal_lm("Llama"), softcap=3.0)
     replicate = "_replicate_for_data_parallel"  # what nn.DataParallel calls of each module, for each GPU
     with pytest.raises(

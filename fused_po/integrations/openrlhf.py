@@ -125,7 +125,9 @@ def compute_approx_kl(
         unbiased_gradient: the estimator's value with the gradient of w k2, w = pi / pi_old held constant and <= 10.
     """
     checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
-    checks.alike(log_probs=log_probs, log_probs_base=log_probs_base, **checks.given(log_probs_old=log_probs_old))
+    checks.same_shape(
+        log_probs=log_probs, log_probs_base=log_probs_base, **checks.not_none(log_probs_old=log_probs_old)
+    )
     checks.flags(unbiased_gradient=unbiased_gradient)
     logps, base = log_probs.float(), log_probs_base.float().detach()
     if not unbiased_gradient:

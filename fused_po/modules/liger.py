@@ -30,8 +30,8 @@ READERS: dict[str, tuple[object, tuple[str, ...]]] = {  # as liger_grpo's, of DP
 Result = tuple[Tensor, tuple[Tensor, ...]]
 
 # The names that users of these modules know, of the arguments of the functions below them.
-named_as_ligers = checks.called(hidden="_input", weight="lin_weight", labels="target")
-named_as_references = checks.called(hidden="ref_input", weight="ref_weight", bias="ref_bias", labels="target")
+named_as_ligers = checks.rename_in_errors(hidden="_input", weight="lin_weight", labels="target")
+named_as_references = checks.rename_in_errors(hidden="ref_input", weight="ref_weight", bias="ref_bias", labels="target")
 
 
 class Scored(NamedTuple):
@@ -146,7 +146,7 @@ class FusedLinearDPOLoss(nn.Module):
         super().__init__()
         checks.choice("loss_type", loss_type, DPO_LOSSES)
         checks.flags(compute_nll_loss=compute_nll_loss, use_ref_model=use_ref_model, average_log_prob=average_log_prob)
-        checks.whole("ignore_index", ignore_index)
+        checks.whole_number("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss = ignore_index, compute_nll_loss
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
         self.use_ref_model, self.average_log_prob, self.beta = use_ref_model, average_log_prob, beta
@@ -195,7 +195,7 @@ class FusedLinearCPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.flags(compute_nll_loss=compute_nll_loss, average_log_prob=average_log_prob)
-        checks.whole("ignore_index", ignore_index)
+        checks.whole_number("ignore_index", ignore_index)
         self.ignore_index, self.average_log_prob = ignore_index, average_log_prob
         self.compute_nll_loss, self.beta = compute_nll_loss, beta
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
@@ -233,7 +233,7 @@ class FusedLinearSimPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.flags(compute_nll_loss=compute_nll_loss)
-        checks.whole("ignore_index", ignore_index)
+        checks.whole_number("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss, self.beta = ignore_index, compute_nll_loss, beta
         self.alpha = checks.number("alpha", alpha, "finite numbers", lambda v: True)
         self.how = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing)
@@ -261,7 +261,7 @@ class FusedLinearORPOLoss(nn.Module):
     def __init__(self, ignore_index: int = -100, beta: float = 0.1, compute_nll_loss: bool = True) -> None:
         super().__init__()
         checks.flags(compute_nll_loss=compute_nll_loss)
-        checks.whole("ignore_index", ignore_index)
+        checks.whole_number("ignore_index", ignore_index)
         self.ignore_index, self.compute_nll_loss = ignore_index, compute_nll_loss
         self.beta = checks.positive("beta", beta)
 
@@ -320,7 +320,7 @@ class FusedLinearKTOLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.flags(use_ref_model=use_ref_model, average_log_prob=average_log_prob)
-        checks.whole("ignore_index", ignore_index)
+        checks.whole_number("ignore_index", ignore_index)
         self.ignore_index, self.beta = ignore_index, beta
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
         self.how = dict(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)

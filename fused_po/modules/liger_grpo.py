@@ -54,7 +54,7 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: > 0, "vespo"'s.
     """
 
-    @checks.called(
+    @checks.rename_in_errors(
         epsilon="epsilon_low",
         **{name: f"sapo_{name}" for name in ("temperature_pos", "temperature_neg")},
         **{name: f"vespo_{name}" for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
@@ -106,7 +106,7 @@ class FusedLinearGRPOLoss(nn.Module):
         one = torch.zeros(1, 1)
         losses.grpo(one, one, one, one, loss_type=loss_type, **self.how)  # settings that cannot be are errors already
 
-    @checks.called(
+    @checks.rename_in_errors(
         hidden="_input", weight="lin_weight", labels="selected_token_ids", num_tokens="num_items_in_batch",
         weights="vllm_is_ratio",
     )  # fmt: skip
@@ -146,7 +146,7 @@ class FusedLinearGRPOLoss(nn.Module):
             raise ValueError(f"advantages: got shape {got}, expected {expected}, one an answer")
         old = logps.detach() if old_per_token_logps is None else old_per_token_logps
         ref = self._reference(labels, ref_per_token_logps, (ref_input, ref_weight, ref_bias))
-        checks.alike(logps=logps, old_per_token_logps=old, **checks.given(ref_per_token_logps=ref))
+        checks.same_shape(logps=logps, old_per_token_logps=old, **checks.not_none(ref_per_token_logps=ref))
         weights = vllm_is_ratio
         if weights is not None:
             weights = weights[:, None] if checks.floating("vllm_is_ratio", weights).ndim == 1 else weights

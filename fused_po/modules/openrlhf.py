@@ -18,7 +18,7 @@ from fused_po.ops.logps import logps_from_logits, shift_labels
 from fused_po.reduce import aggregate, mean
 
 
-@checks.called(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
+@checks.rename_in_errors(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
 def step_loss(
     loss: Tensor,
     mask: Tensor,
@@ -28,7 +28,7 @@ def step_loss(
     global_batch_size: Optional[float],
 ) -> Tensor:
     """The mean over tokens, or over sequences of means over tokens; with counts, this rank's share of the step's."""
-    checks.whole("world_size", dp_size, 1)
+    checks.whole_number("world_size", dp_size, 1)
     name, count, other = "batch_num_tokens", batch_num_tokens, global_batch_size
     if not token_level_loss:
         name, count, other = "global_batch_size", global_batch_size, batch_num_tokens
@@ -92,7 +92,7 @@ class PolicyLoss(nn.Module):
         clips = weighs and is_correction_level == "token" and is_correction_gating == "ratio"
         where = 'policy_loss_type="ppo" with is_correction_level="token" and is_correction_gating="ratio"'
         checks.only_with("is_correction_mode", is_correction_mode, "mask", clips, where)
-        is_correction_threshold = checks.several("is_correction_threshold", is_correction_threshold, "two numbers")
+        is_correction_threshold = checks.as_tuple("is_correction_threshold", is_correction_threshold, "two numbers")
         low = is_correction_threshold[0] if len(is_correction_threshold) == 2 else None
         if low is None or (is_correction_gating != "ratio" and low > 0):
             allowed = "(low, high)" if is_correction_gating == "ratio" else "(low, high) with low <= 0: an upper bound"
@@ -103,7 +103,7 @@ class PolicyLoss(nn.Module):
         self.is_correction_mode, self.is_correction_gating = is_correction_mode, is_correction_gating
         self.is_correction_threshold = is_correction_threshold
 
-    @checks.called(logps="log_probs", old_logps="old_log_probs", mask="action_mask")
+    @checks.rename_in_errors(logps="log_probs", old_logps="old_log_probs", mask="action_mask")
     def forward(
         self,
         log_probs: Tensor,
@@ -132,8 +132,8 @@ class PolicyLoss(nn.Module):
             got = f"is_correction_level={self.is_correction_level!r}"
             raise ValueError(f"rollout_log_probs: got None with {got}; the correction needs them")
         rollout_log_probs = rollout_log_probs if corrects else None
-        sampled = checks.given(rollout_log_probs=rollout_log_probs)
-        checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, **sampled)
+        sampled = checks.not_none(rollout_log_probs=rollout_log_probs)
+        checks.same_shape(log_probs=log_probs, old_log_probs=old_log_probs, **sampled)
         mask = action_mask_like(action_mask, log_probs)
         clip = dict(epsilon=self.clip_eps_low, epsilon_high=self.clip_eps_high)
         vllm_kl = filtered = None
@@ -229,7 +229,7 @@ class SFTLoss(nn.Module):
         checks.flags(token_level_loss=token_level_loss)
         self.token_level_loss = token_level_loss
 
-    @checks.called(token_loss="per_token_logps", mask="loss_mask")
+    @checks.rename_in_errors(token_loss="per_token_logps", mask="loss_mask")
     def forward(
         self,
         per_token_logps: Tensor,
@@ -268,7 +268,7 @@ class PairWiseLoss(nn.Module):
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
         """The mean loss of rewards and margins, all of one shape."""
-        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.given(margin=margin))
+        checks.same_shape(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.not_none(margin=margin))
         return mean(losses.bradley_terry(chosen_reward, reject_reward, margin=margin))
 
 
@@ -279,7 +279,7 @@ class LogExpLoss(nn.Module):
         """The mean loss of rewards of one shape. A margin, which OpenRLHF's drops without a word, is an error."""
         if margin is not None:
             raise ValueError("margin: given, but LogExpLoss has none; PairWiseLoss does")
-        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward)
+        checks.same_shape(chosen_reward=chosen_reward, reject_reward=reject_reward)
         return mean(losses.bradley_terry(chosen_reward, reject_reward))
 
 
@@ -308,7 +308,7 @@ class DPOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(mean loss, chosen rewards [B], rejected rewards [B]) from four [B] log-probs; the rewards are detached."""
-        checks.sequences(
+        checks.per_sequence(
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
             reference_chosen_logps=reference_chosen_logps,
