@@ -333,7 +333,7 @@ BAD = [
     (lambda: GRPO(loss_type="vespo", importance_sampling_level="sequence"), "importance_sampling_level: got sequence"),
     (lambda: GRPO(importance_sampling_level="answer"), "importance_sampling_level: got 'answer', allowed are"),
     (lambda: GRPO(loss_type="gspo", importance_sampling_level="token"), "importance_sampling_level: got 'token'"),
-    (lambda: GRPO(sapo_temperature_pos=1.0), "sapo_temperature_pos: got 1.0, not a setting of loss_type='grpo', which has none"),
+    (lambda: GRPO(sapo_temperature_pos=1.0), "sapo_temperature_pos: got 1.0, not a setting of loss_type='grpo'"),
     (lambda: GRPO(beta=0.1), "ref_logps: got None with beta=0.1"),
     (lambda: losses.grpo(X, X, A, M, X), "ref_logps: got a tensor with beta=0"),
     (lambda: GRPO(beta=-0.1), "beta: got -0.1"),
