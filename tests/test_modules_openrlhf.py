@@ -234,8 +234,8 @@ BAD = [
     (lambda: modules.PolicyLoss()(TOKENS, TOKENS, TOKENS, ZEROS), "action_mask: got shape"),
     (lambda: modules.ValueLoss(token_level_loss=False)(TOKENS, TOKENS, TOKENS, dp_size=2), "global_batch_size: got"),
     (lambda: modules.ValueLoss(-1.0), "clip_eps: got -1.0"),
-    (lambda: modules.GPTLMLoss(object()), "ring_attn_group: given, allowed is None"),
-    (lambda: modules.LogExpLoss()(ZEROS, ZEROS, ZEROS), "margin: given, but LogExpLoss has none"),
+    (lambda: modules.GPTLMLoss(object()), "ring_attn_group: got a group, allowed is None"),
+    (lambda: modules.LogExpLoss()(ZEROS, ZEROS, ZEROS), "margin: LogExpLoss does not use it, expected None"),
     (lambda: modules.DPOLoss(0.1, 0.1, True), "label_smoothing: got 0.1, used only with ipo=False"),
 ]
 

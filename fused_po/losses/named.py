@@ -79,6 +79,21 @@ def _refuse_unused(types: list, label_smoothing: float, f_divergence: str, lengt
         )
 
 
+def _types_and_weights(loss_type: object, loss_weights: object) -> tuple[list[str], Sequence[float]]:
+    """The loss names and their weights as sequences of one length."""
+    types = [loss_type] if isinstance(loss_type, str) else [*checks.as_tuple("loss_type", loss_type, "names")]
+    if not types:
+        raise ValueError("loss_type: got an empty list, expected at least one name")
+    for name in types:
+        checks.choice("loss_type", name, PREFERENCE_LOSSES)
+    weights = [1.0] * len(types) if loss_weights is None else checks.as_tuple("loss_weights", loss_weights, "numbers")
+    if len(weights) != len(types):
+        raise ValueError(f"loss_weights: got {len(weights)} weights, expected {len(types)}, one per loss_type")
+    for weight in weights:
+        checks.number("loss_weights", weight, "finite numbers", lambda v: True)
+    return types, weights
+
+
 def preference_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -115,16 +130,7 @@ def preference_loss(
     Returns:
         [B], unreduced. The mean of "sft" is the NLL averaged over all tokens of the chosen answers, as in TRL.
     """
-    types = [loss_type] if isinstance(loss_type, str) else [*checks.as_tuple("loss_type", loss_type, "names")]
-    if not types:
-        raise ValueError("loss_type: got an empty list, expected at least one name")
-    for name in types:
-        checks.choice("loss_type", name, PREFERENCE_LOSSES)
-    weights = [1.0] * len(types) if loss_weights is None else checks.as_tuple("loss_weights", loss_weights, "numbers")
-    if len(weights) != len(types):
-        raise ValueError(f"loss_weights: got {len(weights)} weights, expected {len(types)}, one per loss_type")
-    for weight in weights:
-        checks.number("loss_weights", weight, "finite numbers", lambda v: True)
+    types, weights = _types_and_weights(loss_type, loss_weights)
     logps, lengths = (chosen, rejected, ref_chosen, ref_rejected), (chosen_length, rejected_length)
     checks.choice("f_divergence", f_divergence, pairwise.F_DIVERGENCES)
     pairwise.smoothing(label_smoothing)

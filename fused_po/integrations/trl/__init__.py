@@ -5,7 +5,7 @@ hidden states and head. docs/integrations.md says which trainers, and what stays
 DPOTrainer, its models run without padding.
 """
 
-from fused_po.integrations.trl.seam import is_patched, patch, patched, unpatch
+from fused_po.integrations.trl.patching import is_patched, patch, patched, unpatch
 
 __all__ = ["PaddingFreeDPOTrainer", "is_patched", "patch", "patched", "unpatch"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_po.integrations import packing
 from fused_po.integrations.trl.experimental import swapped_forward
-from fused_po.integrations.trl.seam import import_trl, require_patch
+from fused_po.integrations.trl.patching import import_trl, require_patch
 from fused_po.ops.logps import shift_labels
 
 trl = import_trl()
