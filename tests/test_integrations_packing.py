@@ -151,7 +151,7 @@ def test_a_mask_that_forgets_sequences_past_its_window():
 
     model.model.forward = forward
     check(model, row_length=20)
-    with pytest.raises(ValueError, match="does not keep the sequences"):
+    with pytest.raises(ValueError, match="does not separate the sequences"):
         check(model, row_length=100)
 
 

@@ -142,7 +142,7 @@ def test_a_call_that_is_not_fused_is_as_before():
     assert "token_stats" not in after[0]
     unfuse_lm_head(model)
     assert not {"forward", "_loss_function", "_fused_po"} & set(vars(model)) and not model.lm_head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model: is not fused"):
+    with pytest.raises(ValueError, match="model: it is not fused"):
         unfuse_lm_head(model)
 
 
@@ -214,9 +214,9 @@ def test_always_and_copies():
 def test_errors():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     calls = {
-        "labels: got none, which fused=True scores": dict(fused=True),
-        r"outputs: got \('entropy',\) in a forward that is not fused": dict(labels=labels, outputs=("entropy",)),
-        "temperature: got 2.0 in a forward that is not fused": dict(labels=labels, temperature=2.0),
+        "labels: got None, but fused=True needs them": dict(fused=True),
+        r"outputs: got \('entropy',\), used only with fused=True": dict(labels=labels, outputs=("entropy",)),
+        "temperature: got 2.0, used only with fused=True": dict(labels=labels, temperature=2.0),
         "temperature: got 0.0, allowed are finite": dict(labels=labels, fused=True, temperature=0.0),
         "did you mean 'entropy'": dict(labels=labels, fused=True, outputs=("entropi",)),
         "return_dict: got False": dict(labels=labels, fused=True, return_dict=False),

@@ -105,7 +105,7 @@ def test_adapters_after_fusing_make_no_logits(kind):
     model = adapted(fuse_lm_head(causal_lm("Llama", vocab_size=v), schedule=fused_po.Schedule(tile_bytes=1)), **kind)
     ids, labels = batch(0, rows=4, length=40)
     with warnings.catch_warnings(), counting.LargestTensor() as seen:
-        warnings.filterwarnings("error", "fused: this call makes all its logits")
+        warnings.filterwarnings("error", "fused: this call computes all its logits")
         model(input_ids=ids, labels=labels, fused=True).loss.backward()
     assert seen.elements < ids.numel() * v
 

@@ -307,7 +307,10 @@ def test_a_batch_of_more_than_tokens(tmp_path):
         batch = pad(examples)
         return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
 
-    with patched(), pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids beside input_ids"):
+    with (
+        patched(),
+        pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids, expected only input_ids"),
+    ):
         dpo(tmp_path, collator=collator)().train()
 
 
