@@ -219,7 +219,7 @@ def overwritable(logits: Tensor, inplace_backward: bool, ref_logits: Optional[Te
     if inplace_backward and _overlap(logits.shape, logits.stride()):
         raise InPlaceError(
             f"inplace_backward: got logits of shape {tuple(logits.shape)} and strides {tuple(logits.stride())}, whose "
-            "elements share memory (expand, unfold, as_strided) and cannot hold a gradient each; pass False, or "
+            "elements share memory (expand, unfold, as_strided), so the gradient cannot overwrite them; pass False, or "
             "logits.contiguous()"
         )
     if inplace_backward and ref_logits is not None and _share_memory(logits, ref_logits):

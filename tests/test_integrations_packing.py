@@ -88,7 +88,7 @@ def test_one_part_in_a_thousand_is_refused(positions):
         layer = model.model.layers[0].mlp
         model.model.layers[0].mlp = Little()
         vars(model).pop(packing.PASSED)
-        with pytest.raises(ValueError, match=r"rounding explains|gradients in the embeddings"):
+        with pytest.raises(ValueError, match=r"rounding explains|gradients with respect to the embeddings"):
             check(model)
 
 

@@ -220,7 +220,7 @@ def test_errors():
         "temperature: got 0.0, allowed are finite": dict(labels=labels, fused=True, temperature=0.0),
         "did you mean 'entropy'": dict(labels=labels, fused=True, outputs=("entropi",)),
         "return_dict: got False": dict(labels=labels, fused=True, return_dict=False),
-        "logits_to_keep is not for fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
+        "do not use logits_to_keep in fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
     }
     for match, case in calls.items():
         with pytest.raises((TypeError, ValueError), match=match):
@@ -232,7 +232,7 @@ def test_errors():
         fuse_lm_head(causal_lm("Llama"), softcap=3.0)
     replicate = "_replicate_for_data_parallel"  # what nn.DataParallel calls of each module, for each GPU
     with pytest.raises(
-        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model to its GPUs; start one process"
+        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model; start one process per GPU"
     ):
         getattr(model, replicate)()
     assert getattr(unfuse_lm_head(model), replicate)()._is_replica

@@ -220,7 +220,7 @@ def test_settings_changed_after_fusing():
 def test_another_loss_is_refused():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    with pytest.raises(TypeError, match="if the model has another since, call fuse_lm_head"):
+    with pytest.raises(TypeError, match="if it was replaced later, call fuse_lm_head"):
         model(ids, labels=labels, fused=True)
 
 

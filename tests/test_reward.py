@@ -176,7 +176,7 @@ CALLS = [
     (lambda: losses.bradley_terry(torch.zeros(2), torch.zeros(2), centering=-1.0), "centering: got -1.0"),
     (lambda: losses.plackett_luce(torch.zeros(2)), r"rewards: got shape \(2,\), expected \[B, K\]"),
     (lambda: losses.plackett_luce(torch.zeros(2, 3), torch.ones(2)), "mask: got shape"),
-    (lambda: losses.bradley_terry_mle(torch.zeros(2, 2), names=["A"]), "names: got 1 names, expected 2"),
+    (lambda: losses.bradley_terry_mle(torch.zeros(2, 2), names=["A"]), "names: got length 1, expected 2"),
 ]
 
 

@@ -45,7 +45,11 @@ def _liger_signature(name: str, ours: type) -> inspect.Signature:
 def _unused_settings(name: str, loss_type: Optional[str]) -> dict[str, tuple[object, str]]:
     """The constructor's arguments that this loss_type does not use, for `at_defaults`."""
     settings = USED_BY.get(name, {}).items()
-    unused = {n: (default, f"loss_type in {types}") for n, (default, types) in settings if loss_type not in types}
+    unused = {
+        n: (default, "loss_type " + ", ".join(map(repr, types)))
+        for n, (default, types) in settings
+        if loss_type not in types
+    }
     if loss_type == "vespo":
         del unused["importance_sampling_level"]  # an error in Liger too
     return unused
@@ -54,7 +58,7 @@ def _unused_settings(name: str, loss_type: Optional[str]) -> dict[str, tuple[obj
 def _unused_in_call(name: str, settings: dict[str, Any]) -> dict[str, tuple[object, str]]:
     """The forward's arguments that a loss with these settings does not use, for `at_defaults`."""
     if name == "GRPO" and settings["loss_type"] not in liger_grpo.STEP_MEANS:
-        return {"num_items_in_batch": (None, f"loss_type in {liger_grpo.STEP_MEANS}")}
+        return {"num_items_in_batch": (None, "loss_type " + ", ".join(map(repr, liger_grpo.STEP_MEANS)))}
     if name == "ORPO" and not settings["compute_nll_loss"]:
         return {"nll_target": (None, "compute_nll_loss=True")}
     return {}

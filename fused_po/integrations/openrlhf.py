@@ -31,7 +31,7 @@ def _unused_settings(name: str, settings: dict[str, Any]) -> Unused:
     if name == "DPOLoss" and settings["ipo"]:
         return {"label_smoothing": (0.0, "ipo=False")}
     if name == "PolicyLoss":
-        corrects = 'policy_loss_type="ppo" with is_correction_level="token" or "seq"'
+        corrects = 'policy_loss_type="ppo" and is_correction_level="token" or "seq"'
         if settings["policy_loss_type"] == "gspo" or settings["is_correction_level"] == "off":
             threshold = inspect.signature(modules.PolicyLoss).parameters["is_correction_threshold"].default
             unused = {"is_correction_gating": ("ratio", corrects), "is_correction_mode": ("mask", corrects)}

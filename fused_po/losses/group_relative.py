@@ -93,6 +93,11 @@ class Plan(NamedTuple):
     settings: dict[str, float]
 
 
+def _named(*loss_types: str) -> str:
+    """Loss types as a condition in error messages."""
+    return "loss_type " + ", ".join(map(repr, loss_types))
+
+
 def plan(
     loss_type: str,
     epsilon: Optional[float],
@@ -105,11 +110,11 @@ def plan(
     checks.choice("loss_type", loss_type, GRPO_MODES)
     default = DEFAULTS[loss_type]
     takes_low, takes_high = default.epsilon is not None, default.epsilon is not None or loss_type == "cispo"
-    checks.only_with("epsilon", epsilon, None, takes_low, f"loss_type in {(*CLIPPED, 'gmpo')}")
-    checks.only_with("epsilon_high", epsilon_high, None, takes_high, f"loss_type in {(*CLIPPED, 'gmpo', 'cispo')}")
-    checks.only_with("delta", delta, None, loss_type in CLIPPED, f"loss_type in {CLIPPED}")
+    checks.only_with("epsilon", epsilon, None, takes_low, _named(*CLIPPED, "gmpo"))
+    checks.only_with("epsilon_high", epsilon_high, None, takes_high, _named(*CLIPPED, "gmpo", "cispo"))
+    checks.only_with("delta", delta, None, loss_type in CLIPPED, _named(*CLIPPED))
     with_levels = tuple(name for name, defaults in DEFAULTS.items() if defaults.level)
-    checks.only_with("importance_sampling_level", level, None, default.level is not None, f"loss_type in {with_levels}")
+    checks.only_with("importance_sampling_level", level, None, default.level is not None, _named(*with_levels))
     if level is not None:
         checks.choice("importance_sampling_level", level, LEVELS if loss_type != "gspo" else ("sequence",))
     known = SETTINGS.get(loss_type, {})

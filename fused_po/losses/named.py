@@ -58,14 +58,14 @@ def _refuse_unused(types: list, label_smoothing: float, f_divergence: str, lengt
     """Raise for an argument that none of the losses uses, and for a missing one that some loss needs."""
     smooth = {name for name, (_, takes) in PREFERENCE_LOSSES.items() if "label_smoothing" in takes}
     if label_smoothing and not smooth & set(types):
+        users, others = (", ".join(map(repr, names)) for names in (sorted(smooth), types))
         raise ValueError(
-            f"label_smoothing: got {label_smoothing}, used only with one of {sorted(smooth)}, not with {types}; "
-            "leave it at 0"
+            f"label_smoothing: got {label_smoothing}, used only with loss_type {users}; leave it at 0 with {others}"
         )
     if f_divergence != "reverse_kl" and not set(types) <= OF_DIFFERENCES:
         wrong = sorted(set(types) - OF_DIFFERENCES)
         raise ValueError(
-            f"f_divergence: got {f_divergence!r}, allowed with {wrong} is 'reverse_kl' only, since these losses use "
+            f"f_divergence: got {f_divergence!r}, allowed with {wrong} is only 'reverse_kl', since these losses use "
             "more than the difference of the log-ratios"
         )
     for name, length in checks.not_none(chosen_length=lengths[0], rejected_length=lengths[1]).items():
@@ -88,7 +88,7 @@ def _types_and_weights(loss_type: object, loss_weights: object) -> tuple[list[st
         checks.choice("loss_type", name, PREFERENCE_LOSSES)
     weights = [1.0] * len(types) if loss_weights is None else checks.as_tuple("loss_weights", loss_weights, "numbers")
     if len(weights) != len(types):
-        raise ValueError(f"loss_weights: got {len(weights)} weights, expected {len(types)}, one per loss_type")
+        raise ValueError(f"loss_weights: got length {len(weights)}, expected {len(types)}, one per loss_type")
     for weight in weights:
         checks.number("loss_weights", weight, "finite numbers", lambda v: True)
     return types, weights

@@ -51,7 +51,7 @@ def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) ->
     names = range(n) if names is None else names
     labels = [*map(str, names if isinstance(names, str) else checks.as_tuple("names", names, "names"))]
     if len(labels) != n:
-        raise ValueError(f"names: got {len(labels)} names, expected {n}, one for each row of wins")
+        raise ValueError(f"names: got length {len(labels)}, expected {n}, one for each row of wins")
     _refuse_no_maximum(table, labels)
     scores = _maximise(table)
     reduced = _information(table, scores)[1:, 1:]

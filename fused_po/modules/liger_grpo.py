@@ -117,7 +117,7 @@ class FusedLinearGRPOLoss(nn.Module):
         for name, value in settings.items():
             default, losses_using_it = USED_BY[name]
             is_used = self.loss_type in losses_using_it
-            checks.only_with(name, value, default, is_used, f"loss_type in {losses_using_it}")
+            checks.only_with(name, value, default, is_used, "loss_type " + ", ".join(map(repr, losses_using_it)))
             if is_used:
                 used["epsilon" if name == "epsilon_low" else name] = value
         return used
@@ -202,7 +202,9 @@ class FusedLinearGRPOLoss(nn.Module):
         """Reduce token losses [B, T] to the loss."""
         mode, ranks = losses.GRPO_MODES[self.loss_type], 1
         if self.loss_type not in STEP_MEANS:
-            checks.only_with("num_items_in_batch", num_items_in_batch, None, False, f"loss_type in {STEP_MEANS}")
+            checks.only_with(
+                "num_items_in_batch", num_items_in_batch, None, False, "loss_type " + ", ".join(map(repr, STEP_MEANS))
+            )
             counts = {} if mode == "token-mean" else dict(num_sequences=len(loss))
             return aggregate(loss, mask, mode, max_length=self.max_length, **counts)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

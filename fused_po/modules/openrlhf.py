@@ -87,10 +87,10 @@ class PolicyLoss(nn.Module):
         if dual_clip is not None:
             checks.number("dual_clip", dual_clip, "numbers > 1, or None", lambda v: v > 1)
         weighs = is_correction_level != "off" and policy_loss_type == "ppo"
-        where = 'policy_loss_type="ppo" with is_correction_level="token" or "seq"'
+        where = 'policy_loss_type="ppo" and is_correction_level="token" or "seq"'
         checks.only_with("is_correction_gating", is_correction_gating, "ratio", weighs, where)
         clips = weighs and is_correction_level == "token" and is_correction_gating == "ratio"
-        where = 'policy_loss_type="ppo" with is_correction_level="token" and is_correction_gating="ratio"'
+        where = 'policy_loss_type="ppo", is_correction_level="token" and is_correction_gating="ratio"'
         checks.only_with("is_correction_mode", is_correction_mode, "mask", clips, where)
         is_correction_threshold = checks.as_tuple("is_correction_threshold", is_correction_threshold, "two numbers")
         low = is_correction_threshold[0] if len(is_correction_threshold) == 2 else None
