@@ -94,7 +94,7 @@ def test_trl_logs_what_the_readme_shows(trainer_parts, caplog):
     with caplog.at_level("INFO", "fused_po.integrations.trl"):
         run(next(block for block in README if "DPOTrainer" in block.code), {})
     logged = [f"{r.levelname}:{r.name}:{r.getMessage()}" for r in caplog.records if r.name.startswith("fused_po")]
-    pattern = re.escape(shown).replace(re.escape("=None, ...); on reference on CPU"), r"=None.*?\); on .*?")
+    pattern = re.escape(shown).replace(re.escape("=None, ...); reference on CPU"), r"=None.*?\); .*?")
     assert len(logged) == 1 and re.fullmatch(pattern, logged[0]), f"README.md shows {shown!r}, it logs {logged}"
 
 
