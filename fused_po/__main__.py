@@ -31,7 +31,7 @@ PACKAGES = {  # package -> (what needs it, the command that installs it)
     "verl": ("integrations.verl", "pip install verl==0.9.1"),
     "openrlhf": ("integrations.openrlhf", "pip install openrlhf==0.11.2"),
     "liger-kernel": ("integrations.liger, `make peers bench`", "pip install liger-kernel==0.8.5"),
-    "axolotl": ("integrations.axolotl", "pip install 'axolotl>=0.19'"),
+    "axolotl": ("integrations.axolotl", "pip install axolotl==0.19.0"),
 }
 DTYPES = {**selfcheck.DTYPES, "fp64": torch.float64}
 WIDE = ("linear_logps", "linear_kl", "linear_dpo", "chunked_loss", "gae")  # their kernels work on fp32, or fp64
@@ -180,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     descriptions = {
         "info": "show versions, devices, the backend of each op, and what is missing",
-        "selfcheck": "compare every op with float64 on this machine, beside plain PyTorch",
+        "selfcheck": "compare every op with float64 and with plain PyTorch, on this machine",
         "plan": "estimate memory, FLOPs, time and communication of the LM head and the loss on each rank",
     }
     subparsers = {

@@ -133,7 +133,7 @@ def _check_mode(mode: str, max_length: Optional[float], world_size: int) -> None
     checks.whole_number("world_size", world_size, 1)
 
 
-def _normaliser(
+def _normalizer(
     counted: Tensor,
     bounds: Optional[Tensor],
     mode: str,
@@ -199,7 +199,7 @@ def aggregate(
     """
     _check_mode(mode, max_length, world_size)
     kept, mask, bounds = _checked("token_loss", token_loss, mask, cu_seqlens)
-    lengths, divisor = _normaliser(mask.to(kept.dtype), bounds, mode, num_tokens, num_sequences, max_length, world_size)
+    lengths, divisor = _normalizer(mask.to(kept.dtype), bounds, mode, num_tokens, num_sequences, max_length, world_size)
     if lengths is None:
         total = kept.sum()
     else:
@@ -239,7 +239,7 @@ def _token_weights(
     _check_mode(mode, max_length, world_size)
     counted = checks.mask_like("mask", mask, mask, "itself").float()
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, mask.numel(), mask.device)
-    lengths, divisor = _normaliser(counted, bounds, mode, num_tokens, num_sequences, max_length, world_size)
+    lengths, divisor = _normalizer(counted, bounds, mode, num_tokens, num_sequences, max_length, world_size)
     share = counted.new_ones(()) / divisor * world_size
     if lengths is None or mode != "seq-mean-token-mean":
         return counted * share

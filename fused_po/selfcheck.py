@@ -1,4 +1,4 @@
-"""`python -m fused_po selfcheck`: every op on this machine against float64, beside plain PyTorch in the same dtype.
+"""`python -m fused_po selfcheck`: compare every op on this machine with float64 and with plain PyTorch.
 
 An op passes if its RMS error is at most twice, and its maximum error at most four times, that of plain PyTorch, plus
 the rounding of the result. Inputs are random; the seed is printed, so that --seed and --only repeat a check. If an

@@ -1,4 +1,4 @@
-"""The checks of `python -m fused_po selfcheck`: random inputs, and every op beside the same math in plain PyTorch."""
+"""The checks of `python -m fused_po selfcheck`: random inputs, and every op with the same math in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 
 axolotl imports the class by that name. Supervised training uses `integrations.transformers`. `rl:` uses
 `integrations.trl`, which needs TRL 1.15 or later: axolotl 0.19 pins TRL 1.9, and 0.21 pins 1.14.1. Tested with
-axolotl 0.19.
+axolotl 0.19.0.
 """
 
 from __future__ import annotations

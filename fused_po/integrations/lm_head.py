@@ -98,8 +98,8 @@ def _read(base: nn.Module, head: nn.Module):
     return parts
 
 
-def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any]) -> HeadInput:
-    """Run the forward; with `labelled`, pass labels and make the language modeling loss 0."""
+def _run(base: nn.Module, head: nn.Module, labeled: bool, inputs: dict[str, Any]) -> HeadInput:
+    """Run the forward; with `labeled`, pass labels and make the language modeling loss 0."""
     seen: list[Tensor] = []
     caller = threading.get_ident()
 
@@ -116,17 +116,17 @@ def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any
     hook = head.register_forward_pre_hook(divert, prepend=True)
     called: list[bool] = []
     try:
-        with _loss_of_zero(base, called) if labelled else contextlib.nullcontext():
-            more = {"labels": inputs["input_ids"]} if labelled else {}
+        with _loss_of_zero(base, called) if labeled else contextlib.nullcontext():
+            more = {"labels": inputs["input_ids"]} if labeled else {}
             more |= {"fused": False} if STATE in vars(base) else {}  # a model fused with always=True would score them
             result = base(**inputs, **more, use_cache=False, return_dict=True)
     finally:
         hook.remove()
     if not seen:
         raise TypeError(f"model: {type(base).__name__}'s forward does not call its lm_head")
-    if labelled and not called:
+    if labeled and not called:
         raise TypeError(f"model: {type(base).__name__}'s forward does not call its loss_function")
-    return HeadInput(seen[0], result.loss.float() if labelled else None)
+    return HeadInput(seen[0], result.loss.float() if labeled else None)
 
 
 @contextlib.contextmanager

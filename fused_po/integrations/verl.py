@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fused_po import checks, losses
 from fused_po.integrations.swap import Swap
 from fused_po.lm_head.logps import linear_logps
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.ops.logps import logps_from_logits
 from fused_po.ops.outputs import TokenStats
 from fused_po.parallel.vocab import VocabParallel
@@ -177,11 +178,10 @@ def _policy_loss(name: str, agg_loss: Any) -> Any:
         metrics = {"actor/ppo_kl": losses.masked_mean(-log_ratio, mask).item()}
         if "epsilon" in how:
             if name in ("gspo", "luspo"):  # one ratio per answer
-                log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-            ratio = log_ratio.clamp(-20, 20).exp()
-            up, down = ratio > 1 + how["epsilon_high"], ratio < 1 - how["epsilon"]
-            clipped = torch.where(advantages > 0, up, (advantages < 0) & down)
-            metrics["actor/pg_clipfrac"] = losses.masked_mean(clipped.float(), mask).item()
+                log_ratio = sequence_mean(log_ratio, mask)
+            ratio = importance_ratio(log_ratio, 20.0)
+            below, above = clip_sides(ratio, advantages, how["epsilon"], how["epsilon_high"])
+            metrics["actor/pg_clipfrac"] = losses.masked_mean((below | above).float(), mask).item()
         aggregated = agg_loss(
             loss_mat=token_losses.expand_as(mask),
             loss_mask=mask,

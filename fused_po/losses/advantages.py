@@ -43,7 +43,7 @@ def _group_index(groups: Union[int, Tensor], rewards: Tensor) -> Tensor:
     return torch.empty_like(groups).scatter_(0, order, rank)
 
 
-def _centred(rewards: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(rewards: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(rewards minus the mean of their group, group sizes), each [B]. Equal rewards give exactly 0.
 
     Otherwise a rounding error divided by a standard deviation of 0 plus a small eps would become an advantage.
@@ -84,16 +84,16 @@ def group_advantages(
     eps = checks.number("eps", 1e-4 if eps is None else eps, "numbers >= 0", lambda x: x >= 0)
     rewards = _constant("rewards", rewards, 1)
     index = _group_index(groups, rewards)
-    centred, sizes = _centred(rewards, index)
+    centered, sizes = _centered(rewards, index)
     if scale == "none":
-        return centred
-    spread = centred
+        return centered
+    spread = centered
     if scale == "batch":
         index = torch.zeros_like(index)
-        spread, sizes = _centred(rewards, index)
+        spread, sizes = _centered(rewards, index)
     squares = torch.zeros_like(rewards).index_add(0, index, spread.square())[index]
     std = (squares / (sizes - 1).clamp(min=1)).sqrt()
-    return centred / torch.where(std == 0, 1, std + eps)
+    return centered / torch.where(std == 0, 1, std + eps)
 
 
 def leave_one_out_advantages(rewards: Tensor, groups: Union[int, Tensor]) -> Tensor:
@@ -112,8 +112,8 @@ def leave_one_out_advantages(rewards: Tensor, groups: Union[int, Tensor]) -> Ten
         [B], at least fp32.
     """
     rewards = _constant("rewards", rewards, 1)
-    centred, sizes = _centred(rewards, _group_index(groups, rewards))
-    return centred * (sizes / (sizes - 1).clamp(min=1))
+    centered, sizes = _centered(rewards, _group_index(groups, rewards))
+    return centered * (sizes / (sizes - 1).clamp(min=1))
 
 
 def whiten(
@@ -152,10 +152,10 @@ def whiten(
     lowest = torch.where(count > 0, lowest, 0)
     shifted = torch.where(mask, values - lowest, 0)
     mean = shifted.sum() / count.clamp(min=1)
-    centred = torch.where(mask, shifted - mean, 0)
-    variance = centred.square().sum() / (count - 1 if unbiased else count).clamp(min=1)
+    centered = torch.where(mask, shifted - mean, 0)
+    variance = centered.square().sum() / (count - 1 if unbiased else count).clamp(min=1)
     scale = torch.where(variance == 0, 1, variance + eps).rsqrt()
-    return torch.where(mask, centred * scale + (0 if shift_mean else mean + lowest), 0)
+    return torch.where(mask, centered * scale + (0 if shift_mean else mean + lowest), 0)
 
 
 def _returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -220,8 +220,8 @@ def reinforce_plus_plus_baseline_advantages(
     Returns:
         [B, T], at least fp32, 0 where the mask is False.
     """
-    centred = group_advantages(rewards, groups, scale="none")
-    if checks.tensor("mask", mask).ndim != 2 or mask.shape[0] != centred.numel():
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [{centred.numel()}, T], one row per reward")
-    checks.same_device("mask", mask, centred.device)
-    return whiten(centred[:, None].expand(mask.shape), mask, unbiased=unbiased, eps=eps)
+    centered = group_advantages(rewards, groups, scale="none")
+    if checks.tensor("mask", mask).ndim != 2 or mask.shape[0] != centered.numel():
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected [{centered.numel()}, T], one row per reward")
+    checks.same_device("mask", mask, centered.device)
+    return whiten(centered[:, None].expand(mask.shape), mask, unbiased=unbiased, eps=eps)

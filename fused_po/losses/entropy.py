@@ -65,8 +65,8 @@ def covariance(t: Tokens) -> Tensor:
     """[B, T], without gradient: (A - mean A) (log pi - mean log pi), means over the counted tokens of the batch."""
     count = t.mask.sum().clamp(min=1)
     logps, advantages = t.logps.detach(), t.advantages.expand_as(t.logps)
-    centred = (torch.where(t.mask, v, 0) - torch.where(t.mask, v, 0).sum() / count for v in (advantages, logps))
-    a, lp = centred
+    centered = (torch.where(t.mask, v, 0) - torch.where(t.mask, v, 0).sum() / count for v in (advantages, logps))
+    a, lp = centered
     return a * lp
 
 

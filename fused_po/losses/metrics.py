@@ -12,7 +12,7 @@ from fused_po import checks
 from fused_po.losses.group_relative import plan, ratio_of, reference_kl
 from fused_po.losses.numerics import saturating_expm1
 from fused_po.losses.pairwise import Beta, log_ratios
-from fused_po.losses.policy import padded, tokens
+from fused_po.losses.policy import clip_sides, padded, tokens
 from fused_po.losses.reference_free import log_odds_ratio
 from fused_po.losses.sequence_policy import vespo_weight
 from fused_po.losses.unpaired import check_desirable, log_ratio
@@ -190,5 +190,5 @@ def policy_metrics(
         high = p.low if p.high is None else p.high
         metrics |= clip_metrics((t.log_ratio < -p.low) & (a < 0), (t.log_ratio > high) & (a > 0), t.mask)
     elif loss_type != "sapo":
-        metrics |= clip_metrics((ratio < 1 - p.low) & (a < 0), (ratio > 1 + p.high) & (a > 0), t.mask)
+        metrics |= clip_metrics(*clip_sides(ratio, a, p.low, p.high), t.mask)
     return metrics

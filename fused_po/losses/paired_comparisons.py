@@ -53,7 +53,7 @@ def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) ->
     if len(labels) != n:
         raise ValueError(f"names: got length {len(labels)}, expected {n}, one for each row of wins")
     _refuse_no_maximum(table, labels)
-    scores = _maximise(table)
+    scores = _maximize(table)
     reduced = _information(table, scores)[1:, 1:]
     errors = torch.zeros_like(scores)
     errors[1:] = torch.linalg.inv(reduced).diagonal().sqrt()
@@ -109,7 +109,7 @@ def _refuse_no_maximum(table: Tensor, labels: list[str]) -> None:
     raise ValueError(f"wins: {problem}, so no finite strengths maximize the likelihood; {fix}")
 
 
-def _maximise(table: Tensor) -> Tensor:
+def _maximize(table: Tensor) -> Tensor:
     """[n] log-strengths, the first 0: a few of Hunter's steps, then Newton steps, halved where they overshoot."""
     games, won = table + table.T, table.sum(1)
     scores = torch.zeros_like(won)

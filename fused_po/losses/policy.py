@@ -106,6 +106,11 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float
     return -objective
 
 
+def clip_sides(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where PPO clips: (ratio < 1 - low with a negative advantage, ratio > 1 + high with a positive advantage)."""
+    return (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
+
+
 def reinforce(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """L = -A log pi: the policy gradient for tokens that the policy itself sampled.
 

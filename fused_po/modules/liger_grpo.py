@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_po import checks, losses
 from fused_po.lm_head.logps import linear_logps
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.reduce import aggregate
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -220,11 +221,12 @@ class FusedLinearGRPOLoss(nn.Module):
     ) -> tuple[Tensor, ...]:
         log_ratio = torch.where(mask, logps - old.detach(), 0)
         if self.level == "sequence":
-            log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-        ratio, a = log_ratio.clamp(-20, 20).exp(), advantages[:, None]
+            log_ratio = sequence_mean(log_ratio, mask)
+        ratio, a = importance_ratio(log_ratio, 20.0), advantages[:, None]
         clipped = torch.zeros_like(mask)
         if self.loss_type in CLIPPED:
-            clipped = ((a > 0) & (ratio > 1 + self.epsilon_high)) | ((a < 0) & (ratio < 1 - self.epsilon_low))
+            below, above = clip_sides(ratio, a, self.epsilon_low, self.epsilon_high)
+            clipped = below | above
         elif self.loss_type == "cispo":
             clipped = (a > 0) & (ratio > self.epsilon_high)
         clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(logps.dtype), mask)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_po import checks, losses
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.ops.logps import logps_from_logits, shift_labels
 from fused_po.reduce import aggregate, mean
 
@@ -145,7 +146,7 @@ class PolicyLoss(nn.Module):
             old = rollout_log_probs if corrects else old_log_probs
             loss = losses.gspo(log_probs, old, advantages, mask, delta=self.dual_clip, **clip)
             log_ratio = torch.where(mask, log_probs - old, 0).detach()
-            log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+            log_ratio = sequence_mean(log_ratio, mask)
         else:
             loss = losses.ppo_clip(log_probs, old_log_probs, advantages, mask, dual_clip=self.dual_clip, **clip)
             log_ratio = (log_probs - old_log_probs).detach()
@@ -154,10 +155,10 @@ class PolicyLoss(nn.Module):
                 loss = loss * weights
                 vllm_kl = losses.masked_mean(rollout_log_probs - old_log_probs, mask)
         counts = (dp_size, batch_num_tokens, global_batch_size)
-        ratio = log_ratio.clamp(-20, 20).exp()
+        ratio = importance_ratio(log_ratio, 20.0)
         a = advantages if advantages.ndim == 2 else advantages[:, None]
-        clipped = ((a > 0) & (ratio > 1 + self.clip_eps_high)) | ((a < 0) & (ratio < 1 - self.clip_eps_low))
-        clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(log_probs.dtype), mask)
+        below, above = clip_sides(ratio, a, self.clip_eps_low, self.clip_eps_high)
+        clip_ratio = losses.masked_mean((below | above).expand_as(mask).to(log_probs.dtype), mask)
         ppo_kl = losses.masked_mean(old_log_probs - log_probs, mask)
         return step_loss(loss, mask, self.token_level_loss, *counts), clip_ratio, ppo_kl, vllm_kl, filtered
 
@@ -172,7 +173,7 @@ class PolicyLoss(nn.Module):
         else:
             measure = sampled_token_divergence(*logps, self.is_correction_gating)
             if self.is_correction_level == "seq":
-                measure = measure.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+                measure = sequence_mean(measure, mask)
         measure = measure.expand_as(weights)
         outside = mask & ((measure < low) | (measure > high))
         share = losses.masked_mean(outside.to(weights.dtype), mask)
