@@ -78,9 +78,8 @@ class NoTransfer:
 def test_async_grpo(tmp_path, monkeypatch):
     kernels = types.SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     monkeypatch.setattr(packing, "_flash_attn", lambda: kernels)
-    monkeypatch.setattr(
-        async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None
-    )  # the trainer asks for a CUDA device
+    # the trainer asks for a CUDA device
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
     monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *_: None)
     path = str(tmp_path / "model")
     model().save_pretrained(path)

@@ -43,9 +43,8 @@ def uneven_pairs(count: int = 20) -> datasets.Dataset:
     made = datasets.Dataset.from_list(
         [{"prompt": text(20), "chosen": " " + text(40), "rejected": " " + text(9)} for _ in range(count)]
     )
-    made._fingerprint = (
-        uuid.uuid4().hex
-    )  # TRL caches reference log-probs by this name, and would give them to the next trainer
+    # TRL caches reference log-probs by this name, and would give them to the next trainer
+    made._fingerprint = uuid.uuid4().hex
     return made
 
 
