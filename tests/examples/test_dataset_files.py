@@ -62,7 +62,7 @@ def test_json_in_every_form(name, tmp_path):
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\u0085", "\u000b", "\u000c", "\u001c", "\ufeff"])
 def test_only_newlines_end_a_line(letter, raw, tmp_path):
-    """JSON requires escapes only for its own control characters; others may appear in a string without ending a line."""
+    """JSON requires escapes only for its own control characters; others may be in a string without ending a line."""
     row = {"prompt": f"a{letter}b", "chosen": f" {letter}c", "rejected": f" d{letter}"}
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines([row, *ROWS], ensure_ascii=not raw))

@@ -20,7 +20,7 @@ def whole():
 
 
 def test_learning_rates_of_the_stages(whole):
-    """Stages of the tiny Llama use its rates, although it is given by --model; a user's model has the script's rates."""
+    """Stages of the tiny Llama use its rates, although it comes by --model; a user's model has the script's rates."""
     for given, rates in (((), (1e-3, 5e-4, 1e-3)), (("--model", "m"), (1e-5, 3e-6, 1e-6))):
         args = whole.parse([*given, "--output", "none"])
         stages = ("reward", "ppo", "dpo")

@@ -147,7 +147,7 @@ def test_packing_keeps_every_row_whole(seed):
     rows = models.pack(lengths, 64)
     assert sorted(number for row in rows for number in row) == list(range(50))
     assert max(sum(lengths[number] for number in row) for row in rows) <= 64
-    # first fit, longest first: at most this many more rows than the minimum
+    # the bound of first fit decreasing
     assert len(rows) <= 11 / 9 * sum(lengths) / 64 + 2
     with pytest.raises(SystemExit, match=r"--padding-free: not with attention 'paged"):
         model = type("Model", (), {"get_output_embeddings": lambda self: None})()
