@@ -22,10 +22,7 @@ from fused_po import Schedule
 N, V, H = 12, 70, 6
 ROW = 4 * 80  # bytes of a padded row of fp32 logits
 FEWEST = 2 if DEVICE == "cuda" else 40  # steps of an op; operators inside a kernel are not counted
-FAULTS = (
-    (torch.OutOfMemoryError, 1),
-    (KeyboardInterrupt, 11),
-)  # the error, and the stride between the steps that raise it
+FAULTS = ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, 11))  # (error, raised at every n-th step)
 
 
 def settled(count: Callable[[], int], allowed: int = 0) -> int:
