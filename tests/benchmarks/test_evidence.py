@@ -334,13 +334,13 @@ def note(name):
 def test_good(): note("good")
 def test_bad():
     note("bad")
-    assert (here / "mended").exists()
+    assert (here / "fixed").exists()
 @pytest.mark.xfail(strict=True)
 def test_expected(): note("expected"); assert False
 def test_skipped(): note("skipped"); pytest.skip("no")
 def test_kills():
     note("kills")
-    (here / "mended").exists() or os._exit(9)
+    (here / "fixed").exists() or os._exit(9)
 def test_last(): note("last")
 """
 
@@ -364,7 +364,7 @@ def test_the_plugin_records_each_test(tmp_path):
         "skipped": 1,
         "failed": ["test_it.py::test_bad"],
     }
-    (tmp_path / "mended").touch()
+    (tmp_path / "fixed").touch()
     with open(ended, "a") as file:
         file.write('["passed", "one", "test_it.py::cut')  # a line that was cut off by the kill
         file.write("\n")

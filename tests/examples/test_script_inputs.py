@@ -141,7 +141,7 @@ def test_a_folder_of_files(tmp_path):
         dataset.read(str(tmp_path / "split"), "train")
 
 
-WRONG = [  # what is wanted, the row, what is said
+WRONG = [  # wanted format, row, error
     (
         "preference",
         {"prompt": "a", "completion": "b"},

@@ -178,8 +178,8 @@ def test_a_fault_at_every_step(name, error, stride):
         gc.enable()
     assert mode.steps < at <= mode.steps + stride and mode.steps > FEWEST, "the faults have reached the last step"
     if error is torch.OutOfMemoryError and ("linear" in name or "chunked" in name):
-        told = sum("Lower Schedule.logits_budget" in said for said in messages)
-        assert told > len(messages) / 2, "what to lower"
+        helpful = sum("Lower Schedule.logits_budget" in said for said in messages)
+        assert helpful > len(messages) / 2, "what to lower"
     for leaf, value in case.leaves.items():
         assert torch.equal(value, before[leaf]) and value.grad is None, f"{leaf} was changed"
     assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call is another"
