@@ -157,7 +157,7 @@ def test_at_ratio_one_the_gradient_is_reinforces(loss, seed):
 
 
 @pytest.mark.parametrize("apart", (0.0, 0.1))
-def test_gspos_two_forms_have_one_gradient(apart, seed):
+def test_both_forms_of_gspo_have_the_same_gradient(apart, seed):
     """The per-token form averages to the per-answer form, for any ratio and advantages of answers."""
     logps, old, advantages, mask, _ = batch(apart=apart)
     plain, by_token = (

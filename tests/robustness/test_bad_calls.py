@@ -98,7 +98,7 @@ def test_command_lines(call, error, folder, monkeypatch, capsys):
     assert left <= {"runs", "__pycache__"}
 
 
-def test_the_page_is_as_long_as_it_says():
+def test_the_page_states_its_number_of_rows():
     counts = [len(rows(text)) for text in (LIBRARY, INTEGRATIONS, COMMANDS)]
     assert f"{sum(counts)} bad calls" in PAGE and counts[0] >= 100 and counts[2] >= 40
     assert len(set(rows(PAGE))) == sum(counts)
@@ -116,7 +116,7 @@ def test_good_calls_of_the_same_names():
         eval(call, names)
 
 
-def test_backends_says_why():
+def test_backends_gives_reasons():
     said = fused_po.backends("cpu", torch.float32)
     assert said["reference"] == "yes, chosen by backend=None"
     assert said["triton"].startswith(("no: ", "yes, by name"))
