@@ -53,7 +53,7 @@ def killed_while_the_second_runs(tmp_path: Path) -> None:
 def until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 

@@ -34,7 +34,7 @@ def table(text: str) -> pytest.MarkDecorator:
 
 def check(raised: str, error: str) -> None:
     pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", error))
-    assert re.fullmatch(pattern, raised, re.S), f"it says {raised!r}, the page says {error!r}"
+    assert re.fullmatch(pattern, raised, re.S), f"raised {raised!r}, but the page has {error!r}"
 
 
 def fail(call: str, names: dict) -> str:
@@ -93,7 +93,7 @@ def test_command_lines(call, error, folder, monkeypatch, capsys):
     if said == 2:
         said = capsys.readouterr().err.splitlines()[-1].removeprefix(f"{name}: ")
     check(said, error)
-    assert not (folder / "ran").exists(), "what came from a file was run"
+    assert not (folder / "ran").exists(), "code from a file was executed"
     left = {path.relative_to(folder).parts[0] for path in folder.glob("**/*")} - {path.parts[0] for path in before}
     assert left <= {"runs", "__pycache__"}
 

@@ -179,10 +179,10 @@ def test_a_fault_at_every_step(name, error, stride):
     assert mode.steps < at <= mode.steps + stride and mode.steps > FEWEST, "the faults have reached the last step"
     if error is torch.OutOfMemoryError and ("linear" in name or "chunked" in name):
         helpful = sum("Lower Schedule.logits_budget" in said for said in messages)
-        assert helpful > len(messages) / 2, "what to lower"
+        assert helpful > len(messages) / 2, "most errors say what to lower"
     for leaf, value in case.leaves.items():
         assert torch.equal(value, before[leaf]) and value.grad is None, f"{leaf} was changed"
-    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call is another"
+    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call gives other results"
     gc.collect()
     assert DEVICE == "cpu" or count_when_settled(torch.cuda.memory_allocated, allocated) <= allocated
 
