@@ -16,7 +16,8 @@ from repository import ROOT, SUPPORT
 
 import fused_po
 from fused_po import selfcheck
-from fused_po.reference.policy import Form, Given, token_terms
+from fused_po.backend.interface import Form, TokenInputs
+from fused_po.reference.policy import token_terms
 
 cuda = importlib.import_module("fused_po.kernels.cuda")
 
@@ -112,7 +113,7 @@ def test_losses_against_float64(host, form, with_old, seed):
     entropy, a, weights = torch.rand(n), torch.randn(n), torch.rand(n)
     a[:9] = 0
     ref = logps + torch.where(torch.rand(n) < 0.1, 40.0, 0.5) * torch.randn(n)
-    given = Given(a, weights, (logps - ratio.log()) if with_old else None, ref if form.kl else None)
+    given = TokenInputs(a, weights, (logps - ratio.log()) if with_old else None, ref if form.kl else None)
     p = cuda.Problem()
     for name, value in given._asdict().items():
         setattr(p, name, None if value is None else value.data_ptr())
@@ -121,7 +122,7 @@ def test_losses_against_float64(host, form, with_old, seed):
     p.kind, p.estimator = cuda.KINDS[form.kind], cuda.ESTIMATORS[form.kl]
     ours = torch.full((5, n), torch.nan)
     host.host_terms(ctypes.byref(p), pointer(logps), pointer(entropy), ctypes.c_int64(n), pointer(ours))
-    doubles = Given(*(None if v is None else v.double() for v in given))
+    doubles = TokenInputs(*(None if v is None else v.double() for v in given))
     exact = token_terms(logps.double(), entropy.double(), doubles, form)
     theirs = token_terms(logps, entropy, given, form)
     for name, mine, truth, plain_value in zip(("loss", "kl", "ratio", "clipped", "slope"), ours, exact, theirs):

@@ -7,7 +7,7 @@ from numerics import DEVICE, IGNORE, random_labels
 
 import fused_po
 from fused_po import Schedule, losses
-from fused_po.ops.chunked import chunks_of
+from fused_po.lm_head.chunked import chunks_of
 
 PAIRS, T, H, V = 6, 5, 16, 300
 ROW = 4 * 304

@@ -7,9 +7,13 @@ import pytest
 import torch
 from kl_problems import DIRECTIONS, in_torch, loss_of, pair
 from numerics import BACKENDS, DEVICE, IGNORE, RUNS, assert_close, random_labels
+from registered_ops import opcheck
 
 import fused_po
 from fused_po import Schedule
+from fused_po.backend.interface import Divergence, Scaling
+from fused_po.ops.kl import KLSettings
+from fused_po.parallel.vocab import WHOLE
 
 ROW = 4 * 208  # bytes of a padded fp32 row of 203 columns
 
@@ -227,9 +231,8 @@ def test_opcheck_and_fullgraph(seed):
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
         torch.testing.assert_close(a, b)
-    how = (1.0, None, 1.0, None, "reverse", 0.5, True, IGNORE)
-    arguments = (logits.requires_grad_(), ref_logits, small, *how, False, "reference", "", ())
-    torch.library.opcheck(torch.ops.fused_po.kl_fwd.default, arguments)
+    settings = KLSettings(Divergence(Scaling(), Scaling(), "reverse", 0.5, True), IGNORE, False, "reference", WHOLE)
+    opcheck("kl_fwd", logits.requires_grad_(), ref_logits, small, settings)
 
 
 # The exact KL inside losses.

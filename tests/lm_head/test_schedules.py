@@ -273,15 +273,15 @@ def test_out_of_memory_names_the_settings_and_frees_everything(where, monkeypatc
     import gc
     import weakref
 
-    from fused_po.ops import head, head_backward
+    from fused_po.lm_head import gemm, head, tiles
 
     hidden, weight, labels, g = problem(n=60)
     schedule = Schedule(logits_budget=3 * ROW, tile_bytes=8 * ROW)
     made = []
-    room, project, calls = head.room, head.project, []
+    allocate, project, calls = tiles.padded_tile, gemm.project, []
 
     def noted(*arguments):
-        made.append(room(*arguments))
+        made.append(allocate(*arguments))
         return made[-1]
 
     def failing(*arguments):
@@ -290,9 +290,8 @@ def test_out_of_memory_names_the_settings_and_frees_everything(where, monkeypatc
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return project(*arguments)
 
-    monkeypatch.setattr(head, "room", noted)
-    for module in (head, head_backward):
-        monkeypatch.setattr(module, "project", failing)
+    monkeypatch.setattr(tiles, "padded_tile", noted)
+    monkeypatch.setattr(head, "project", failing)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         step(hidden, weight, labels, g, schedule=schedule)
     message = str(caught.value)

@@ -11,9 +11,9 @@ import torch
 from numerics import BACKENDS, DEVICE, IGNORE, Scaling, assert_below
 
 import fused_po
-from fused_po.ops import backend as backends
-from fused_po.parallel import Sharded
-from fused_po.reference import stats_dtype
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Outputs, stats_dtype
+from fused_po.parallel.row_passes import KL_RECORD, SplitRows
 
 GAPS = (0.0, 1e-3, 0.5, 3.0, 10.0, 20.0, 40.0, 70.0)  # nats between label and next token; fp32 underflows at e^-87
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -254,19 +254,19 @@ class Ranks:
         parts = []
         for rank, (begin, size) in enumerate(zip(self.starts, self.sizes)):
             here = torch.where(owner == rank, labels - begin, 0)
-            parts.append(Sharded.record(self, logits[None, :, begin : begin + size], here, 1.0, None, outputs))
+            parts.append(
+                SplitRows.record(self, logits[None, :, begin : begin + size], here, Scaling(), Outputs.of(outputs))
+            )
         return self.run.merge_scores(torch.stack(parts), owner, logits.shape[1], outputs)
 
     def kl(self, logits, ref_logits, labels, direction):
         """`merge_kl` of the parts."""
-        from fused_po.parallel import KL_FIELDS
-
         owner = torch.bucketize(labels, torch.tensor(self.sizes, device=DEVICE).cumsum(0), right=True)
         parts = []
         for rank, (begin, size) in enumerate(zip(self.starts, self.sizes)):
             here, columns = torch.where(owner == rank, labels - begin, 0), slice(begin, begin + size)
             both = logits[None, :, columns], ref_logits[None, :, columns]
-            parts.append(self.run.kl(*both, here, (1.0, None), (1.0, None), direction, True)[list(KL_FIELDS)])
+            parts.append(self.run.kl(*both, here, (1.0, None), (1.0, None), direction, True)[KL_RECORD])
         return self.run.merge_kl(torch.stack(parts), owner, direction)
 
 

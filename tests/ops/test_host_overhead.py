@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_po
 from fused_po import checks
-from fused_po.ops import autograd, linear_logps, logps
+from fused_po.backend.interface import Outputs
+from fused_po.lm_head import scored
+from fused_po.ops import outputs, register
 
 ROWS = {row.name: row for row in overhead_cases.rows("cpu")}
 # ATen ops and Python functions of one call: (forward), (forward and backward). A change may lower them.
@@ -179,30 +181,30 @@ def test_a_profiler_sees_the_ops():
 
 def test_every_tensor_of_an_op_is_known():
     """The tensors are compared with the op's schema."""
-    assert len(autograd.registered) >= 16
-    for op, known in autograd.registered.items():
-        arguments = op._opoverload._schema.arguments
-        assert known.tensors == [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        assert known.mutated == [i for i, a in enumerate(arguments) if a.alias_info is not None]
+    assert len(register.registered) >= 16
+    for op in register.registered:
+        arguments = op.definition._opoverload._schema.arguments
+        assert op.tensors == [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        assert op.mutated == [i for i, a in enumerate(arguments) if a.alias_info is not None]
 
 
 def test_when_the_dispatcher_is_skipped():
     """The dispatcher is skipped only for plain tensors, and only where no mode, transform or tracer is active."""
     x = torch.ones(2)
-    assert autograd.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
+    assert register.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
     with torch.no_grad():
-        assert autograd.unseen((x,), (0,))
+        assert register.unseen((x,), (0,))
     for other in (x.to("meta"), x.as_subclass(Sub)):
-        assert not autograd.unseen((x, other), (0, 1))
+        assert not register.unseen((x, other), (0, 1))
     with torch.autograd.forward_ad.dual_level():
-        assert not autograd.unseen((x,), (0,))
+        assert not register.unseen((x,), (0,))
     for mode in (Watching(), Functions(), torch._subclasses.FakeTensorMode(), torch.device("cpu")):
         with mode:
-            assert not autograd.unseen((x,), (0,))
+            assert not register.unseen((x,), (0,))
     seen = []
-    torch.func.grad(lambda v: (seen.append(autograd.unseen((v,), (0,))), v.sum())[1])(x)
-    torch.func.vmap(lambda v: (seen.append(autograd.unseen((v,), (0,))), v)[1])(x)
-    torch.jit.trace(lambda v: (seen.append(autograd.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
+    torch.func.grad(lambda v: (seen.append(register.unseen((v,), (0,))), v.sum())[1])(x)
+    torch.func.vmap(lambda v: (seen.append(register.unseen((v,), (0,))), v)[1])(x)
+    torch.jit.trace(lambda v: (seen.append(register.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
     assert seen == [False] * 3
 
 
@@ -284,14 +286,16 @@ def test_label_range(ignore_index):
 
 @pytest.mark.parametrize("ignore_index", (-100, 3))
 def test_scored_rows(ignore_index):
-    assert linear_logps.scored_rows(torch.tensor([0, 1]), ignore_index) is None
-    assert linear_logps.scored_rows(torch.tensor([0, ignore_index, 1]), ignore_index).tolist() == [0, 2]
-    assert linear_logps.scored_rows(torch.empty(0, dtype=torch.int64), ignore_index) is None
+    assert scored.scored_rows(torch.tensor([0, 1]), ignore_index) is None
+    assert scored.scored_rows(torch.tensor([0, ignore_index, 1]), ignore_index).tolist() == [0, 2]
+    assert scored.scored_rows(torch.empty(0, dtype=torch.int64), ignore_index) is None
 
 
-def test_output_bits():
-    assert logps.output_bits(("entropy", "logps", "entropy")) == 3
-    assert logps.output_bits(["log_sum_sq_probs"]) == 32
+def test_outputs():
+    assert outputs.outputs_of(("entropy", "logps", "entropy")) == Outputs(logps=True, entropy=True)
+    assert outputs.outputs_of(["log_sum_sq_probs"]).bits == 32
+    for bits in range(64):
+        assert Outputs.of(bits).bits == bits
 
 
 def test_the_command_line(tmp_path):

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
-from numerics import BACKENDS, DEVICE, IGNORE, count_launches, random_labels
+from numerics import BACKENDS, DEVICE, count_launches, random_labels
 from policy_problems import given, problem
+from registered_ops import opcheck
 
 import fused_po
+from fused_po.backend.interface import Form
+from fused_po.ops.policy import PolicySettings
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,17 +80,15 @@ def test_without_a_gradient_nothing_is_overwritten(backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, seed):
-    ops = torch.ops.fused_po
     logits = torch.randn(2, 3, 37, device=DEVICE, requires_grad=True)
     numbers = [torch.randn(6, device=DEVICE) for _ in range(4)]
-    form = "clip", 0.8, 1.2, math.inf, "k3", 0.1, True, 0.2
-    first = random_labels(6, 37, "some"), *numbers, *form, 1.5, IGNORE
-    torch.library.opcheck(ops.policy_fwd, (logits, *first, False, backend))
-    torch.library.opcheck(ops.policy_fwd_, (logits.detach(), *first, backend))
-    torch.library.opcheck(ops.policy_scale_, (logits.detach(), numbers[0].sum(), backend))
-    torch.library.opcheck(
-        ops.policy_link, (logits, numbers[0].sum(), backend), test_utils=("test_schema", "test_faketensor")
-    )
+    settings = PolicySettings(Form("clip", 0.8, 1.2, math.inf, "k3", 0.1, True, 0.2), 1.5, False, backend)
+    first = random_labels(6, 37, "some"), *numbers, settings
+    opcheck("policy_fwd", logits, *first)
+    opcheck("policy_fwd_", logits.detach(), *first)
+    opcheck("policy_scale_", logits.detach(), numbers[0].sum(), backend)
+    link, without_autograd = torch.ops.fused_po.policy_link, ("test_schema", "test_faketensor")
+    torch.library.opcheck(link, (logits, numbers[0].sum(), backend), test_utils=without_autograd)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import Schedule, kernels
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 B, T, V, H = 4, 3, 5, 4
 N = B * T

@@ -5,15 +5,19 @@ import copy
 import pytest
 import torch
 from numerics import BACKENDS, DEVICE, IGNORE, no_inductor, random_labels
+from registered_ops import dispatched, opcheck
 
 import fused_po
-from fused_po.ops import linear_logps as linear_module  # noqa: F401  (registers the ops)
-from fused_po.reference import SAVED_FIELDS
+from fused_po.backend.interface import Outputs, SavedRow, Scaling
+from fused_po.lm_head.head import Head
+from fused_po.lm_head.plan import Dtypes, Needs
+from fused_po.lm_head.scored import Dropping
+from fused_po.ops.dpo import DPOLogitsSettings, DPOLoss, DPOSettings
+from fused_po.ops.logps import GradientSettings, LogpsSettings
+from fused_po.parallel.vocab import WHOLE
 
-ops = torch.ops.fused_po
 STATS = ("logps", "entropy", "lse")
 SMALL = fused_po.Schedule(tile_bytes=600)
-HERE = "", ()  # no process group: the whole vocabulary is here
 
 
 def doubles(*shapes):
@@ -65,12 +69,20 @@ def test_only_tensors_that_require_grad_get_one(needs, dtype, seed):
 def test_opcheck_logits(backend, seed):
     logits = torch.randn(2, 3, 37, device=DEVICE, requires_grad=True)
     labels = random_labels(6, 37, "none")
-    torch.library.opcheck(ops.logps_fwd, (logits, labels, 1.5, None, IGNORE, 63, False, backend, *HERE))
-    _, entropy, _, _, saved = ops.logps_fwd(logits.detach(), labels, 1.5, 0.2, IGNORE, 63, False, backend, *HERE)
+    settings = LogpsSettings(Scaling(1.5), IGNORE, Outputs(*(True,) * 6), False, backend, WHOLE)
+    opcheck("logps_fwd", logits, labels, settings)
+    scaling = Scaling(1.5, 0.2)
+    stats = dispatched("logps_fwd", logits.detach(), labels, settings._replace(scaling=scaling))
     g = torch.randn(6, device=DEVICE)
-    arguments = (logits.detach(), labels, saved[:SAVED_FIELDS], entropy, g, g, None, 1.5, 0.2, backend, 0)
-    torch.library.opcheck(ops.logps_bwd, arguments)
-    torch.library.opcheck(ops.logps_bwd_, arguments)
+    saved = stats.saved[: SavedRow.COUNT], stats.entropy, g, g, None, GradientSettings(scaling, backend)
+    opcheck("logps_bwd", logits.detach(), labels, *saved)
+    opcheck("logps_bwd_", logits.detach(), labels, *saved)
+
+
+def head_settings(dtype, keep, backend):
+    """With a gradient of the entropy, and memory for the bases of 3 rows."""
+    outputs = Outputs(logps=True, entropy=True)
+    return Head(Scaling(1.5), Dtypes(dtype, torch.float32), IGNORE, outputs, keep, 1 << 20, 700, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,16 +97,16 @@ def test_opcheck_linear(backend, keep, compact, rank, seed):
     weight, bias, low = head if rank else (*head[:2], None)
     labels = random_labels(6, 37, "some")
     rows = None if compact else torch.tensor([0, 3], device=DEVICE)
-    fixed = (torch.float32, torch.float32, 1 << 20, 700, keep, backend, *HERE, False, compact, False)  # room for 3 rows
-    first = (hidden, weight, bias, low, labels, rows)
-    torch.library.opcheck(ops.linear_logps_fwd, (*first, 1.5, None, IGNORE, 3, *fixed))
-    torch.library.opcheck(ops.linear_logps_fwd, (hidden, weight, None, low, labels, rows, 1.5, 0.2, IGNORE, 1, *fixed))
+    settings, dropping = head_settings(torch.float32, keep, backend), Dropping(compact, False)
+    opcheck("linear_logps_fwd", hidden, weight, bias, low, labels, rows, settings, dropping)
+    capped = settings._replace(scaling=Scaling(1.5, 0.2), outputs=Outputs(logps=True))
+    opcheck("linear_logps_fwd", hidden, weight, None, low, labels, rows, capped, dropping)
     operands = [None if t is None else t.detach() for t in (hidden, weight, bias, low)]
-    _, entropy, _, _, stats, kept = ops.linear_logps_fwd(*operands, labels, rows, 1.5, None, IGNORE, 3, *fixed)
+    made = dispatched("linear_logps_fwd", *operands, labels, rows, settings, dropping)
     g = torch.randn(6, device=DEVICE)
-    saved = (*operands, labels, rows, stats[:SAVED_FIELDS], entropy, kept, g, None, g, 1.5, None, IGNORE, 3)
-    needs = [True, *(keep != "product" and t is not None for t in operands[1:])]
-    torch.library.opcheck(ops.linear_logps_bwd, (*saved, *fixed, needs))
+    saved = made.saved[: SavedRow.COUNT], made.entropy, made.kept, g, None, g
+    needs = Needs(True, *(keep != "product" and t is not None for t in operands[1:]))
+    opcheck("linear_logps_bwd", *operands, labels, rows, *saved, settings, dropping, needs)
 
 
 @pytest.mark.parametrize("keep", ("product", "basis"))
@@ -102,13 +114,13 @@ def test_unneeded_gradients_have_the_dtype_and_device_of_the_head(keep, seed):
     """Empty tensors stand in for them; a compiler plans with their dtype and device."""
     hidden, weight = torch.randn(6, 5, device=DEVICE), torch.randn(37, 5, device=DEVICE, dtype=torch.bfloat16)
     labels = random_labels(6, 37, "some")
-    fixed = (torch.bfloat16, torch.float32, 1 << 20, 700, keep, "reference", *HERE, False, True, False)
+    settings, dropping = head_settings(torch.bfloat16, keep, "reference"), Dropping(True, False)
     operands = (hidden, weight, weight[:, 0].float(), None, labels, None)
-    _, entropy, _, _, stats, kept = ops.linear_logps_fwd(*operands, 1.5, None, IGNORE, 3, *fixed)
-    saved = (*operands, stats[:SAVED_FIELDS], entropy, kept, torch.randn(6, device=DEVICE), None, None)
+    made = dispatched("linear_logps_fwd", *operands, settings, dropping)
+    saved = made.saved[: SavedRow.COUNT], made.entropy, made.kept, torch.randn(6, device=DEVICE), None, None
     needed = [(True, False, False)] + [(True, True, False), (False, True, True)] * (keep == "basis")
     for needs in needed:
-        torch.library.opcheck(ops.linear_logps_bwd, (*saved, 1.5, None, IGNORE, 3, *fixed, [*needs, False]))
+        opcheck("linear_logps_bwd", *operands, *saved, settings, dropping, Needs(*needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,11 +128,11 @@ def test_unneeded_gradients_have_the_dtype_and_device_of_the_head(keep, seed):
 def test_opcheck_dpo(backend, kl, seed):
     logits = torch.randn(4, 3, 37, device=DEVICE, requires_grad=True)
     labels = random_labels(12, 37, "some").view(4, 3)
-    loss = (0.1, 0.1, kl, 0.3 if kl else 0.0)
-    arguments = (logits, labels, logits.detach() + 1, None, *loss, 1.0, None, IGNORE, False, backend)
-    torch.library.opcheck(ops.dpo_logits_fwd, arguments)
+    loss = DPOLoss(0.1, 0.1, kl, 0.3 if kl else 0.0)
+    settings = DPOLogitsSettings(loss, Scaling(), IGNORE, False, backend)
+    opcheck("dpo_logits_fwd", logits, labels, logits.detach() + 1, None, settings)
     logps = torch.randn(4, 3, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops.dpo_fwd, (logps, labels, logps.detach() + 1, *loss, IGNORE, backend))
+    opcheck("dpo_fwd", logps, labels, logps.detach() + 1, DPOSettings(loss, IGNORE, backend))
 
 
 def compilers():

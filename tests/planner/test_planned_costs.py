@@ -7,7 +7,7 @@ from numerics import DEVICE, IGNORE
 
 import fused_po
 from fused_po import Schedule
-from fused_po.planner.cost import TOKEN_BYTES, Plan, ours
+from fused_po.planner.cost import TOKEN_BYTES, Sizes, ours
 from fused_po.planner.work import Work
 
 ROW = 4 * 2048  # bytes of a row of logits; in these tests the reference backend takes one row at a time
@@ -77,7 +77,7 @@ def rule(work: Work) -> int:
 
     A CPU also casts a block of a 16-bit head; the KL casts one of each head.
     """
-    plan = Plan(work)
+    plan = Sizes(work)
     block = 4 * plan.block * work.hidden * (1 + plan.cast * (1 + plan.kl))
     return work.budget + (1 + plan.kl) * work.tile_bytes + block + work.tokens * (5 * 4 * work.hidden + TOKEN_BYTES)
 

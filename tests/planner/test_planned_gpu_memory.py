@@ -14,12 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_po.ops import gemm, head_backward, kl_head
-from fused_po.ops import head as schedules
+from fused_po.backend.interface import Divergence, Grads, KLRow, Outputs, SavedRow, Scaling
+from fused_po.lm_head import backward, forward, gemm, kl, logps
+from fused_po.lm_head.head import Head, Operands
+from fused_po.lm_head.kl_tiles import KLHead
+from fused_po.lm_head.plan import Dtypes, Needs
 from fused_po.planner.cost import ours
 from fused_po.planner.work import Work
-from fused_po.reference import SAVED_FIELDS
-from fused_po.reference.divergence import TOKEN_FIELDS
 
 N, SCORED, H, V, TILE = 512, 256, 1024, 8192, 1 << 21
 ROW = 2 * V  # bytes of a row of the basis
@@ -48,37 +49,41 @@ class Allocations(TorchDispatchMode):
 
 def score(logits, labels, outer, inner, ignore_index, outputs, basis):
     return tuple(logits.new_empty(n) for n in (len(labels), len(labels) * bool(outputs & 2), 0, 0)) + (
-        logits.new_empty(SAVED_FIELDS, len(labels)),
+        logits.new_empty(SavedRow.COUNT, len(labels)),
     )
 
 
-def kl(logits, ref_logits, labels, *how):
-    return logits.new_empty(TOKEN_FIELDS, len(labels))
+def compare(logits, ref_logits, labels, *how):
+    return logits.new_empty(KLRow.COUNT, len(labels))
 
 
 def nothing(*arguments, **how):
     """Stands for a GEMM that writes into an existing buffer."""
 
 
-def run(work: Work, logps: bool) -> int:
+def run(work: Work, one_head: bool) -> int:
     """The peak of a forward and a backward on fake tensors."""
     new = dict(device="meta")
     hidden = torch.empty(N, H, dtype=torch.bfloat16, **new)
     weight, labels = torch.empty(V, H, dtype=torch.bfloat16, **new), torch.empty(N, dtype=torch.int64, **new)
     rows = torch.empty(work.scored, dtype=torch.int64, **new) if work.scored < N else None
-    grads, needs = [torch.empty(N, **new) for _ in range(3)], [*work.needs, False]
-    policy, reference = (kl_head.Side(hidden, weight, None) for _ in range(2))
+    grads, needs = [torch.empty(N, **new) for _ in range(3)], Needs(*work.needs, False)
+    plan, operands = work.plan, Operands(hidden, weight)
+    outputs = Outputs(logps=True, entropy=work.entropy)
+    limits = plan.keep, plan.tile_bytes, plan.budget, "reference"
+    head = Head(Scaling(), plan.dtypes, -100, outputs, *limits)
     with Allocations([hidden, weight, labels, *grads, *([] if rows is None else [rows])]) as counted:
-        if logps:
-            made = schedules.forward(work.head, hidden, weight, None, labels, rows, work.scored)
-            saved = schedules.Saved(hidden, weight, None, labels, rows, made[4], made[1], made[5])
-            incoming = grads[0], grads[1] if work.entropy else None, None
-            call = head_backward.backward, work.head, saved, *incoming, needs, False
+        if one_head:
+            stats, kept = logps.forward(head, operands, labels, rows, work.scored)
+            saved = logps.Saved(labels, rows, stats.saved, stats.entropy, kept)
+            incoming = Grads(grads[0], grads[1] if work.entropy else None)
+            call = logps.backward, head, operands, saved, incoming, needs, False
         else:
-            made = kl_head.forward(work.head, hidden, work.other, policy, reference, labels, rows, work.scored)
-            saved = kl_head.Saved(policy, reference, labels, rows, *made)
+            divergence = Divergence(Scaling(), Scaling(), "reverse", 0.5, work.kl_bases == 2)
+            both = head, operands, operands, KLHead(head, plan.dtypes, divergence)
+            saved = kl.Saved(labels, rows, *kl.forward(*both, labels, rows, work.scored))
             incoming = [grads[0], grads[1] if work.kl_bases > 1 else None, None]
-            call = kl_head.backward, work.head, saved, work.other, incoming, needs, False
+            call = kl.backward, *both, saved, incoming, needs, False
         result = call[0](*call[1:]) if work.keep != "nothing" else None
     del result
     return counted.peak
@@ -93,12 +98,12 @@ def test_peak_on_a_gpu(how, monkeypatch):
     work = Work(*sizes, False, how["loss"], how["needs"], how["entropy"], TILE, 0, torch.device("cuda"))
     work = work._replace(budget=int(how["share"] * work.scored) * ROW * max(1, work.kl_bases))
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
-    stand_ins = {"mm": nothing, "back_project": nothing, "gemm_dtype": lambda device, compute, wide: compute}
-    for name, stand_in in stand_ins.items():
-        for module in (gemm, schedules, head_backward, kl_head):
-            monkeypatch.setattr(module, name, stand_in, raising=False)
-    fake = SimpleNamespace(score=score, gradient=nothing, from_basis=nothing, kl=kl, kl_gradient=nothing)
-    monkeypatch.setattr("fused_po.ops.backend.get", lambda name: fake)
+    monkeypatch.setattr(Dtypes, "gemm", lambda dtypes, device: dtypes.compute)
+    for name in ("mm", "back_project"):
+        for module in (gemm, forward, backward):
+            monkeypatch.setattr(module, name, nothing, raising=False)
+    fake = SimpleNamespace(score=score, gradient=nothing, from_basis=nothing, kl=compare, kl_gradient=nothing)
+    monkeypatch.setattr("fused_po.backend.choose.get", lambda name: fake)
     counted = run(work, how["loss"] == "logps")
     planned = ours(work)
     assert abs(planned.peak - counted) <= N * 64

@@ -14,7 +14,7 @@ from repository import ROOT
 
 import fused_po
 from fused_po import kernels
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 SAID = "fused_po: backend 'triton' does not run on"
 LABELS = torch.tensor([1, 4, -100], device=DEVICE)
@@ -197,7 +197,7 @@ cache, benchmarks = sys.argv[1:]
 sys.path.insert(0, benchmarks)
 import aot
 from fused_po import kernels
-from fused_po.ops import backend
+from fused_po.backend import choose as backend
 
 case = next(case for case in aot.cases() if case.kernel == "statistics_kernel")
 kernels.load("triton").statistics = lambda *_: aot.compile_case(case, "90").asm["cubin"]

@@ -7,7 +7,7 @@ from numerics import BACKENDS, DEVICE, IGNORE, assert_close
 
 import fused_po
 from fused_po import Schedule, losses
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

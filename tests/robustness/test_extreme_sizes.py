@@ -9,7 +9,7 @@ from numerics import BACKENDS, DEVICE, IGNORE, Scaling, random_labels
 from plain_ops import gae_loop
 
 import fused_po
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 
 APART = 2**31 + 16  # elements between rows; the memory in between is never touched
 V = 300

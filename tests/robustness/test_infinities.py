@@ -11,9 +11,10 @@ from numerics import BACKENDS, DEVICE
 
 import fused_po
 from fused_po import losses
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Form, TokenInputs
 from fused_po.losses.numerics import k3_estimate, saturating_expm1
-from fused_po.ops import backend as backends
-from fused_po.reference.policy import Form, Given
+from fused_po.reference.dpo import kl_estimate
 
 INF = math.inf
 E20 = math.expm1(20.0)
@@ -137,9 +138,7 @@ def test_estimates_in_the_fused_ops(backend, kl):
     assert_same(tokens[2] - tokens[3], r)
     kl_tokens = run.dpo(tokens, labels, None, 0.1, 0.0, kl, -100)[3]
     assert_same(kl_tokens, exact)
-    from fused_po.reference import preference
-
-    assert_same(preference.kl_estimate(r.double(), kl)[1], slopes)
+    assert_same(kl_estimate(r.double(), kl)[1], slopes)
 
 
 def test_estimates_in_the_losses():
@@ -283,7 +282,7 @@ def test_policy_ops(backend, kind, kl, seed):
     for a, weights in ((zero, one), (one, tensor(1.0, 0.0, 1.0))):
         if kind == "weight" and a is one:
             continue  # the loss of the token is infinite, and not weighted yet
-        given = Given(a, weights, one * -2, None if kl is None else one * -1)
+        given = TokenInputs(a, weights, one * -2, None if kl is None else one * -1)
         form = Form(kind, 0.5, 2.0, kl=kl, kl_coef=0.0)
         x = logits.clone()
         tokens = backends.get(backend).policy(x, labels, given, form, 1.0, -100, True)
@@ -298,7 +297,7 @@ def test_a_ratio_of_two_forbidden_tokens_is_nan(backend):
     """-inf - -inf of policy and old policy is NaN, instead of silently e^-20."""
     logits = torch.tensor([[[-INF, 0.0]]], device=DEVICE)
     labels, one = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.ones(1, device=DEVICE)
-    given = Given(one, one, one * -INF, None)
+    given = TokenInputs(one, one, one * -INF, None)
     tokens = backends.get(backend).policy(logits, labels, given, Form("clip", 0.8, 1.2), 1.0, -100, False)
     assert tokens[6].isnan().all()
 

@@ -1,14 +1,11 @@
-"""Matrix products of the head: into a buffer of its own, possibly wider, dtype; casts a block at a time."""
+"""Matrix products of the head: the result may be wider than the factors; a head to be cast is cast block by block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def gemm_dtype(device: torch.device, compute_dtype: torch.dtype, logits_dtype: torch.dtype) -> torch.dtype:
-    """The operands' dtype: a GPU multiplies low precision into wide sums, a CPU needs operands as wide as the sums."""
-    return compute_dtype if device.type == "cuda" else logits_dtype
+from fused_po.lm_head.plan import padded, spans
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -25,31 +22,9 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, **mixed, out=out)
 
 
-ROW_BYTES = (
-    64  # rows of logits begin at multiples of it: whole vectors for kernels, aligned leading dimensions for GEMMs
-)
-
-
-def padded(n_cols: int, dtype: torch.dtype) -> int:
-    """Columns a row of logits takes with its padding."""
-    unit = ROW_BYTES // dtype.itemsize
-    return (n_cols + unit - 1) // unit * unit
-
-
-def room(like: Tensor, n_rows: int, n_cols: int, dtype: torch.dtype) -> Tensor:
+def padded_tile(like: Tensor, n_rows: int, n_cols: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised [n_rows, n_cols] with padded rows, on `like`'s device."""
     return like.new_empty(n_rows, padded(n_cols, dtype), dtype=dtype)[:, :n_cols]
-
-
-def head_block(n_rows: int, n_cols: int, width: int, tile_bytes: int) -> int:
-    """Rows of the head taken at once where it is cast, or its gradient summed: fp32, they stay within tile_bytes."""
-    block = max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, 2048)))))
-    return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
-
-
-def spans(begin: int, end: int, step: int) -> list[slice]:
-    """[begin, end) in pieces of `step`."""
-    return [slice(at, min(at + step, end)) for at in range(begin, end, max(1, step))]
 
 
 def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
@@ -57,15 +32,20 @@ def operand(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> T
     return weight if weight.dtype == compute_dtype == dtype else weight.to(compute_dtype).to(dtype)
 
 
-def take(value: Tensor, some: slice) -> Tensor:
-    """value[some]; the tensor itself if that is all of it."""
-    return value if some.start == 0 and some.stop == value.shape[0] else value[some]
+def take(value: Tensor, rows: slice) -> Tensor:
+    """value[rows]; the tensor itself if that is all of it."""
+    return value if rows.start == 0 and rows.stop == value.shape[0] else value[rows]
 
 
 def project(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, out: Tensor, block: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype,
+    out: Tensor,
+    block: int,
     low: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """out [N, V] = hidden [N, H] @ weight [V, H]^T + bias [V]; a head to be cast is cast `block` rows at a time.
 
     With low [V, r], an operand already, hidden is [N, H + r]: [weight | low] without putting them side by side.
@@ -84,9 +64,15 @@ def project(
 
 
 def back_project(
-    d: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int, low: Tensor | None = None, *,
+    d: Tensor,
+    weight: Tensor,
+    compute_dtype: torch.dtype,
+    out: Tensor,
+    block: int,
+    low: Tensor | None = None,
+    *,
     add: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """out [N, H] = d [N, V] @ weight [V, H], or += with `add`; a head to be cast is cast `block` rows at a time.
 
     With low [V, r], out is [N, H + r]: see `project`.
@@ -104,3 +90,19 @@ def back_project(
             mm(d[:, columns], operand(weight[columns], compute_dtype, factor), total, add=add_this)
     if low is not None:
         mm(d, low, out[:, width:], add=add)
+
+
+THIN_ROWS = {"cpu": 32}  # of a product with few columns that are summed in one go
+THIN_ROWS_ELSEWHERE = 128
+
+
+def add_product(d: Tensor, thin: Tensor, total: Tensor) -> None:
+    """total += d^T thin, for thin of few columns: the gradients of a bias and of low.
+
+    A GEMM adds the rows of such a product one after another and rounds each sum; plain PyTorch sums a bias's gradient
+    in cascades. So it is made of sums of some rows; on a CPU the total is in float64.
+    """
+    part = torch.empty_like(total, dtype=torch.float64 if d.dtype == torch.float64 else torch.float32)
+    for some in spans(0, len(d), THIN_ROWS.get(d.device.type, THIN_ROWS_ELSEWHERE)):
+        mm(d[some].t(), thin[some], part)
+        total += part

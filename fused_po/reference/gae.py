@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import stats_dtype
+from fused_po.backend.interface import stats_dtype
 
 ONE_THREAD = 1 << 15  # elements up to which PyTorch wakes no other thread on CPU, which can cost more than all of gae
 SCAN_WIDTH = 32

@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import gradient, statistics
+from fused_po.backend.interface import LOGPS, DPORow, PairRow, SavedRow
+from fused_po.reference.gradient import gradient
+from fused_po.reference.statistics import statistics
 
-# Rows of tokens[4, N] and of pairs[7, B], the buffers of the DPO functions.
-SHIFT, NORM, LOGP, REF_LOGP = range(4)
-SLOPE, CHOSEN_REWARD, REJECTED_REWARD, MARGIN, ACCURACY, KL_SUM, TOKENS = range(7)
-PAIR_FIELDS = 7
 SATURATION = 20.0  # k3 goes on along its tangent where the reference is more nats above the policy
 
 
@@ -20,11 +18,11 @@ def pair_statistics(
     logits: Tensor, ref_logits: Tensor | None, labels: Tensor, outer: float, inner: float | None, ignore_index: int
 ) -> Tensor:
     """tokens[4, N] for logits[O, I, V] and ref_logits[O', I', V] (or None) with O * I = O' * I' = N; labels[N]."""
-    logps, _, _, _, saved = statistics(logits, labels, outer, inner, ignore_index, 1)
-    ref_logps = torch.zeros_like(logps)
+    stats = statistics(logits, labels, outer, inner, ignore_index, LOGPS)
+    ref_logps = torch.zeros_like(stats.logps)
     if ref_logits is not None:
-        ref_logps = statistics(ref_logits, labels, outer, inner, ignore_index, 1)[0].to(logps.dtype)
-    return torch.stack([*saved, ref_logps])
+        ref_logps = statistics(ref_logits, labels, outer, inner, ignore_index, LOGPS).logps.to(ref_logps.dtype)
+    return torch.stack([*stats.saved, ref_logps])
 
 
 def kl_estimate(k1: Tensor, kl: str) -> tuple[Tensor, Tensor]:
@@ -45,15 +43,20 @@ def times(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def dpo(
-    tokens: Tensor, labels: Tensor, ref_sums: Tensor | None, beta: float, label_smoothing: float, kl: str | None,
+    tokens: Tensor,
+    labels: Tensor,
+    ref_sums: Tensor | None,
+    beta: float,
+    label_smoothing: float,
+    kl: str | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses [B], sequence log-probs [2B], pairs [7, B], KL per token [2B * T]) of tokens[4, 2B * T], labels[2B, T].
 
     ref_sums: [2B] reference log-probs of whole sequences, in place of those in `tokens`. kl: "k1", "k2", "k3" or None.
     """
     valid = labels != ignore_index
-    both = torch.where(valid, tokens[LOGP:].view(2, *labels.shape), 0)
+    both = torch.where(valid, tokens[DPORow.LOGP :].view(2, *labels.shape), 0)
     sequences, of_reference = both.sum(2).unbind(0)
     rewards = (sequences - (of_reference if ref_sums is None else ref_sums)).mul_(beta)
     chosen_reward, rejected_reward = rewards.chunk(2)
@@ -76,26 +79,42 @@ def dpo(
 
 
 def dpo_token_gradient(
-    labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None, g_losses: Tensor | None,
-    g_sequences: Tensor | None, kl: str | None,
-) -> Tensor:  # fmt: skip
+    labels: Tensor,
+    tokens: Tensor,
+    pairs: Tensor,
+    weights: Tensor,
+    g_loss: Tensor | None,
+    g_losses: Tensor | None,
+    g_sequences: Tensor | None,
+    kl: str | None,
+) -> Tensor:
     """The gradient [2B, T] in the policy's token log-probs. weights [2]: d loss / d one pair's loss, / d one KL."""
     weights = torch.zeros_like(weights) if g_loss is None else weights * g_loss
-    slope = times(weights[0] if g_losses is None else weights[0] + g_losses, pairs[SLOPE])
+    slope = times(weights[0] if g_losses is None else weights[0] + g_losses, pairs[PairRow.SLOPE])
     g_sequence = torch.cat([slope, -slope])
     if g_sequences is not None:
         g_sequence = g_sequence + g_sequences
     g = g_sequence[:, None].expand(labels.shape)
     if kl:
-        g = g + times(weights[1], kl_estimate((tokens[LOGP] - tokens[REF_LOGP]).view_as(labels), kl)[1])
-    return torch.where(tokens[NORM].view_as(labels) != math.inf, g, 0)
+        g = g + times(weights[1], kl_estimate((tokens[DPORow.LOGP] - tokens[DPORow.REF_LOGP]).view_as(labels), kl)[1])
+    return torch.where(tokens[DPORow.NORM].view_as(labels) != math.inf, g, 0)
 
 
 def dpo_gradient(
-    logits: Tensor, labels: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor, g_loss: Tensor | None,
-    g_losses: Tensor | None, g_sequences: Tensor | None, kl: str | None, outer: float, inner: float | None, out: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    pairs: Tensor,
+    weights: Tensor,
+    g_loss: Tensor | None,
+    g_losses: Tensor | None,
+    g_sequences: Tensor | None,
+    kl: str | None,
+    outer: float,
+    inner: float | None,
+    out: Tensor,
+) -> None:
     """Write into out[O, I, V] the gradient with respect to the policy's logits[O, I, V]; both may be the same."""
     g = dpo_token_gradient(labels, tokens, pairs, weights, g_loss, g_losses, g_sequences, kl)
-    saved = tokens[SHIFT : LOGP + 1]
+    saved = tokens[: SavedRow.COUNT]
     gradient(logits, labels.flatten(), saved, tokens[:0], g.flatten(), None, None, outer, inner, out)

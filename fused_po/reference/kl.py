@@ -7,21 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.rows import (
-    FLOOR,
-    norm_of,
-    put_rows,
-    row_blocks,
-    rows_of,
-    scaled,
-    set_labels,
-    sheets,
-    stats_dtype,
-)
-
-# Rows of tokens[TOKEN_FIELDS, N]: results, then what the backward needs.
-KL, LOGP, REF_LOGP, ENTROPY, SHIFT, NORM, REF_SHIFT, REF_NORM, CENTER = range(9)
-TOKEN_FIELDS = 9
+from fused_po.backend.interface import KLRow, stats_dtype
+from fused_po.reference.rows import FLOOR, put_rows, row_blocks, rows_of, scaled, set_labels, sheets
+from fused_po.reference.statistics import norm_of
 
 
 def _log_probs(
@@ -44,9 +32,13 @@ def _log_probs(
 
 
 def _both_sides(
-    x: Tensor, y: Tensor, scaling: tuple, ref_scaling: tuple, sides: list[Tensor] | None = None,
+    x: Tensor,
+    y: Tensor,
+    scaling: tuple,
+    ref_scaling: tuple,
+    sides: list[Tensor] | None = None,
     label: Tensor | None = None,
-) -> tuple:  # fmt: skip
+) -> tuple:
     """(log p, log q, sides, slope of a softcap or None, room) of logits x, y [rows, V].
 
     sides: 4 shifts and norms [rows, 1]. label [rows, 1]: whose log-probs are to be exact, or None. room: memory of
@@ -83,9 +75,14 @@ def _mixture_sums(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, 
 
 
 def kl(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, scaling: tuple, ref_scaling: tuple, direction: str | float,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    scaling: tuple,
+    ref_scaling: tuple,
+    direction: str | float,
     with_labels: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """tokens[9, N] (see the rows' names) of logits and ref_logits[O, I, V], labels[N] >= 0 where a row counts.
 
     direction: "reverse" KL(p || q), "forward" KL(q || p), or the weight w of w KL(q || m) + (1 - w) KL(p || m).
@@ -112,11 +109,11 @@ def kl(
     if len(blocks) == 1 and blocks[0][1].shape[1] == n_rows:
         tokens = blocks[0][1]
     else:
-        tokens = torch.zeros(TOKEN_FIELDS, n_rows, **new)
-        tokens[NORM] = math.inf
+        tokens = torch.zeros(KLRow.COUNT, n_rows, **new)
+        tokens[KLRow.NORM] = math.inf
         for rows, fields in blocks:
             tokens[:, rows] = fields
-    tokens[KL].clamp_(min=0)  # rounding; NaN stays
+    tokens[KLRow.KL].clamp_(min=0)  # rounding; NaN stays
     return tokens
 
 
@@ -128,24 +125,34 @@ def mixture(
     tokens: of whole rows, of which V may be a part.
     """
     sums = torch.zeros_like(tokens[:2])
-    for rows, pick, (x, y) in row_blocks(tokens[NORM] != math.inf, sheets(logits, ref_logits)):
+    for rows, pick, (x, y) in row_blocks(tokens[KLRow.NORM] != math.inf, sheets(logits, ref_logits)):
         x, y = rows_of(x, pick), rows_of(y, pick)
-        log_p, log_q, *_ = _both_sides(x, y, scaling, ref_scaling, tokens[SHIFT:CENTER, rows, None].unbind(0))
+        log_p, log_q, *_ = _both_sides(
+            x, y, scaling, ref_scaling, tokens[KLRow.SHIFT : KLRow.CENTER, rows, None].unbind(0)
+        )
         sums[0, rows], sums[1, rows] = _mixture_sums(log_p, log_q, weight)
     return sums
 
 
 def kl_gradient(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, scaling: tuple,
-    ref_scaling: tuple, direction: str | float, with_labels: bool, out: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    grads: Tensor,
+    scaling: tuple,
+    ref_scaling: tuple,
+    direction: str | float,
+    with_labels: bool,
+    out: Tensor,
+) -> None:
     """Write into out[O, I, V] the gradient in logits[O, I, V]; out may be either of the logits. tokens: from `kl`.
 
     Of a block of the vocabulary's columns, with labels counted from its first.
 
-    grads[3, N]: of the KL, and, read only with labels, of the log-prob and the entropy.
+    grads[3, N]: of the KLRow.KL, and, read only with labels, of the log-prob and the entropy.
     """
-    live = (tokens[NORM] != math.inf).logical_and_(grads.any(0))
+    live = (tokens[KLRow.NORM] != math.inf).logical_and_(grads.any(0))
     with_logp, with_entropy = grads[1:].any(1).tolist() if with_labels and logits.shape[2] else (False, False)
     for rows, pick, (x, y, into) in row_blocks(live, sheets(logits, ref_logits, out), 2):
         x, y = rows_of(x, pick), rows_of(y, pick)

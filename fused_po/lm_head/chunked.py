@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.ops.autograd import no_tangent, once, public, transforms_active
-from fused_po.ops.gemm import head_block, spans
-from fused_po.ops.head import Head, Saved, forward, scored_rows
-from fused_po.ops.head_backward import backward
-from fused_po.ops.linear_logps import check_operands, linear_logps, make_head
-from fused_po.ops.logps import TokenStats, output_bits, token_stats
-from fused_po.parallel import ProcessGroupLike, placed
-from fused_po.reference import stats_dtype
+from fused_po.backend.interface import Grads, Outputs, RowStats, Scaling
+from fused_po.lm_head.backward import Gradients
+from fused_po.lm_head.head import Head, Operands, make_head
+from fused_po.lm_head.logps import Saved, backward, check_operands, forward, linear_logps
+from fused_po.lm_head.plan import BASIS, NOTHING, Needs, head_block, spans
+from fused_po.lm_head.scored import scored_rows
+from fused_po.ops.autograd import no_tangent, public, transforms_active
+from fused_po.ops.outputs import TokenStats, outputs_of, token_stats
+from fused_po.ops.register import once
+from fused_po.parallel.vocab import ProcessGroupLike, local_head
 from fused_po.schedule import Schedule
 
 LossFunction = Callable[[TokenStats, Tensor], Tensor]
@@ -31,7 +33,7 @@ class _Task(NamedTuple):
 
     loss_fn: LossFunction
     head: Head
-    bits: int  # the outputs asked for
+    outputs: Outputs  # those asked for
     labels: Tensor  # [N]
     chunks: list[Tensor]  # numbers of rows
     schedule: Schedule
@@ -71,17 +73,17 @@ def foreign_leaf(loss: Tensor, own: tuple[Tensor, ...]) -> Optional[Tensor]:
     return None
 
 
-def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, tuple]:
-    """(a chunk's share of the loss, its gradients in logps, entropy and lse) from the op's results for these rows.
+def share_and_gradient(task: _Task, results: RowStats, rows: Tensor) -> tuple[Tensor, Grads]:
+    """(a chunk's share of the loss, its gradients) from the op's results for these rows.
 
     loss_fn gets copies, which it may edit in place: the backward reads the results, and the rows are read again.
     """
-    stats = token_stats(results[:4], task.bits, rows.shape)
-    wanted = ("logps", "entropy", "lse") if task.schedule.entropy_grad else ("logps", "lse")
+    stats = token_stats(results, task.outputs, rows.shape)
+    wanted = Grads._fields if task.schedule.entropy_grad else ("logps", "lse")
     leaves = {n: getattr(stats, n).detach() for n in wanted if getattr(stats, n) is not None}
     with torch.enable_grad():
-        leaves = {name: value.requires_grad_(task.head.keep != "nothing") for name, value in leaves.items()}
-        own = {name: getattr(stats, name) for name in ("logps", "entropy", "lse") if getattr(stats, name) is not None}
+        leaves = {name: value.requires_grad_(task.head.keep != NOTHING) for name, value in leaves.items()}
+        own = {name: getattr(stats, name) for name in Grads._fields if getattr(stats, name) is not None}
         copies = {name: leaves.get(name, value).clone() for name, value in own.items()}
         given = stats._replace(**copies), rows.clone()
         share = no_tangent("chunked_loss", "loss_fn's loss", lambda: task.loss_fn(*given))
@@ -89,7 +91,7 @@ def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -
         got = f"shape {tuple(share.shape)}, {share.dtype}" if isinstance(share, Tensor) else type(share).__name__
         raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the chunk's share of the loss")
     if not share.requires_grad:
-        return share, (None, None, None)
+        return share, Grads()
     foreign = foreign_leaf(share, tuple(leaves.values()))
     if foreign is not None:
         raise ValueError(
@@ -97,7 +99,7 @@ def share_and_gradient(task: _Task, results: tuple[Tensor, ...], rows: Tensor) -
             "weight and bias get gradients through chunked_loss. Detach it, or use linear_logps"
         )
     grads = dict(zip(leaves, torch.autograd.grad(share, tuple(leaves.values()), allow_unused=True)))
-    return share.detach(), tuple(grads.get(name) for name in ("logps", "entropy", "lse"))
+    return share.detach(), Grads(**grads)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -110,28 +112,29 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task, *links: Optional[Tensor]
     ) -> Tensor:
-        head, wide = task.head, stats_dtype(task.head.logits_dtype)
-        needs = [need and task.head.keep != "nothing" for need in ctx.needs_input_grad[:3]]
-        grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        sums = tuple(
+        head, operands = task.head, Operands(hidden, weight, bias)
+        wide = head.dtypes.sums
+        needs = Needs(*(need and head.keep != NOTHING for need in ctx.needs_input_grad[:3]))
+        grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
+        weight_sum, bias_sum = (
             torch.zeros(v.shape if need else 0, dtype=wide, device=hidden.device)
-            for v, need in zip((weight, bias), needs[1:])
+            for v, need in zip((weight, bias), needs[1:3])
         )
+        sums = Gradients(hidden.new_empty(0), weight_sum, bias_sum, hidden.new_empty(0))
         loss = hidden.new_zeros((), dtype=wide)
         for rows in task.chunks:
-            h, labels = hidden[rows], task.labels[rows]
+            chunk, labels = operands._replace(hidden=hidden[rows]), task.labels[rows]
             scored = scored_rows(labels, head.ignore_index)
-            results = forward(head, h, weight, bias, labels, scored, rows.numel() if scored is None else scored.numel())
-            share, grads = share_and_gradient(task, results, rows)
+            stats, kept = forward(head, chunk, labels, scored, rows.numel() if scored is None else scored.numel())
+            share, grads = share_and_gradient(task, stats, rows)
             loss += share
-            if any(g is not None for g in grads):
-                _, entropy, _, _, stats, kept = results
-                tensors = Saved(h, weight, bias, labels, scored, stats, entropy, kept)
-                grad = backward(head, tensors, *grads, needs, task.schedule.skip_zero_rows, sums)[0]
-                if needs[0]:
-                    grad_hidden[rows] = grad
-            del results
-        ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums, needs[1:])))
+            if not grads.absent:
+                saved = Saved(labels, scored, stats.saved, stats.entropy, kept)
+                found = backward(head, chunk, saved, grads, needs, task.schedule.skip_zero_rows, sums)
+                if needs.hidden:
+                    grad_hidden[rows] = found.hidden
+            del stats, kept
+        ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums[1:3], needs[1:3])))
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.block = head_block(hidden.shape[0], *weight.shape, head.tile_bytes)
         return loss
@@ -206,28 +209,28 @@ def chunked_loss(
         )
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
-    hidden, weight, bias, shards = placed(hidden, weight, bias, process_group)
+    hidden, weight, bias, shards = local_head(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
     checks.label_range(labels, shards.n_cols(weight.shape[0]), checks.whole("ignore_index", ignore_index))
     groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
-    schedule, bits = Schedule.of(schedule), output_bits(outputs)
+    schedule, asked = Schedule.of(schedule), outputs_of(outputs)
     if schedule.num_scored is not None or not schedule.compact:
         raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
-    scaling = checks.scaling(temperature, logit_scale, softcap)
-    head = make_head((hidden, weight, bias), bits, ignore_index, scaling, backend, schedule, shards)
+    scaling = Scaling(*checks.scaling(temperature, logit_scale, softcap))
+    head = make_head(Operands(hidden, weight, bias), asked, ignore_index, scaling, backend, schedule, shards)
     limit = None
-    if head.keep == "basis":
-        n_cols, device = shards.widest(weight.shape[0]), hidden.device
-        limit = head.rows_within_budget(n_cols, device) or head.tile_rows(n_cols, device)
+    if head.keep == BASIS:
+        n_cols, plan = shards.widest(weight.shape[0]), head.plan(hidden.device)
+        limit = plan.rows_within_budget(n_cols) or plan.tile_rows(n_cols)
     flat = labels.flatten()
     if not checks.has_values(flat):  # no numbers to cut into chunks: shapes and dtypes as of one chunk
         how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
         how |= dict(outputs=outputs, backend=backend, schedule=schedule)
         rows = torch.arange(flat.numel(), device=flat.device)
         share = loss_fn(linear_logps(hidden.reshape(flat.numel(), hidden.shape[-1]), weight, flat, bias, **how), rows)
-        return share.to(stats_dtype(head.logits_dtype))
+        return share.to(head.dtypes.sums)
     chunks = chunks_of(groups.flatten(), flat, ignore_index, limit)
-    task = _Task(loss_fn, head, bits, flat, chunks, schedule)
+    task = _Task(loss_fn, head, asked, flat, chunks, schedule)
     operands = hidden.reshape(flat.numel(), hidden.shape[-1]), weight, bias
     links = (None if v is None else v[:0].clone() for v in operands)
     return _ChunkedLoss.apply(*operands, task, *links)
