@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 sys.path.insert(1, str(EXAMPLES))  # behind this folder, which has a module of the same name as a script
 
-import checkpoints  # noqa: E402
-import common  # noqa: E402
-import comparisons  # noqa: E402
+from trainer import checkpoints, comparisons, run_files  # noqa: E402
 
 # Kills its own process in the middle of a step: the gradient is there, the weights are not yet changed.
 KILL = """
@@ -68,7 +66,7 @@ def run(name: str, words: list[str], output: Path, *more: str):
 
 def weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Of a checkpoint, the last one without a step; by whatever number of ranks it was written."""
-    path = common.checkpoint(output, step or common.checkpoints(output)[-1])
+    path = run_files.checkpoint(output, step or run_files.checkpoints(output)[-1])
     reader = checkpoint.HuggingFaceStorageReader(str(path))
     names = reader.read_metadata().state_dict_metadata
     state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in names.items() if n.startswith("/model/")}

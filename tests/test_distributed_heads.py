@@ -111,7 +111,7 @@ def test_two_ranks_are_one_process(name, two):
 
 def by_tensor_parallel(fused_first: bool) -> list[dict]:
     """parallelize_module by the model's own plan: each rank has rows of the head, 49 of 97 and 48, and all tokens."""
-    from parallel import tensor_parallel
+    from trainer.parallel import tensor_parallel
 
     mesh = distributed.init_device_mesh(device().type, (2,))
     model = causal_lm("Llama").double().train().to(device())

@@ -13,11 +13,7 @@ import transformers
 from pipeline import metrics, script, weights
 from ranks import GROUP_TIMEOUT, Ranks
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import dataset  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import checkpoints, dataset, formats, models, parallel, plots, rollouts, run_files, sampling, setup  # isort: skip
 
 STEPS = 10
 SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: no number of ranks divides it
@@ -58,7 +54,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     data = pipeline.small_data(folder, uneven=True)
     args = script("dpo").parse(data)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)
@@ -95,9 +91,9 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
         patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
         patch.setattr(parallel, "Engine", engine)
         patch.setattr(parallel, "clip_grad_norm", recorded)
-        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         if name == "ppo":
-            patch.setattr(models, "sample", canned)
+            patch.setattr(sampling, "sample", canned)
         args = script(name).parse([*words, *SHORT, *(PPO if name == "ppo" else ()), "--output", output, *more])
         return script(name).train(args), first
 
@@ -242,9 +238,9 @@ def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
     """FSDP2 x TP saves after 5 of 10 steps; FSDP2 and TP on two ranks and one process read its bits and end alike."""
     every = ("--checkpoint-every", "5")
     four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
-    parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
+    parts = [path.name for path in run_files.checkpoint(tmp_path / "four", 5).iterdir()]
     assert {f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)} | {"state.json"} == set(parts)
-    common.remove(common.checkpoint(tmp_path / "four", 10))
+    run_files.remove(run_files.checkpoint(tmp_path / "four", 10))
     saved, wanted = weights(tmp_path / "four"), metrics(tmp_path / "four")[5:]
     for name, engine in (("fsdp", ENGINES["fsdp"]), ("tp", ENGINES["tp"]), ("one", ())):
         shutil.copytree(tmp_path / "four", tmp_path / name)
@@ -262,9 +258,9 @@ def test_four_ranks_save_and_two_or_one_go_on(words, tmp_path, four, two):
 
 def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
     """(answers to one question asked 8 times, the state of torch's generator)."""
-    ppo, rollouts = script("ppo"), script("rollouts")
+    ppo = script("ppo")
     args = ppo.parse([*words, "--parallel", "ddp", "--output", output, "--max-completion-length", "6"])
-    model, tokenizer, prompts, _ = script("loop").start(args, script("loop").load_rows(args, "prompt"))
+    model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
     torch.manual_seed(3)
     rows = rollouts.rollout(model, tokenizer, prompts[:1] * 8, args, lambda rows: [0.0] * len(rows))
     return [row["answer_ids"] for row in rows], torch.get_rng_state()

@@ -10,8 +10,8 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import comparisons  # noqa: E402
 import dpo  # noqa: E402
+from trainer import comparisons  # noqa: E402
 
 
 @pytest.fixture(scope="module")

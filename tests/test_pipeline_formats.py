@@ -11,10 +11,7 @@ import pytest
 from pipeline import run, script
 from transformers import PreTrainedTokenizerFast
 
-import dataset  # isort: skip
-import formats  # isort: skip
-import models  # isort: skip
-import tokens  # isort: skip
+from trainer import dataset, formats, models, sampling, tokenization  # isort: skip
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 datasets.disable_progress_bars()
@@ -50,7 +47,9 @@ def bytes_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
 
 def chat_version(tokenizer):
     """The tokenizer with a template; a BOS is written by those that put one before a text."""
-    tokenizer.chat_template = TEMPLATE if tokens.put_before(tokenizer) else TEMPLATE.removeprefix("{{ bos_token }}")
+    tokenizer.chat_template = (
+        TEMPLATE if tokenization.put_before(tokenizer) else TEMPLATE.removeprefix("{{ bos_token }}")
+    )
     return tokenizer
 
 
@@ -66,7 +65,7 @@ def tokenizer(request):
 
 
 def ours(rows, want, tokenizer, length=200) -> list[dict]:
-    made = [new for row in rows for new in dataset.rows_of(row, want, "row")]
+    made = [new for row in rows for new in formats.rows_of(row, want, "row")]
     return dataset.encode(made, tokenizer, length - 1, length)
 
 
@@ -197,7 +196,7 @@ def test_a_prompt_that_is_no_prefix(capsys):
     said = capsys.readouterr().err
     assert got["generation_ids"] == merging("ab a")["input_ids"] != got["prompt_ids"]
     assert merging.decode(got["prompt_ids"] + got["chosen_ids"]) == "ab ab abc<|end|>"
-    assert "in 1 of 1 rows the prompt's tokens are not those it has before an answer: its end, such as ' a', is" in said
+    assert "in 1 of 1 rows the prompt alone has other tokens than before an answer: its end, such as ' a', is" in said
     (got,) = ours([{**row, "chosen": " b", "rejected": " c"}], "prompt", merging)
     assert "generation_ids" not in got and not capsys.readouterr().err
 
@@ -211,7 +210,7 @@ def test_answers_are_drawn_to_the_whole_prompt(capsys):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(merging), **shape))
     (row,) = ours([{"prompt": "ab a", "chosen": "b abc", "rejected": "bc"}], "prompt", merging)
     args = script("dpo").parse(["--device", "cpu"])
-    (answered,) = models.sample(model, merging, [row], args, 3)
+    (answered,) = sampling.sample(model, merging, [row], args, 3)
     assert answered["prompt_ids"] == row["generation_ids"]
 
 
@@ -238,13 +237,13 @@ def test_prompts_beside_conversations_are_trls(row):
     fields = ("prompt", "chosen", "rejected")
     wanted = {field: trl_row(copy.deepcopy(row))[field] for field in fields}
     for want in ("preference", "prompt"):
-        (got,) = dataset.rows_of(row, want, "row 0")
+        (got,) = formats.rows_of(row, want, "row 0")
         assert {field: got[field] for field in fields} == wanted
-    unpaired = dataset.rows_of(row, "unpaired", "row 0")
+    unpaired = formats.rows_of(row, "unpaired", "row 0")
     assert [r["completion"] for r in unpaired] == [wanted["chosen"], wanted["rejected"]]
     if row is not FEEDBACK and "messages" in row:
         return
-    (first,) = dataset.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
+    (first,) = formats.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
     assert (first["prompt"], first["completion"]) == (wanted["prompt"], wanted["chosen"])
 
 
@@ -282,27 +281,27 @@ def test_columns_that_are_called_as_the_examples_own(tokenizer):
 
 
 WRONG = [  # what is wanted, the row, what is said
-    ("preference", {**PAIR, "images": ["x.png"]}, "field 'images' holds images; the examples train on text alone"),
+    ("preference", {**PAIR, "images": ["x.png"]}, "field 'images' holds images, but the examples train on text only"),
     ("prompt", {"prompt": "a", "image": {"bytes": b"x"}}, "field 'image' holds images"),
     ("completion", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
     ("preference", {**CHAT, "chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, "part of type 'text'"),
-    ("completion", {"text": "a", "input_ids": [1]}, "field 'input_ids' holds tokens; the examples tokenize themselves"),
+    ("completion", {"text": "a", "input_ids": [1]}, "holds tokens, but the examples tokenize texts themselves; remove"),
     ("completion", {"prompt": "a", "completion": "b", "labels": [1]}, "field 'labels' holds tokens"),
-    ("preference", {**CHAT, "tools": "weather"}, "field 'tools' is a string, but not JSON"),
-    ("preference", {**CHAT, "tools": {"name": "x"}}, "field 'tools' is dict, expected a list, or its JSON"),
+    ("preference", {**CHAT, "tools": "weather"}, "field 'tools' is a string that is not JSON"),
+    ("preference", {**CHAT, "tools": {"name": "x"}}, "field 'tools' is dict, expected a list or its JSON"),
     ("prompt", {"prompt": ASK, "tools": ["x"]}, "field 'tools' has 'x', expected tools as JSON schemas"),
     ("unpaired", {**CHAT, "chat_template_kwargs": [1]}, "field 'chat_template_kwargs' is list, expected a dict"),
     ("completion", {"messages": ASK, "chat_template_kwargs": {"tokenize": False}}, "has tokenize, which"),
     ("unpaired", {"prompt": "a", "completion": "b", "label": 2}, "field 'label' is int, expected true or false"),
     ("unpaired", {"prompt": "a", "completion": "b", "label": None}, "field 'label' is null, expected true or false"),
-    ("unpaired", {"completion": "b", "label": True}, "field 'prompt' is missing; wanted prompt, completion, label"),
+    ("unpaired", {"completion": "b", "label": True}, "field 'prompt' is missing; expected prompt, completion, label"),
     ("preference", {**PAIR, "chosen": None}, "field 'chosen' is null, expected a string or a list of messages"),
-    ("preference", {"prompt": ASK, "chosen": "a", "rejected": "b"}, "partly texts, partly lists of messages"),
-    ("preference", {"messages": ASK}, "wanted chosen, rejected"),
-    ("preference", {"prompt": "a", "completion": "b", "label": True}, "wanted chosen, rejected"),
-    ("unpaired", {"messages": ASK}, "wanted prompt, completion, label"),
-    ("unpaired", {"text": "a"}, "wanted prompt, completion, label"),
-    ("prompt", {"messages": ASK}, "wanted prompt"),
+    ("preference", {"prompt": ASK, "chosen": "a", "rejected": "b"}, "partly texts and partly lists of messages"),
+    ("preference", {"messages": ASK}, "expected chosen, rejected"),
+    ("preference", {"prompt": "a", "completion": "b", "label": True}, "expected chosen, rejected"),
+    ("unpaired", {"messages": ASK}, "expected prompt, completion, label"),
+    ("unpaired", {"text": "a"}, "expected prompt, completion, label"),
+    ("prompt", {"messages": ASK}, "expected prompt"),
     ("completion", {"conversations": ["a"]}, "it has 'conversations'"),
     ("completion", {"conversations": [{"from": "user"}]}, "field 'messages' has .* expected messages"),
 ]  # fmt: skip
@@ -311,19 +310,22 @@ WRONG = [  # what is wanted, the row, what is said
 @pytest.mark.parametrize("want, row, message", WRONG)
 def test_what_cannot_be_used_is_an_error(want, row, message):
     with pytest.raises(SystemExit, match=f"rows.jsonl, line 3: .*{message}"):
-        dataset.rows_of(row, want, "rows.jsonl, line 3")
+        formats.rows_of(row, want, "rows.jsonl, line 3")
 
 
 def test_what_is_empty_is_no_image():
     for value in (None, [], ""):
-        assert dataset.rows_of({**PAIR, "images": value, "tools": value}, "preference", "")
+        assert formats.rows_of({**PAIR, "images": value, "tools": value}, "preference", "")
 
 
 def test_settings_of_texts_have_no_effect_and_that_is_said(tokenizer, capsys):
     plain = ours([PAIR], "preference", tokenizer)[0]
     given = ours([{**PAIR, "tools": TOOLS}, PAIR], "preference", tokenizer)[0]
     assert plain["prompt_ids"] == given["prompt_ids"]
-    assert "1 of 2 rows have the field 'tools', which a chat template reads; in rows of text" in capsys.readouterr().err
+    assert (
+        "1 of 2 rows have the field 'tools', which only a chat template uses; it has no effect on rows of text"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_a_template_refuses(tokenizer):
@@ -332,7 +334,7 @@ def test_what_a_template_refuses(tokenizer):
     with pytest.raises(SystemExit, match=r"chat template cannot write .*1 or 2.*TemplateError: roles must alternate"):
         ours([CHAT], "preference", strict)
     strict.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(SystemExit, match="the chat template writes nothing of field 'chosen' behind the prompt"):
+    with pytest.raises(SystemExit, match="the chat template adds no tokens for field 'chosen' after the prompt"):
         ours([CHAT], "preference", strict)
 
 
@@ -364,9 +366,7 @@ def test_margins_of_pairs_are_rewards(tokenizer):
     assert dataset.margins(rows, "cpu").tolist() == [0.5, 2.0]
     assert dataset.margins(ours([PAIR], "preference", tokenizer), "cpu") is None
     for margin in ("much", None, float("nan"), True):
-        with pytest.raises(
-            SystemExit, match=r"field 'margin' is .*, expected a finite number in every row, or in none"
-        ):
+        with pytest.raises(SystemExit, match=r"field 'margin' is .*, expected a finite number in every row or in none"):
             dataset.margins([rows[0], *ours([{**PAIR, "margin": margin}], "preference", tokenizer)], "cpu")
     a, b = torch.randn(2), torch.randn(2)
     given = losses.bradley_terry(a, b, margin=dataset.margins(rows, "cpu"))
@@ -400,6 +400,6 @@ def test_the_space_behind_a_prompt_is_kept_in_sampled_pairs():
             "answer_ids": row["chosen_ids"],
             "answer_text": text,
         }
-        assert models.behind_prompt(made, sampled) == PAIR["chosen"]
-    said = models.behind_prompt(made, {**sampled, "prompt": ASK})
+        assert sampling.as_answer(made, sampled) == PAIR["chosen"]
+    said = sampling.as_answer(made, {**sampled, "prompt": ASK})
     assert said == [{"role": "assistant", "content": text}]

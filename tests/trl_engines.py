@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from trl_tiny import plain_head
 
-import models  # isort: skip
+from trainer import models  # isort: skip
 import trl_dpo  # isort: skip
 
 engine, folder, data = sys.argv[1:]
