@@ -16,8 +16,8 @@ from fused_po.integrations.lm_head import head_input, lm_head
 # 1. The policy. Without an argument it is a Llama with random weights, and each byte of a text is a token.
 torch.manual_seed(0)
 if len(sys.argv) > 1:
-    policy, lr = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32), 1e-5
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    policy = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=False)
+    tokenizer, lr = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False), 1e-5
 else:
     tokenizer, lr = ByT5Tokenizer(), 3e-4
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)

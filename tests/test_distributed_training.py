@@ -181,12 +181,12 @@ def test_what_saves_memory_works_on_ranks(case, words, tmp_path, two):
 @pytest.mark.parametrize(
     "size, flags, told",
     [
-        (2, (), "--parallel: missing; torchrun started 2 processes, which share work by ddp, fsdp, tp"),
-        (0, ("--parallel", "ddp"), "--parallel: got ddp in a process of its own; start several: torchrun"),
+        (2, (), "--parallel: missing; torchrun started 2 processes, which divide the work by ddp, fsdp, tp"),
+        (0, ("--parallel", "ddp"), "--parallel: got ddp in a single process; start several: torchrun"),
         (4, ("--parallel", "tp", "--tp", "2"), "--tp: got 2 with --parallel tp on 4 ranks; --parallel fsdp --tp 2"),
         (4, ("--parallel", "fsdp", "--tp", "3"), "--tp: got 3 with --parallel fsdp on 4 ranks; it must divide them"),
         (4, ("--parallel", "ddp", "--tp", "2"), "--tp: got 2 with --parallel ddp on 4 ranks"),
-        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which cuts the layers"),
+        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which splits the layers"),
         (2, ("--parallel", "fsdp", "--precompute-ref"), "--precompute-ref: not with --parallel fsdp"),
         (2, ("--parallel", "ddp", "--timeout", "0"), "--timeout: got 0.0, expected a number above 0"),
     ],
@@ -216,7 +216,7 @@ def uncut(words: list[str], output: str) -> str:
 
 def test_a_model_that_cannot_be_cut(words, tmp_path, two):
     for said in two.run(uncut, words, str(tmp_path)):
-        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3"
+        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3; use --parallel fsdp"
 
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:

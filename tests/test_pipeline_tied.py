@@ -11,7 +11,7 @@ import transformers
 from pipeline import metrics, run, script, weights
 from ranks import Ranks
 
-from trainer import checkpoints, dataset, formats, models, parallel, plots, run_files, sampling  # isort: skip
+from trainer import checkpoints, dataset, formats, models, optimization, parallel, plots, run_files, sampling  # isort: skip
 
 LETTERS = ("--reward-function", f"{pipeline.ROOT / 'tests' / 'toy_rewards.py'}:letters")
 SAMPLING = dict.fromkeys(("ppo", "grpo", "online_dpo"), (*LETTERS, "--max-completion-length", "4"))
@@ -131,7 +131,7 @@ class Shared(torch.nn.Module):
 
 def learner_of(module):
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    return script("loop").Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    return optimization.Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
 
 
 def stepped(learner, times: int) -> None:

@@ -195,9 +195,9 @@ DAMAGE = [
     (SHARD, lambda path: path.unlink(), "is damaged or not a checkpoint"),
     (STATE, cut, r"is damaged or not a checkpoint \(JSONDecodeError\); delete it"),
     (STATE, lambda path: path.unlink(), r"is damaged or not a checkpoint \(FileNotFoundError\)"),
-    (STATE, lambda path: path.write_text("[1]"), "is none of these scripts'"),
-    (STATE, without_model, "is none of these scripts'"),
-    (STATE, others, r"does not fit this run \(it holds other parameters than the model\)"),
+    (STATE, lambda path: path.write_text("[1]"), "was not written by these scripts"),
+    (STATE, without_model, "was not written by these scripts"),
+    (STATE, others, r"does not fit this run \(it has other parameters than the model\)"),
     (
         "arguments.json",
         lambda path: path.unlink(),

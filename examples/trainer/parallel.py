@@ -352,7 +352,9 @@ def tensor_parallel(model: nn.Module, ranks: dist.DeviceMesh) -> None:
         fail(f"--tp: {type(model).__name__} cannot be split ({', '.join(unknown)}); use --parallel fsdp")
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name, 0) % ranks.size():
-            fail(f"--tp: {ranks.size()} does not divide the model's {name}, {getattr(config, name)}; use --parallel fsdp")
+            fail(
+                f"--tp: {ranks.size()} does not divide the model's {name}, {getattr(config, name)}; use --parallel fsdp"
+            )
     parallelize_module(model, ranks, {name: styles[style] for name, style in plan.items()})
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
