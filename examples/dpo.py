@@ -30,7 +30,8 @@ FIELDS = ("chosen", "rejected")
 def parse(argv: list[str] | None = None):
     parser = flags.parser("dpo", __doc__, rates=(1e-6, 1e-5))
     add = parser.add_argument
-    add("--beta", type=float, default=0.1, help="factor of the log-ratios in the loss; larger keeps the KL smaller")
+    text = "scale of the log-ratios in the loss; a larger value keeps the policy closer to the reference"
+    add("--beta", type=float, default=0.1, help=text)
     text = "weight of the k3 estimate of the KL; at 0 a tiny model forgets how to answer"
     add("--kl-coef", type=float, default=0.1, help=text)
     reference_logps.add_flags(parser)

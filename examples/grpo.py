@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None):
     add = parser.add_argument
     add("--num-generations", type=int, default=4, help="answers per prompt; must divide --batch-size")
     add("--num-iterations", type=int, default=1, help="updates on the answers of a step")
-    text = "most rollouts of a step, until --batch-size answers are in groups with different rewards (dynamic sampling)"
+    text = "limit of rollouts per step; a step draws until --batch-size answers are in groups with different rewards"
     add("--max-draws", type=int, default=4, help=text)
     add("--loss-type", default="dapo", choices=sorted(losses.GRPO_MODES), help="TRL's name of the loss")
     add("--beta", type=float, default=0.1, help="weight of the KL in the loss; 0: no reference is used")

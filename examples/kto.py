@@ -35,7 +35,8 @@ OWN, OTHER = ("completion",), ("other",)
 def parse(argv: list[str] | None = None):
     parser = flags.parser("kto", __doc__, rates=(1e-6, 1e-5), batch_size=64, steps=600, eval_every=100)
     add = parser.add_argument
-    add("--beta", type=float, default=0.1, help="factor of the log-ratios in the loss; larger keeps the KL smaller")
+    text = "scale of the log-ratios in the loss; a larger value keeps the policy closer to the reference"
+    add("--beta", type=float, default=0.1, help=text)
     add("--desirable-weight", type=float, default=1.0, help="weight of good answers in the loss")
     add("--undesirable-weight", type=float, default=1.0, help="weight of bad answers in the loss")
     text = "weight of the k3 estimate of the KL; at 0 a tiny model forgets how to answer"

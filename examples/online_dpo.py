@@ -29,7 +29,8 @@ def parse(argv: list[str] | None = None):
     defaults = dict(warm_up=150, steps=120, batch_size=128, rates=(5e-7, 5e-6), eval_every=10, checkpoint_every=30)
     parser = flags.parser("online_dpo", __doc__, **defaults)
     add = parser.add_argument
-    add("--beta", type=float, default=0.1, help="factor of the log-ratios in the loss; larger keeps the KL smaller")
+    text = "scale of the log-ratios in the loss; a larger value keeps the policy closer to the reference"
+    add("--beta", type=float, default=0.1, help=text)
     text = "weight of the k3 estimate of the KL; at 0 a tiny model forgets how to answer"
     add("--kl-coef", type=float, default=0.1, help=text)
     return rollouts.parse(parser, argv, positive=("beta",), natural=("kl_coef",))

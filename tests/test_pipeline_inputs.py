@@ -152,7 +152,7 @@ WRONG = [  # what is wanted, the row, what is said
      r"line 1: field 'chosen' is missing; expected chosen, rejected \(preference\); it has 'prompt', 'completion'"),
     ("unpaired", {"prompt": "a", "completion": "b"}, r"field 'label' is missing; expected prompt, completion, label"),
     ("unpaired", {"prompt": "a", "completion": "b", "label": "yes"}, "field 'label' is str, expected true or false"),
-    ("completion", {"prompt": "a"}, r"messages \(conversation\) or text \(language modelling\); it has 'prompt'"),
+    ("completion", {"prompt": "a"}, r"messages \(conversation\) or text \(language modeling\); it has 'prompt'"),
     ("prompt", {"question": "a"}, r"field 'prompt' is missing; .* it has 'question'"),
     ("prompt", {}, "it has no fields"),
     ("preference", {"prompt": ASK, "chosen": "b", "rejected": "c"}, "partly texts and partly lists of messages"),

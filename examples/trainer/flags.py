@@ -1,7 +1,6 @@
 """Command-line flags that all training scripts share, a YAML file of flags (--config), and their checks.
 
-parser = flags.parser("dpo", __doc__, rates=(1e-6, 1e-5))      # then add the script's own flags
-args = flags.parse(parser, argv, positive=("beta",))
+A script makes a parser by `parser`, adds its own flags, and parses them by `parse`.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def _add_data_flags(add) -> None:
     add("--test-split", help="split of the held-out rows, if they are not a single file. Default: test")
     text = "hold out this share of --dataset's prompts, between 0 and 1, if there is no test set"
     add("--test-share", type=float, help=text)
-    add("--max-prompt-length", type=int, default=512, help="in tokens; rows with longer prompts are left out")
-    add("--max-length", type=int, default=1024, help="of prompt and answer in tokens; longer answers are cut")
+    add("--max-prompt-length", type=int, default=512, help="limit in tokens; rows with longer prompts are left out")
+    add("--max-length", type=int, default=1024, help="limit of prompt and answer in tokens; longer answers are cut")
 
 
 def _add_training_flags(add, rates: tuple[float, float], warm_up: int) -> None:

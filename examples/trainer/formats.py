@@ -11,13 +11,13 @@ FORMATS = {  # TRL's names and the fields that identify a format; in a preferenc
     "unpaired preference": ("prompt", "completion", "label"),
     "prompt-completion": ("prompt", "completion"),
     "conversation": ("messages",),
-    "language modelling": ("text",),
+    "language modeling": ("text",),
     "prompt-only": ("prompt",),
 }
 TAKEN = {  # the formats from which each kind of row can be made
     "preference": ("preference",),
     "unpaired": ("unpaired preference", "preference"),
-    "completion": ("unpaired preference", "prompt-completion", "preference", "conversation", "language modelling"),
+    "completion": ("unpaired preference", "prompt-completion", "preference", "conversation", "language modeling"),
     "prompt": ("prompt-only", "preference"),
 }
 ANSWERS = ("chosen", "rejected", "completion")
@@ -176,7 +176,7 @@ def answers_of(row: dict, found: str, want: str) -> list[dict]:
     if found == "preference":
         pair = [rest | {"prompt": row["prompt"], "completion": row[f], "label": f == "chosen"} for f in FORMATS[found]]
         return pair if want == "unpaired" else pair[:1]
-    if found in ("conversation", "language modelling"):  # every token is a label
+    if found in ("conversation", "language modeling"):  # every token is a label
         whole = row[FORMATS[found][0]]
         return [rest | {"prompt": whole[:0], "completion": whole}]
     if found == "unpaired preference":

@@ -1,4 +1,4 @@
-"""Hidden states, log-probs and rewards of a batch, without a tensor of logits.
+"""Hidden states, log-probs and rewards of a batch.
 
 The hidden states are the inputs of the LM head in the model's own forward; `fused_po` computes log-probs from them.
 """
@@ -50,7 +50,7 @@ def has_head(model) -> bool:
 
 
 def run(model, **inputs: Tensor) -> States:
-    """One forward pass without logits; `inputs` are the arguments of the model's forward."""
+    """One forward pass up to the LM head, which is not applied; `inputs` are the arguments of the model's forward."""
     if has_head(model):
         hidden, added = lm_head.head_input(model, **inputs)
     else:
