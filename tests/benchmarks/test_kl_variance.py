@@ -10,8 +10,8 @@ from repository import ROOT
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import comparisons  # noqa: E402
 import dpo  # noqa: E402
+from trainer import comparisons  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_two_ranks_equal_one_process(name, two):
 
 def by_tensor_parallel(fused_first: bool) -> list[dict]:
     """parallelize_module by the model's own plan: the ranks hold 49 and 48 of the head's 97 rows, and all tokens."""
-    from parallel import tensor_parallel
+    from trainer.parallel import tensor_parallel
 
     mesh = distributed.init_device_mesh(device().type, (2,))
     model = causal_lm("Llama").double().train().to(device())

@@ -13,11 +13,7 @@ import transformers
 from example_runs import metrics, script, weights
 from rank_pool import GROUP_TIMEOUT, Ranks
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import dataset  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import checkpoints, dataset, formats, models, parallel, plots, rollouts, run_files, sampling, setup  # isort: skip
 
 STEPS = 10
 SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: not divisible by the number of ranks
@@ -58,7 +54,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     data = example_runs.small_data(folder, uneven=True)
     args = script("dpo").parse(data)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)
@@ -95,9 +91,9 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
         patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
         patch.setattr(parallel, "Engine", engine)
         patch.setattr(parallel, "clip_grad_norm", recorded)
-        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         if name == "ppo":
-            patch.setattr(models, "sample", sample_from_data)
+            patch.setattr(sampling, "sample", sample_from_data)
         args = script(name).parse([*words, *SHORT, *(PPO if name == "ppo" else ()), "--output", output, *more])
         return script(name).train(args), first
 
@@ -185,12 +181,12 @@ def test_memory_saving_options_work_on_ranks(case, words, tmp_path, two):
 @pytest.mark.parametrize(
     "size, flags, message",
     [
-        (2, (), "--parallel: missing; torchrun started 2 processes, which share work by ddp, fsdp, tp"),
-        (0, ("--parallel", "ddp"), "--parallel: got ddp in a process of its own; start several: torchrun"),
+        (2, (), "--parallel: missing; torchrun started 2 processes, which divide the work by ddp, fsdp, tp"),
+        (0, ("--parallel", "ddp"), "--parallel: got ddp in a single process; start several: torchrun"),
         (4, ("--parallel", "tp", "--tp", "2"), "--tp: got 2 with --parallel tp on 4 ranks; --parallel fsdp --tp 2"),
         (4, ("--parallel", "fsdp", "--tp", "3"), "--tp: got 3 with --parallel fsdp on 4 ranks; it must divide them"),
         (4, ("--parallel", "ddp", "--tp", "2"), "--tp: got 2 with --parallel ddp on 4 ranks"),
-        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which cuts the layers"),
+        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which splits the layers"),
         (2, ("--parallel", "fsdp", "--precompute-ref"), "--precompute-ref: not with --parallel fsdp"),
         (2, ("--parallel", "ddp", "--timeout", "0"), "--timeout: got 0.0, expected a number above 0"),
     ],
@@ -220,7 +216,7 @@ def sharding_error(words: list[str], output: str) -> str:
 
 def test_a_model_that_cannot_be_sharded(words, tmp_path, two):
     for said in two.run(sharding_error, words, str(tmp_path)):
-        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3"
+        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3; use --parallel fsdp"
 
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:
@@ -242,9 +238,9 @@ def test_two_ranks_or_one_resume_from_four(words, tmp_path, four, two):
     """FSDP2 x TP saves after 5 of 10 steps. Two ranks with FSDP2, two with TP, and one process load the same bits."""
     every = ("--checkpoint-every", "5")
     four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
-    parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
+    parts = [path.name for path in run_files.checkpoint(tmp_path / "four", 5).iterdir()]
     assert {f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)} | {"state.json"} == set(parts)
-    common.remove(common.checkpoint(tmp_path / "four", 10))
+    run_files.remove(run_files.checkpoint(tmp_path / "four", 10))
     saved, wanted = weights(tmp_path / "four"), metrics(tmp_path / "four")[5:]
     for name, engine in (("fsdp", ENGINES["fsdp"]), ("tp", ENGINES["tp"]), ("one", ())):
         shutil.copytree(tmp_path / "four", tmp_path / name)
@@ -262,9 +258,9 @@ def test_two_ranks_or_one_resume_from_four(words, tmp_path, four, two):
 
 def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
     """(8 answers to the same prompt, the state of torch's generator)."""
-    ppo, rollouts = script("ppo"), script("rollouts")
+    ppo = script("ppo")
     args = ppo.parse([*words, "--parallel", "ddp", "--output", output, "--max-completion-length", "6"])
-    model, tokenizer, prompts, _ = script("loop").start(args, script("loop").load_rows(args, "prompt"))
+    model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
     torch.manual_seed(3)
     rows = rollouts.rollout(model, tokenizer, prompts[:1] * 8, args, lambda rows: [0.0] * len(rows))
     return [row["answer_ids"] for row in rows], torch.get_rng_state()

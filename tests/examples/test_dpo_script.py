@@ -12,12 +12,8 @@ import pytest
 import torch
 from example_runs import EXAMPLES
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import comparisons  # isort: skip
-import dataset  # isort: skip
+from trainer import checkpoints, comparisons, dataset, models, run_files  # isort: skip
 import dpo  # isort: skip
-import models  # isort: skip
 
 TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
 
@@ -142,7 +138,7 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
 
         def interrupt(path, learner, parts, stop=stop, save=checkpoints.save):
             save(path, learner, parts)
-            if path.name >= common.checkpoint(path.parent, stop).name:
+            if path.name >= run_files.checkpoint(path.parent, stop).name:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -151,14 +147,14 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     shares = dpo.train(arguments(small_data, broken, "--resume"))
     assert shares == uninterrupted
     states = [example_runs.weights(folder) for folder in (whole, broken)]
-    assert common.checkpoints(whole) == common.checkpoints(broken) == [6, 7]
+    assert run_files.checkpoints(whole) == run_files.checkpoints(broken) == [6, 7]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-    metrics = [common.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
+    metrics = [run_files.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(7))
     for name in ("model/model.safetensors", "model/tokenizer.json", "curves.png", "arguments.json"):
         assert (whole / name).stat().st_size > 100
-    with pytest.raises(SystemExit, match=r"holds a run already"):
+    with pytest.raises(SystemExit, match=r"already holds a run"):
         dpo.train(arguments(small_data, whole))
     with pytest.raises(SystemExit, match=r"started with other arguments .beta: 0.1 then, 0.5 now"):
         dpo.train(arguments(small_data, whole, "--resume", "--beta", "0.5"))
@@ -177,11 +173,11 @@ def test_a_killed_run_leaves_complete_checkpoints(small_data, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
-    while len(common.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
+    while len(run_files.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    found = common.checkpoints(tmp_path / "run")
+    found = run_files.checkpoints(tmp_path / "run")
     assert found
     for step in found:
         assert all(value.isfinite().all() for value in example_runs.weights(tmp_path / "run", step).values())

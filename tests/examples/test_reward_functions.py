@@ -10,10 +10,7 @@ import pytest
 import torch
 from example_runs import metrics, run, script
 
-import dataset  # isort: skip
-import formats  # isort: skip
-import models  # isort: skip
-import rollouts  # isort: skip
+from trainer import dataset, formats, models, reward_sources, rollouts  # isort: skip
 
 ASK = [{"role": "user", "content": "2 + 2 = ?"}]
 # Columns with names that the examples use internally, or that TRL's recipes have.
@@ -48,7 +45,7 @@ def function(folder, source: str, name: str = "score") -> str:
 
 
 def encoded(rows, tokenizer) -> list[dict]:
-    return dataset.encode([new for row in rows for new in dataset.rows_of(row, "prompt", "row")], tokenizer, 60, 90)
+    return dataset.encode([new for row in rows for new in formats.rows_of(row, "prompt", "row")], tokenizer, 60, 90)
 
 
 SEES = """
@@ -77,7 +74,7 @@ def test_columns_reach_a_function_untouched(flat, small, tmp_path):
     else:
         rows = encoded(data, tokenizer)
     spec, views = function(tmp_path, SEES), []
-    judge = rollouts.checked(rollouts.by_function(spec), "rewards")
+    judge = reward_sources.checked(reward_sources.by_function(spec), "rewards")
     answered = rollouts.rollout(model, tokenizer, rows, args, lambda rows: views.extend(rows) or judge(rows), samples=2)
     (given,) = called_with(spec)
     assert {name: given[name] for name in own} == {
@@ -107,7 +104,7 @@ def test_the_call_equals_trls(row, small, tmp_path, monkeypatch):
     model, tokenizer, args = small
     calls = []
     spec = function(tmp_path, SEES)
-    judge = rollouts.by_function(spec)
+    judge = reward_sources.by_function(spec)
     answered = rollouts.rollout(model, tokenizer, encoded([row, row], tokenizer), args, judge)
     (given,) = called_with(spec)
 
@@ -137,7 +134,7 @@ def judged(spec: str, count: int = 2, **own) -> list[float]:
         {"prompt": "a", "answer_text": "b", "answer_ids": [n], formats.COLUMNS: {"prompt": "a", **own}}
         for n in range(count)
     ]
-    return rollouts.checked(rollouts.by_function(spec), "--reward-function x")(rows)
+    return reward_sources.checked(reward_sources.by_function(spec), "--reward-function x")(rows)
 
 
 RETURNS = {
@@ -178,7 +175,7 @@ def test_async_functions_share_one_event_loop(tmp_path):
             await asyncio.sleep(0)
             return [float(len(set(map(id, seen))))] * len(prompts)
     """
-    judge = rollouts.by_function(function(tmp_path, source))
+    judge = reward_sources.by_function(function(tmp_path, source))
     rows = [{"prompt": "a", "answer_text": "b", "answer_ids": [1], formats.COLUMNS: {}}]
     assert [judge(rows), judge(rows)] == [[1.0], [1.0]]
 
@@ -188,11 +185,11 @@ WRONG = [
     ("def score(**how): return 1.0", {}, "returned float, expected a list of 2 numbers"),
     ("def score(**how): return 'ab'", {}, "returned str, expected a list of 2 numbers"),
     ("def score(**how): return None", {}, "returned NoneType, expected a list"),
-    ("def score(**how): return [1.0, float('inf')]", {}, "returned inf for 'b' to 'a'; a reward is a finite number"),
+    ("def score(**how): return [1.0, float('inf')]", {}, "returned inf for 'b' to 'a'; expected a finite number"),
     ("def score(**how): return [None, float('nan')]", {}, "returned nan for 'b' to 'a'"),
     ("def score(**how): return [1, [2]]", {}, r"returned \[2\] for 'b' to 'a'"),
     ("def score(prompts, completions): return [1, 2]", {"level": 1}, "unexpected keyword argument 'level'"),
-    ("def score(**how): return [1, 2]", {"prompts": 1}, "has a column 'prompts', the name of another argument"),
+    ("def score(**how): return [1, 2]", {"prompts": 1}, "has a column 'prompts', also the name of an argument"),
     ("def score(**how): return [1, 2]", {"log_metric": 1}, "has a column 'log_metric'"),
 ]
 
@@ -208,14 +205,14 @@ def test_columns_missing_in_some_rows(tmp_path):
     rows = [
         {"prompt": "a", "answer_text": "b", "answer_ids": [1], formats.COLUMNS: own} for own in ({"x": 1}, {"y": 2})
     ]
-    rollouts.by_function(spec)(rows)
+    reward_sources.by_function(spec)(rows)
     (given,) = called_with(spec)
     assert (given["x"], given["y"]) == ([1, None], [None, 2])
 
 
 def test_answers_without_a_reward_have_no_gradient():
     """As in TRL's GRPO, None is left out of the group's mean and deviation, and has an advantage of 0."""
-    assert rollouts.checked(lambda rows: [None, 1], "x")([{}, {}])[1] == 1
+    assert reward_sources.checked(lambda rows: [None, 1], "x")([{}, {}])[1] == 1
     nan = math.nan
     rewards = [1.0, nan, 3.0, 5.0, nan, nan, nan, nan, 2.0, nan, nan, nan]
     rows = [{"reward": reward, "answer_ids": [1], "prompt_ids": [0], "ended": True} for reward in rewards]

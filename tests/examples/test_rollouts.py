@@ -13,13 +13,10 @@ from example_runs import metrics, run, script, weights
 import fused_po
 from fused_po import losses
 
-import dataset  # isort: skip
-import loop  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import dataset, models, parallel, plots, reward_sources, rollouts, setup  # isort: skip
 
-ppo, grpo, rollouts = (script(name) for name in ("ppo", "grpo", "rollouts"))
-TOYS = example_runs.SUPPORT / "toy_rewards.py"
+ppo, grpo = script("ppo"), script("grpo")
+TOYS = example_runs.ROOT / "tests" / "toy_rewards.py"
 LETTERS = ("--reward-function", f"{TOYS}:letters")
 ALONE = ("--sft-steps", "0", "--max-completion-length", "6", *LETTERS)
 
@@ -31,13 +28,13 @@ def words(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(loop.common, "save_picture", lambda figure, path: loop.common.pyplot().close(figure))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 def prepared(name, words, *more):
     """(args, model in float64, reference with other weights or None, tokenizer, rows of answers)."""
     args = script(name).parse([*words, *ALONE, *more])
-    model, tokenizer, prompts, _ = loop.start(args, loop.load_rows(args, "prompt"))
+    model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
     model = model.double()
     with torch.no_grad():
         model.lm_head.weight.mul_(3)[tokenizer.eos_token_id].add_(0.05)  # more confident, so that some answers end
@@ -46,7 +43,7 @@ def prepared(name, words, *more):
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
-    judge = rollouts.judge_of(args, tokenizer, prompts)
+    judge = reward_sources.judge_from(args, tokenizer, prompts)
     rows = rollouts.rollout(model, tokenizer, prompts[:6], args, judge, samples=2)
     return args, model, frozen, tokenizer, rows
 
@@ -86,7 +83,7 @@ def test_rollouts_hold_samples_and_their_log_probs(words, temperature, seed):
 
 def test_a_seed_repeats_a_rollout_and_keeps_the_generator(words):
     args, model, _, tokenizer, rows = prepared("grpo", words)
-    judge, state = rollouts.by_program, torch.get_rng_state()
+    judge, state = reward_sources.by_program, torch.get_rng_state()
     first, again, other = (rollouts.rollout(model, tokenizer, rows, args, judge, seed=n) for n in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert first == again and first != other
@@ -96,7 +93,7 @@ def test_a_seed_repeats_a_rollout_and_keeps_the_generator(words):
 def test_the_generation_config_of_a_model(words, lora):
     """The EOS tokens of its generation config end answers. Its penalties are ignored: they would change the policy."""
     args, model, _, tokenizer, rows = prepared("grpo", words, *(["--lora"] * lora))
-    how = dict(args=args, judge=rollouts.by_program, seed=1)
+    how = dict(args=args, judge=reward_sources.by_program, seed=1)
     plain = rollouts.rollout(model, tokenizer, rows, **how)
     config = model.get_base_model().generation_config if lora else model.generation_config
     config.repetition_penalty, config.top_k, config.min_p = 50.0, 1, 0.9
@@ -245,8 +242,8 @@ def test_online_pairs_have_different_rewards(words):
 def test_the_measured_kl_is_the_sum_over_the_vocabulary(words, lora, seed):
     args, model, frozen, tokenizer, rows = prepared("ppo", words, *(["--lora"] * lora))
     assert (frozen is None) == lora
-    found = rollouts.measure(model, frozen, tokenizer, rows, args, rollouts.judge_of(args, tokenizer, rows))
-    answered = rollouts.rollout(model, tokenizer, rows, args, rollouts.by_program, seed=args.seed)
+    found = rollouts.measure(model, frozen, tokenizer, rows, args, reward_sources.judge_from(args, tokenizer, rows))
+    answered = rollouts.rollout(model, tokenizer, rows, args, reward_sources.by_program, seed=args.seed)
     nats = 0.0
     for row in answered:
         with torch.no_grad():
@@ -299,9 +296,9 @@ def test_the_kl_coefficient_follows_its_target(words, tmp_path):
 
 BROKEN = {
     "raising": r"raised ZeroDivisionError: division by zero \(line 11\)",
-    "undefined": r"returned nan for '.*' to '.*'; a reward is a finite number",
-    "short": r"returned \d+ rewards, expected a list of \d+ numbers, one for each answer",
-    "words": r"returned 'good' for '.*' to '.*'; a reward is a finite number",
+    "undefined": r"returned nan for '.*' to '.*'; expected a finite number",
+    "short": r"returned \d+ rewards, expected a list of \d+ numbers, one per answer",
+    "words": r"returned 'good' for '.*' to '.*'; expected a finite number",
     "missing": r"cannot be loaded \(AttributeError: .*missing",
 }
 
@@ -338,24 +335,24 @@ def test_a_reward_model_as_the_reward(words, tmp_path):
     run("reward", [*words, *given], tmp_path / "reward")
     folder = tmp_path / "reward" / "model"
     args, _, _, tokenizer, rows = prepared("grpo", words)
-    judge = rollouts.by_model(str(folder), tokenizer, args)
+    judge = reward_sources.by_model(str(folder), tokenizer, args)
     model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1)
     for row, reward in zip(rows, judge(rows)):
         with torch.no_grad():
             alone = model(input_ids=torch.tensor([row["prompt_ids"] + row["answer_ids"]])).logits[0, 0]
         assert reward == pytest.approx(alone.item(), rel=1e-4, abs=1e-5)
-    with pytest.raises(SystemExit, match=r"--reward-model: .* holds no model"):
-        rollouts.by_model(str(tmp_path), tokenizer, args)
+    with pytest.raises(SystemExit, match=r"--reward-model: .* contains no model"):
+        reward_sources.by_model(str(tmp_path), tokenizer, args)
     tokenizer.add_tokens(["another"])
-    with pytest.raises(SystemExit, match=r"--reward-model: .* has another tokenizer"):
-        rollouts.by_model(str(folder), tokenizer, args)
+    with pytest.raises(SystemExit, match=r"--reward-model: .* has a different tokenizer"):
+        reward_sources.by_model(str(folder), tokenizer, args)
 
 
 WRONG = [
-    ("ppo", ("--kl-estimator", "k2"), r"--kl-estimator: got k2 with --kl-in reward; k1 belongs into the reward"),
+    ("ppo", ("--kl-estimator", "k2"), r"--kl-estimator: got k2 with --kl-in reward; k1 is for the reward"),
     ("ppo", ("--kl-in", "loss", "--kl-estimator", "k1"), r"--kl-estimator: got k1 with --kl-in loss"),
     ("ppo", ("--kl-target", "1", "--kl-coef", "0"), r"--kl-target: got 1.0 with --kl-coef 0.0; both"),
-    ("ppo", ("--reward-model", "x"), r"--reward-function: given beside --reward-model"),
+    ("ppo", ("--reward-model", "x"), r"--reward-function: given together with --reward-model"),
     ("ppo", ("--max-completion-length", "600"), r"--max-length: got 1024, less than .* 512 \+ 600 tokens"),
     ("grpo", ("--num-generations", "3"), r"--num-generations: got 3, expected 2 or more and a divisor of .* 256"),
     ("online_dpo", ("--missing-eos-penalty", "-1"), r"--missing-eos-penalty: got -1.0, expected 0 or more"),
@@ -377,9 +374,11 @@ def test_rows_with_only_prompts(tmp_path, words):
     path.write_text("".join(json.dumps({"prompt": f"Say {n}.", "number": n}) + "\n" for n in range(8)))
     given = ["--dataset", str(path), "--test-dataset", str(tmp_path / "test.jsonl"), "--device", "cpu"]
     (tmp_path / "test.jsonl").write_text(path.read_text())
-    with pytest.raises(SystemExit, match=r"--sft-steps: the data set has prompts alone"):
+    with pytest.raises(SystemExit, match=r"--sft-steps: the data set has prompts without answers"):
         run("grpo", given, tmp_path / "sft")
-    with pytest.raises(SystemExit, match=r"the checking program does not know 'Say 0.'; give --reward-model or"):
+    with pytest.raises(
+        SystemExit, match=r"the checking program cannot judge answers to 'Say 0.'; give --reward-model or"
+    ):
         run("grpo", [*given, "--sft-steps", "0"], tmp_path / "unknown")
     rewards = tmp_path / "numbers.py"
     rewards.write_text("def score(prompts, completions, number): return [n / 10 for n in number]")

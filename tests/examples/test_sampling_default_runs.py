@@ -65,7 +65,7 @@ def test_the_pipeline_runs_its_stages_and_continues(whole, tmp_path, monkeypatch
     with pytest.raises(ZeroDivisionError):  # stopped halfway
         whole.train(whole.parse(words))
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match=r"--output: .* is there already; --resume continues it"):
+    with pytest.raises(SystemExit, match=r"--output: .* already exists; give --resume to continue"):
         whole.parse(words)
     monkeypatch.setattr(whole.ppo, "train", None)  # already done
     compared = whole.train(whole.parse([*words, "--resume"]))

@@ -19,12 +19,19 @@ import torch.distributed.checkpoint as checkpoint
 import trl_source
 from example_runs import EXAMPLES, metrics, run, script
 
-import common  # isort: skip
-import comparisons  # isort: skip
-import dataset  # isort: skip
-import loop  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import (  # isort: skip
+    comparisons,
+    dataset,
+    formats,
+    models,
+    optimization,
+    parallel,
+    run_files,
+    sampling,
+    scoring,
+    setup,
+    training_run,
+)
 
 SCRIPTS = ("sft", "reward", "dpo", "kto")
 OWN = {"reward": ("--sft-steps", "1")}  # needs a trained model to start from
@@ -81,7 +88,7 @@ MADE = [  # wanted format, row, resulting rows
 
 @pytest.mark.parametrize("want, row, made", MADE)
 def test_formats(want, row, made):
-    got = dataset.rows_of(row, want, "row 0")
+    got = formats.rows_of(row, want, "row 0")
     assert [{key: new[key] for key in old} for new, old in zip(got, made)] == made and len(got) == len(made)
 
 
@@ -92,9 +99,9 @@ def test_implicit_prompts_match_trl(seed):
         {"chosen": ASK + SAY + ASK + SAY, "rejected": ASK + SAY + ASK + ERR},
         {"chosen": "1 or 2? It is 2.", "rejected": "1 or 2? It is 1."},
     ):
-        assert dataset.shared_prompt(row) == trl_data().extract_prompt(row)
+        assert formats.shared_prompt(row) == trl_data().extract_prompt(row)
     row = {"chosen": "so it is two", "rejected": "so it is twenty"}
-    assert dataset.shared_prompt(row) == {"prompt": "so it is", "chosen": " two", "rejected": " twenty"}
+    assert formats.shared_prompt(row) == {"prompt": "so it is", "chosen": " two", "rejected": " twenty"}
 
 
 @pytest.mark.parametrize("generation", ["assistant", "assistant 1"])
@@ -118,13 +125,13 @@ def test_conversations_match_trl(generation, tokenizer):
 
 def test_conversations_and_texts_train(tokenizer, tmp_path):
     """Every token of the messages except the first is scored, and batches of them have a loss."""
-    rows = dataset.rows_of({"messages": ASK + SAY}, "completion", "") + dataset.rows_of(
+    rows = formats.rows_of({"messages": ASK + SAY}, "completion", "") + formats.rows_of(
         {"text": "It is 2."}, "completion", ""
     )
     chat, text = dataset.encode(rows, tokenizer, 40, 60)
     assert chat["prompt_ids"] == [] and text["prompt_ids"] == [tokenizer.bos_token_id]
     batch = dataset.stack([chat, text], ("completion",), tokenizer.pad_token_id, "cpu")
-    scored = models.fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
+    scored = scoring.fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
     assert dataset.scored_tokens([chat, text], ("completion",)) == scored.sum()
 
 
@@ -145,14 +152,14 @@ WRONG = [  # wanted format, row, error
     (
         "preference",
         {"prompt": "a", "completion": "b"},
-        r"line 1: field 'chosen' is missing; wanted chosen, rejected \(preference\); it has 'prompt', 'completion'",
+        r"line 1: field 'chosen' is missing; expected chosen, rejected \(preference\); it has 'prompt', 'completion'",
     ),
-    ("unpaired", {"prompt": "a", "completion": "b"}, r"field 'label' is missing; wanted prompt, completion, label"),
+    ("unpaired", {"prompt": "a", "completion": "b"}, r"field 'label' is missing; expected prompt, completion, label"),
     ("unpaired", {"prompt": "a", "completion": "b", "label": "yes"}, "field 'label' is str, expected true or false"),
-    ("completion", {"prompt": "a"}, r"messages \(conversation\) or text \(language modelling\); it has 'prompt'"),
+    ("completion", {"prompt": "a"}, r"messages \(conversation\) or text \(language modeling\); it has 'prompt'"),
     ("prompt", {"question": "a"}, r"field 'prompt' is missing; .* it has 'question'"),
     ("prompt", {}, "it has no fields"),
-    ("preference", {"prompt": ASK, "chosen": "b", "rejected": "c"}, "partly texts, partly lists of messages"),
+    ("preference", {"prompt": ASK, "chosen": "b", "rejected": "c"}, "partly texts and partly lists of messages"),
     ("preference", {"chosen": [], "rejected": ASK}, "field 'chosen' has None, expected messages"),
     ("preference", {"chosen": "b", "rejected": "c"}, "field 'prompt' is empty once"),
     ("completion", {"messages": [{"role": "user"}]}, "expected messages with the strings role and content"),
@@ -168,7 +175,7 @@ def test_wrong_formats(want, row, message, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_names_the_format_it_wants(name, words, tmp_path):
     bad = written(tmp_path, {"question": "a", "answer": "b"})
-    with pytest.raises(SystemExit, match=r"rows.jsonl, line 1: field .* is missing; wanted .*'question', 'answer'"):
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 1: field .* is missing; expected .*'question', 'answer'"):
         run(name, [*words, *OWN.get(name, ()), "--dataset", bad], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -189,7 +196,7 @@ def test_prompts_over_the_limit(name, words, tmp_path, capsys):
 
 def test_conversations_without_a_template():
     plain = models.train_tokenizer(["1 or 2?"])
-    with pytest.raises(SystemExit, match="has conversations, which the tokenizer cannot write"):
+    with pytest.raises(SystemExit, match="has conversations, but the tokenizer has no chat template"):
         dataset.encode([{"prompt": ASK, "chosen": SAY, "rejected": ERR}], plain, 40, 60)
 
 
@@ -211,7 +218,7 @@ def test_yaml(tmp_path):
     args = script("dpo").parse(["--config", str(path), "--steps", "9"])
     assert (args.steps, args.lr, args.sft_steps, args.lora, args.beta) == (9, 1e-4, 5, True, 1.0)
     for text, message in (
-        ("stesp: 7", "has 'stesp', which is no flag; allowed are .*steps"),
+        ("stesp: 7", "has 'stesp', which is not a flag; allowed are .*steps"),
         ("steps: many", "has steps: 'many', expected int"),
         ("lora: 3", "has lora: 3, expected true or false"),
         ("steps: true", "has steps: True, expected a value"),
@@ -230,10 +237,10 @@ def test_yaml(tmp_path):
 
 def test_adapter_and_event_flags(words, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match="--lora takes peft: pip install peft"):
+    with pytest.raises(SystemExit, match="--lora requires peft: pip install peft"):
         run("dpo", [*words, "--lora"], tmp_path / "a")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit, match="--tensorboard takes TensorBoard: pip install tensorboard"):
+    with pytest.raises(SystemExit, match="--tensorboard requires TensorBoard: pip install tensorboard"):
         run("dpo", [*words, "--tensorboard"], tmp_path / "b")
 
 
@@ -252,7 +259,7 @@ def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
         patch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
         run("dpo", short, folder)
     message = str(stopped.value)
-    assert "No space left on device; make room. The last checkpoint is whole:" in message
+    assert "No space left on device; free some space. The last checkpoint is complete:" in message
     assert f"--resume --output {folder} continues from step 2" in message
     assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-00000002"]
     run("dpo", short, folder, "--resume")
@@ -275,10 +282,10 @@ def test_the_file_size_limit(writer, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
     try:
         with pytest.raises(OSError) as error:
-            common.write_whole(path, writers[writer])
+            run_files.write_whole(path, writers[writer])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.errno in loop.FULL
+    assert error.value.errno in training_run.DISK_FULL
     assert path.read_text() == "the last one" and list(tmp_path.iterdir()) == [path]
 
 
@@ -304,9 +311,9 @@ def test_a_loss_that_is_not_finite(words, tmp_path, monkeypatch):
         return loss * (float("nan") if len(calls) == 3 else 1), report
 
     monkeypatch.setattr(dpo, "dpo_loss", poisoned)
-    with pytest.raises(SystemExit, match="loss nan, gradient norm nan: the weights stay as they are"):
+    with pytest.raises(SystemExit, match="loss nan, gradient norm nan: the weights were not changed"):
         run("dpo", [*words, "--steps", "5", "--checkpoint-every", "1"], tmp_path / "run")
-    assert common.checkpoints(tmp_path / "run")[-1] == 2
+    assert run_files.checkpoints(tmp_path / "run")[-1] == 2
     assert all(value.isfinite().all() for value in example_runs.weights(tmp_path / "run").values())
 
 
@@ -318,13 +325,13 @@ def test_ctrl_c(tmp_path):
     how = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore SIGINT
     with subprocess.Popen(command, **how) as process:
-        while process.poll() is None and not common.checkpoints(folder):
+        while process.poll() is None and not run_files.checkpoints(folder):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "Traceback" not in said
-    step = common.checkpoints(folder)[-1]
-    assert f"stopped. The last checkpoint is whole: --resume --output {folder} continues from step {step}" in said
+    step = run_files.checkpoints(folder)[-1]
+    assert f"stopped. The last checkpoint is complete: --resume --output {folder} continues from step {step}" in said
 
 
 def test_events_for_tensorboard(words, tmp_path, monkeypatch):
@@ -350,7 +357,7 @@ def test_events_for_tensorboard(words, tmp_path, monkeypatch):
     for row in metrics(tmp_path / "run"):
         assert seen["DPO/loss", row["step"]] == row["loss"]
     assert len({step for name, step in seen if name == "DPO/loss"}) == 3
-    common.remove(common.checkpoint(tmp_path / "run", 3))
+    run_files.remove(run_files.checkpoint(tmp_path / "run", 3))
     run("dpo", more, tmp_path / "run", "--resume")
     assert purged == [None, "closed", 2, "closed"]
 
@@ -358,26 +365,26 @@ def test_events_for_tensorboard(words, tmp_path, monkeypatch):
 def test_pairs_follow_the_checking_program(words):
     """The same seed gives the same pairs. Chosen answers are right, rejected ones wrong. The generator is unchanged."""
     args = script("reward").parse([*words, *OWN["reward"]])
-    texts = loop.load_rows(args, "preference")
-    model, tokenizer, rows, _ = loop.start(args, texts)
-    learner = loop.learner(parallel.Engine(args, model), 3e-3, 60)
+    texts = setup.load_rows(args, "preference")
+    model, tokenizer, rows, _ = setup.start(args, texts)
+    learner = optimization.learner(parallel.Engine(args, model), 3e-3, 60)
     sft = script("sft")
     for number in range(60):
         drawn = [{**row, "completion_ids": row["chosen_ids"]} for row in dataset.batch_at(rows, number, 16, 0)]
         tokens = dataset.scored_tokens(drawn, sft.FIELDS)
-        loop.update(learner, drawn, lambda p, n=tokens: sft.sft_loss(model, tokenizer, p, n, args), args)
+        optimization.take_step(learner, drawn, lambda p, n=tokens: sft.sft_loss(model, tokenizer, p, n, args), args)
     before = torch.get_rng_state()
     how = dict(samples=4, longest=16, seed=3)
-    pairs = models.sampled_pairs(model, tokenizer, rows, args, **how)
+    pairs = sampling.sampled_pairs(model, tokenizer, rows, args, **how)
     assert torch.equal(before, torch.get_rng_state())
-    assert pairs == models.sampled_pairs(model, tokenizer, rows, args, **how)
-    assert pairs != models.sampled_pairs(model, tokenizer, rows, args, **how | {"seed": 4})
+    assert pairs == sampling.sampled_pairs(model, tokenizer, rows, args, **how)
+    assert pairs != sampling.sampled_pairs(model, tokenizer, rows, args, **how | {"seed": 4})
     assert len(pairs) > 20
     for row in pairs:
         assert comparisons.is_correct(row["prompt"], row["chosen"])
         assert not comparisons.is_correct(row["prompt"], row["rejected"])
-    with pytest.raises(SystemExit, match="no pair: of 1 prompts none got a right answer and a wrong one"):
-        models.sampled_pairs(model, tokenizer, [{**rows[0], "prompt": "no question"}], args, **how)
+    with pytest.raises(SystemExit, match="no pair: of 1 prompts none got both a right and a wrong answer"):
+        sampling.sampled_pairs(model, tokenizer, [{**rows[0], "prompt": "no question"}], args, **how)
 
 
 def test_calibration_of_known_margins():

@@ -13,10 +13,7 @@ import transformers
 from example_runs import metrics, run, script
 from tiny_models import LLAMA, ROUTER, causal_lm
 
-import common  # isort: skip
-import dataset  # isort: skip
-import dropout  # isort: skip
-import models  # isort: skip
+from trainer import dataset, dropout, formats, models, plots, scoring  # isort: skip
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SHORT = ["--steps", "1", "--batch-size", "4", "--eval-every", "0", "--lr", "1e-3"]
@@ -26,7 +23,7 @@ ROWS = [{"prompt_ids": [1, 5, 6], "completion_ids": [8, 9, 10, 2]}, {"prompt_ids
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,7 @@ def words(tmp_path_factory):
     """words(config): flags for small data and short runs, with a model of this configuration."""
     folder = tmp_path_factory.mktemp("models")
     data = example_runs.small_data(folder, train=16, test=2, uneven=True)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
     def made(kind: str, **config) -> list[str]:
@@ -72,7 +69,7 @@ def test_sft_pads_for_a_model_that_mixes_sequences(words, tmp_path, capsys):
     batch = dataset.stack(ROWS, ("completion",), 0, "cpu")
     with pytest.raises(SystemExit, match=r"--padding-free: Lfm2ForCausalLM"):  # a model that `build` did not create
         model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**LFM2))
-        models.hidden_states(model, batch, arguments(padding_free=True))
+        scoring.hidden_states(model, batch, arguments(padding_free=True))
 
 
 # Heads.
@@ -80,17 +77,19 @@ def test_sft_pads_for_a_model_that_mixes_sequences(words, tmp_path, capsys):
 
 def test_rewards_and_regularisers_of_other_heads(tmp_path):
     """A factor before the head is included, a layer before the head is refused; rewards equal the model's own."""
-    assert models.decoder_head(causal_lm("Granite"))["logit_scale"] == 1 / 8
+    assert scoring.decoder_head(causal_lm("Granite"))["logit_scale"] == 1 / 8
     config = transformers.ModernBertDecoderConfig(**LLAMA, local_attention=8)
     decoder = transformers.ModernBertDecoderForCausalLM(config).eval()
     with pytest.raises(SystemExit, match=r"--lm-coef: ModernBertDecoderForCausalLM changes .*; give --lm-coef 0"):
-        models.decoder_head(decoder)
+        scoring.decoder_head(decoder)
     config.num_labels = 1
     for kind in (transformers.ModernBertDecoderForSequenceClassification,):
-        with pytest.raises(SystemExit, match=r"--model: .* does more to its hidden states than one linear `score`"):
-            models.check_scores(kind(config).eval(), "--model")
+        with pytest.raises(
+            SystemExit, match=r"--model: .* does more to its hidden states than one linear layer `score`"
+        ):
+            scoring.check_scores(kind(config).eval(), "--model")
     llama = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**LLAMA, num_labels=1))
-    assert models.check_scores(llama, "--model") is llama
+    assert scoring.check_scores(llama, "--model") is llama
 
 
 # Dropout.
@@ -125,7 +124,7 @@ def test_every_kind_of_dropout_is_off(kind, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(config)
     before = config.to_dict()
     ids = torch.randint(3, 90, (4, 16))
-    run_it = lambda ids: models.run(model, input_ids=ids).hidden  # noqa: E731
+    run_it = lambda ids: scoring.run(model, input_ids=ids).hidden  # noqa: E731
     drawn = [run_it(ids) for _ in range(4)]
     assert any(not torch.equal(drawn[0], other) for other in drawn[1:])  # check that the model has dropout
     state = torch.get_rng_state()
@@ -146,11 +145,11 @@ def test_adapters_dropout_and_noise_of_another_kind():
 
     model = causal_lm("Llama")
     wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False))
-    dropout.switch_off(wrapped, lambda ids: models.run(wrapped, input_ids=ids).hidden)
+    dropout.switch_off(wrapped, lambda ids: scoring.run(wrapped, input_ids=ids).hidden)
     inner = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda hidden: inner(hidden + 0.1 * torch.randn_like(hidden))
     with pytest.raises(SystemExit, match=r"--model: .* draws random numbers in training .*; give --keep-dropout"):
-        dropout.switch_off(model, lambda ids: models.run(model, input_ids=ids).hidden)
+        dropout.switch_off(model, lambda ids: scoring.run(model, input_ids=ids).hidden)
 
 
 AT_FIRST = {  # metrics of the first step that are 0 when policy and reference are equal
@@ -204,7 +203,7 @@ def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
     flags = [*with_router(words), *(LETTERS if name in ("ppo", "grpo", "online_dpo") else ())]
     flags += ["--num-mini-batches", "1"] if name == "ppo" else []
     run(name, [*flags, "--micro-batch-size", "2"], tmp_path / "with")
-    seen, forward = [], models.forward
+    seen, forward = [], scoring.forward
 
     def without(*given):
         states = forward(*given)
@@ -212,7 +211,7 @@ def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
             seen.append(states.router_loss.item())
         return states._replace(router_loss=torch.zeros(()))
 
-    monkeypatch.setattr(models, "forward", without)
+    monkeypatch.setattr(scoring, "forward", without)
     run(name, [*flags, "--micro-batch-size", "2"], tmp_path / "without")
     (ours,), (theirs,) = metrics(tmp_path / "with"), metrics(tmp_path / "without")
     assert min(seen) - 1e-5 <= ours["loss"] - theirs["loss"] <= max(seen) + 1e-5 and min(seen) > 0.4
@@ -235,11 +234,11 @@ def test_learning_rates():
 def test_pictures(tmp_path, monkeypatch):
     """No panel is empty, and an earlier stage does not flatten the last stage's curve."""
     drawn = []
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
     rows = [{"step": i, "stage": "SFT", "loss": 5.0 - i / 25} for i in range(100)]
     rows += [{"step": 100 + i, "stage": "DPO", "loss": 0.7 - i / 1000, "eval_correct": math.nan} for i in range(100)]
     panels = {"loss": "loss", "eval_correct": "correct", "entropy": "entropy"}
-    common.plot_metrics(rows, panels, tmp_path / "x.png", "title")
+    plots.plot_metrics(rows, panels, tmp_path / "x.png", "title")
     (figure,) = drawn
     with_data = [axis for axis in figure.axes if axis.has_data()]
     shown = [axis for axis in figure.axes if axis.axison]
@@ -249,7 +248,7 @@ def test_pictures(tmp_path, monkeypatch):
             low, high = axis.get_ylim()
             values = list(line.get_ydata())
             assert max(values) - min(values) > 0.8 * (high - low)
-    common.pyplot().close(figure)
+    plots.pyplot().close(figure)
 
 
 def test_sft_plots_its_measurements(words, tmp_path):

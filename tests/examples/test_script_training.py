@@ -13,11 +13,7 @@ from numerics import assert_error, assert_with_runs, nudge
 
 import fused_po
 
-import common  # isort: skip
-import dataset  # isort: skip
-import loop  # isort: skip
-import models  # isort: skip
-import references  # isort: skip
+from trainer import dataset, models, plots, reference_logps, scoring, setup  # isort: skip
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 STEPS = {
@@ -42,8 +38,8 @@ def words(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Skip plotting, which takes longer than these runs; test_dpo_script.py and the slow tests plot."""
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+    """Drawing takes longer than these runs; test_example.py and the slow tests draw."""
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 def change_models(patch, change) -> None:
@@ -134,9 +130,9 @@ def test_packed_hidden_states_equal_padded_ones(attention, words, double, monkey
     rows = [{"prompt_ids": [1], "answer_ids": torch.randint(4, 60, (n,)).tolist()} for n in lengths]
     batch = dataset.stack(rows, ("answer",), tokenizer.pad_token_id, "cpu")
     args.padding_free = False
-    padded = models.hidden_states(model, batch, args)
+    padded = scoring.hidden_states(model, batch, args)
     args.padding_free = True
-    packed = models.hidden_states(model, batch, args)
+    packed = scoring.hidden_states(model, batch, args)
     mask = batch["attention_mask"].bool()
     torch.testing.assert_close(packed[mask], padded[mask], rtol=1e-10, atol=1e-10)
     assert (packed[~mask] == 0).all()
@@ -144,7 +140,7 @@ def test_packed_hidden_states_equal_padded_ones(attention, words, double, monkey
 
 def test_packing_keeps_every_row_whole(seed):
     lengths = torch.randint(1, 65, (50,)).tolist()
-    rows = models.pack(lengths, 64)
+    rows = scoring.pack(lengths, 64)
     assert sorted(number for row in rows for number in row) == list(range(50))
     assert max(sum(lengths[number] for number in row) for row in rows) <= 64
     # the bound of first fit decreasing
@@ -153,7 +149,7 @@ def test_packing_keeps_every_row_whole(seed):
         model = type("Model", (), {"get_output_embeddings": lambda self: None})()
         model.config = type("Config", (), {"_attn_implementation": "paged"})
         args = type("Args", (), dict(padding_free=True, bf16=False, device="cpu"))
-        models.hidden_states(model, dict(input_ids=torch.ones(1, 1), attention_mask=torch.ones(1, 1)), args)
+        scoring.hidden_states(model, dict(input_ids=torch.ones(1, 1), attention_mask=torch.ones(1, 1)), args)
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -165,7 +161,7 @@ def test_the_cached_reference_equals_the_live_one(name, words, tmp_path, double,
     for a, b in zip(live, cached):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
-    monkeypatch.setattr(references, "score", None)  # a second run reads the cache of the first
+    monkeypatch.setattr(reference_logps, "score", None)  # a second run reads the cache of the first
     again = trained(name, words, tmp_path / "again", *short, *cache)
     assert torch.equal(again[0], cached[0])
     (path,) = (tmp_path / "cache").iterdir()
@@ -179,33 +175,33 @@ def test_the_cached_reference_equals_the_live_one(name, words, tmp_path, double,
     from safetensors.torch import load, save
 
     path.write_bytes(save(load(other.read_bytes()), metadata={"key": "of another model"}))
-    with pytest.raises(SystemExit, match=r"--ref-cache: .* is not what it is named after"):
+    with pytest.raises(SystemExit, match=r"--ref-cache: .* does not match its name"):
         run(name, words, tmp_path / "wrong", *short, *cache)
 
 
 def test_the_cache_key_depends_on_weights_and_rows(words):
     args = script("dpo").parse(words)
-    texts = loop.load_rows(args, "preference")
-    model, _, rows, _ = loop.start(args, texts)
-    key = references.key_of(model, rows, ("chosen",), args)
-    assert key == references.key_of(copy.deepcopy(model), rows, ("chosen",), args)
-    assert key != references.key_of(model, rows[1:], ("chosen",), args)
-    assert key != references.key_of(model, rows, ("rejected",), args)
+    texts = setup.load_rows(args, "preference")
+    model, _, rows, _ = setup.start(args, texts)
+    key = reference_logps.key_of(model, rows, ("chosen",), args)
+    assert key == reference_logps.key_of(copy.deepcopy(model), rows, ("chosen",), args)
+    assert key != reference_logps.key_of(model, rows[1:], ("chosen",), args)
+    assert key != reference_logps.key_of(model, rows, ("rejected",), args)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1e-3
-    assert key != references.key_of(model, rows, ("chosen",), args)
+    assert key != reference_logps.key_of(model, rows, ("chosen",), args)
 
 
 def step_flops(words, folder, monkeypatch, *more) -> tuple[float, int]:
     """(FLOPs of the policy's head in one DPO step, in GEMMs of N x H x V, and N)."""
     dpo = script("dpo")
     args = dpo.parse([*words, *more, "--precompute-ref", "--ref-cache", str(folder)])
-    model, tokenizer, rows, _ = loop.start(args, loop.load_rows(args, "preference"))
+    model, tokenizer, rows, _ = setup.start(args, setup.load_rows(args, "preference"))
     frozen = models.freeze(model, args)
     model = models.adapt(model, args)
-    rows = references.scored(model, frozen, rows[:4], dpo.FIELDS, tokenizer, args)
+    rows = reference_logps.scored(model, frozen, rows[:4], dpo.FIELDS, tokenizer, args)
     batch = dataset.stack(rows, dpo.FIELDS, tokenizer.pad_token_id, args.device)
-    ref = references.logps_of(model, frozen, rows, dpo.FIELDS, batch, args)
+    ref = reference_logps.logps_of(model, frozen, rows, dpo.FIELDS, batch, args)
     counts = len(rows), dataset.scored_tokens(rows, dpo.FIELDS)
 
     def step():
@@ -219,7 +215,7 @@ def step_flops(words, folder, monkeypatch, *more) -> tuple[float, int]:
     with monkeypatch.context() as patch:
         patch.setattr(fused_po, "linear_dpo", without_head)
         rest = flops(step)
-    v, h = models.head(model)["weight"].shape
+    v, h = scoring.head(model)["weight"].shape
     return (whole - rest) / (2 * counts[1] * h * v), counts[1]
 
 
@@ -246,18 +242,18 @@ def test_adapters_train_and_are_merged(name, words, tmp_path):
 
 def test_the_reference_is_the_model_without_adapters(words):
     args = script("dpo").parse([*words, "--lora"])
-    model, tokenizer, rows, _ = loop.start(args, loop.load_rows(args, "preference"))
+    model, tokenizer, rows, _ = setup.start(args, setup.load_rows(args, "preference"))
     batch = dataset.stack(rows[:3], ("chosen",), tokenizer.pad_token_id, "cpu")
-    before = models.answer_logps(model, batch, args)
+    before = scoring.answer_logps(model, batch, args)
     assert models.freeze(model, args) is None
     model = models.adapt(model, args)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    assert not torch.allclose(models.answer_logps(model, batch, args), before)
+    assert not torch.allclose(scoring.answer_logps(model, batch, args), before)
     with models.reference(model, None) as scorer:
-        assert torch.equal(models.answer_logps(scorer, batch, args), before)
+        assert torch.equal(scoring.answer_logps(scorer, batch, args), before)
 
 
 @pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--bf16"])

@@ -11,11 +11,7 @@ import transformers
 from example_runs import metrics, run, script, weights
 from rank_pool import Ranks
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import dataset  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import checkpoints, dataset, formats, models, optimization, parallel, plots, run_files, sampling  # isort: skip
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SAMPLING = dict.fromkeys(("ppo", "grpo", "online_dpo"), (*LETTERS, "--max-completion-length", "4"))
@@ -27,7 +23,7 @@ KINDS = {"Qwen3": GROUPED, "Gemma": GROUPED, "GPT2": dict(n_positions=128)}
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def words(tmp_path_factory):
     """words(kind): flags for small data, short runs and a model with a tied head."""
     folder = tmp_path_factory.mktemp("tied")
     data = example_runs.small_data(folder, train=16, test=2, uneven=True)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
     def made(kind: str) -> list[str]:
@@ -66,8 +62,8 @@ def test_a_tied_model_from_training_to_reloading(kind, name, lora, words, tmp_pa
     flags = [*words(kind), *SCRIPTS[name], *["--lora"] * lora]
     whole = run(name, flags, tmp_path)
     trained, rows = weights(tmp_path), metrics(tmp_path)
-    common.remove(common.checkpoint(tmp_path, 3))
-    common.remove(tmp_path / "model")
+    run_files.remove(run_files.checkpoint(tmp_path, 3))
+    run_files.remove(tmp_path / "model")
     assert repr(run(name, flags, tmp_path, "--resume")) == repr(whole) and metrics(tmp_path) == rows
     again = weights(tmp_path)
     assert again.keys() == trained.keys() and all(torch.equal(again[key], trained[key]) for key in again)
@@ -94,15 +90,15 @@ def test_the_pipeline_of_a_tied_model(words, tmp_path, monkeypatch):
     given = lambda model, tokenizer, rows, *args, **how: [  # noqa: E731
         {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows
     ]
-    monkeypatch.setattr(models, "sampled_pairs", given)  # after two steps the model answers nothing right
+    monkeypatch.setattr(sampling, "sampled_pairs", given)  # after two steps the model answers nothing right
     flags, lengths = words("Qwen3"), "--max-prompt-length 48 --max-length 96 --steps 2 --batch-size 4 --lr 1e-3"
     all_of = [*flags[: flags.index("--steps")], "--output", str(tmp_path / "run")]
     all_of += [f"--{stage}-flags={lengths} --eval-every 1 --checkpoint-every 1" for stage in whole.FLAGS]
     whole.train(whole.parse(all_of))
     dpo = tmp_path / "run" / "dpo"
     trained, rows = weights(dpo), metrics(dpo)
-    common.remove(dpo / "model")
-    common.remove(common.checkpoint(dpo, 2))
+    run_files.remove(dpo / "model")
+    run_files.remove(run_files.checkpoint(dpo, 2))
     whole.train(whole.parse([*all_of, "--resume"]))
     assert metrics(dpo) == rows and all(torch.equal(value, trained[key]) for key, value in weights(dpo).items())
     for stage in ("sft", "ppo", "dpo"):
@@ -135,7 +131,7 @@ class Shared(torch.nn.Module):
 
 def learner_of(module):
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    return script("loop").Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    return optimization.Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
 
 
 def stepped(learner, times: int) -> None:
@@ -178,7 +174,7 @@ def trained_on_ranks(words: list[str], output: str, *more: str) -> tuple[list[fl
 
         patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
         patch.setattr(parallel, "Engine", engine)
-        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         dpo = script("dpo")
         dpo.train(dpo.parse([*words, "--output", output, *more]))
         model = seen["model"]
@@ -204,11 +200,11 @@ def test_a_tied_model_on_two_processes(engine, words, tmp_path, two):
     alone, _ = trained_on_ranks(flags, str(tmp_path / "one"))
     for losses, tied in two.run(trained_on_ranks, flags, str(tmp_path / "two"), "--parallel", engine):
         assert losses == pytest.approx(alone, rel=1e-9) and tied
-    common.remove(common.checkpoint(tmp_path / "two", 3))
-    common.remove(tmp_path / "two" / "model")
+    run_files.remove(run_files.checkpoint(tmp_path / "two", 3))
+    run_files.remove(tmp_path / "two" / "model")
     assert trained_on_ranks(flags, str(tmp_path / "two"), "--resume")[0] == pytest.approx(alone, rel=1e-9)
-    common.remove(tmp_path / "two" / "model")
-    common.remove(common.checkpoint(tmp_path / "two", 3))
+    run_files.remove(tmp_path / "two" / "model")
+    run_files.remove(run_files.checkpoint(tmp_path / "two", 3))
     for losses, tied in two.run(trained_on_ranks, flags, str(tmp_path / "two"), "--parallel", engine, "--resume"):
         assert losses == pytest.approx(alone, rel=1e-9) and tied
     one, many = (

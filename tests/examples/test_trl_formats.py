@@ -23,8 +23,7 @@ from trl_rows import (
     ours,
 )
 
-import dataset  # isort: skip
-import models  # isort: skip
+from trainer import dataset, formats, models, sampling  # isort: skip
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 datasets.disable_progress_bars()
@@ -165,7 +164,7 @@ def test_a_prompt_that_is_not_a_prefix(capsys):
     said = capsys.readouterr().err
     assert got["generation_ids"] == merging("ab a")["input_ids"] != got["prompt_ids"]
     assert merging.decode(got["prompt_ids"] + got["chosen_ids"]) == "ab ab abc<|end|>"
-    assert "in 1 of 1 rows the prompt's tokens are not those it has before an answer: its end, such as ' a', is" in said
+    assert "in 1 of 1 rows the prompt alone has other tokens than before an answer: its end, such as ' a', is" in said
     (got,) = ours([{**row, "chosen": " b", "rejected": " c"}], "prompt", merging)
     assert "generation_ids" not in got and not capsys.readouterr().err
 
@@ -179,7 +178,7 @@ def test_answers_are_sampled_for_the_whole_prompt(capsys):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(merging), **shape))
     (row,) = ours([{"prompt": "ab a", "chosen": "b abc", "rejected": "bc"}], "prompt", merging)
     args = script("dpo").parse(["--device", "cpu"])
-    (answered,) = models.sample(model, merging, [row], args, 3)
+    (answered,) = sampling.sample(model, merging, [row], args, 3)
     assert answered["prompt_ids"] == row["generation_ids"]
 
 
@@ -207,13 +206,13 @@ def test_prompts_beside_conversations_match_trl(row):
     fields = ("prompt", "chosen", "rejected")
     wanted = {field: trl_row(copy.deepcopy(row))[field] for field in fields}
     for want in ("preference", "prompt"):
-        (got,) = dataset.rows_of(row, want, "row 0")
+        (got,) = formats.rows_of(row, want, "row 0")
         assert {field: got[field] for field in fields} == wanted
-    unpaired = dataset.rows_of(row, "unpaired", "row 0")
+    unpaired = formats.rows_of(row, "unpaired", "row 0")
     assert [r["completion"] for r in unpaired] == [wanted["chosen"], wanted["rejected"]]
     if row is not FEEDBACK and "messages" in row:
         return
-    (first,) = dataset.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
+    (first,) = formats.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
     assert (first["prompt"], first["completion"]) == (wanted["prompt"], wanted["chosen"])
 
 
@@ -246,6 +245,6 @@ def test_the_space_after_a_prompt_is_kept_in_sampled_pairs():
             "answer_ids": row["chosen_ids"],
             "answer_text": text,
         }
-        assert models.behind_prompt(made, sampled) == PAIR["chosen"]
-    said = models.behind_prompt(made, {**sampled, "prompt": ASK})
+        assert sampling.as_answer(made, sampled) == PAIR["chosen"]
+    said = sampling.as_answer(made, {**sampled, "prompt": ASK})
     assert said == [{"role": "assistant", "content": text}]

@@ -175,7 +175,7 @@ def test_a_checkpoint(trained, ran, tmp_path):
         assert (path / name).exists() == (name[0] == "s")
         (path / name).write_bytes(pickle.dumps(Attack(ran)))
         if name[0] == "s":
-            with pytest.raises(SystemExit, match=r"--resume: .*checkpoint-00000001 is damaged or no checkpoint"):
+            with pytest.raises(SystemExit, match=r"--resume: .*checkpoint-00000001 is damaged or not a checkpoint"):
                 run("dpo", words, output, "--resume")
         else:
             run("dpo", words, output, "--resume")
@@ -201,15 +201,19 @@ def without_model(path: Path) -> None:
 
 SHARD, STATE = (f"checkpoint-00000001/{n}" for n in ("shard-00001-model-00001-of-00001.safetensors", "state.json"))
 DAMAGE = [
-    (SHARD, cut, r"checkpoint-00000001 is damaged or no checkpoint"),
-    (SHARD, lambda path: path.write_bytes(b""), "is damaged or no checkpoint"),
-    (SHARD, lambda path: path.unlink(), "is damaged or no checkpoint"),
-    (STATE, cut, r"is damaged or no checkpoint \(JSONDecodeError\); delete it"),
-    (STATE, lambda path: path.unlink(), r"is damaged or no checkpoint \(FileNotFoundError\)"),
-    (STATE, lambda path: path.write_text("[1]"), "is none of these scripts'"),
-    (STATE, without_model, "is none of these scripts'"),
-    (STATE, others, r"does not fit this run \(it holds other parameters than the model\)"),
-    ("arguments.json", lambda path: path.unlink(), r"arguments.json cannot be read .*; start anew in another folder"),
+    (SHARD, cut, r"checkpoint-00000001 is damaged or not a checkpoint"),
+    (SHARD, lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
+    (SHARD, lambda path: path.unlink(), "is damaged or not a checkpoint"),
+    (STATE, cut, r"is damaged or not a checkpoint \(JSONDecodeError\); delete it"),
+    (STATE, lambda path: path.unlink(), r"is damaged or not a checkpoint \(FileNotFoundError\)"),
+    (STATE, lambda path: path.write_text("[1]"), "was not written by these scripts"),
+    (STATE, without_model, "was not written by these scripts"),
+    (STATE, others, r"does not fit this run \(it has other parameters than the model\)"),
+    (
+        "arguments.json",
+        lambda path: path.unlink(),
+        r"arguments.json cannot be read .*; start a new run in another folder",
+    ),
     ("arguments.json", cut, "arguments.json cannot be read"),
     ("arguments.json", lambda path: path.write_text("[]"), "was started with other arguments"),
 ]
@@ -255,7 +259,7 @@ def test_a_cache_of_log_probs(trained, ran, tmp_path):
             (key, {name: value * float("nan") for name, value in tensors.items()}),
         ):
             save_file({name: value.contiguous() for name, value in wrong.items()}, path, metadata={"key": wrong_key})
-            with pytest.raises(SystemExit, match=r"--ref-cache: .* is not what it is named after; delete it"):
+            with pytest.raises(SystemExit, match=r"--ref-cache: .* does not match its name; delete it"):
                 run("dpo", words, tmp_path / f"run-{wrong_key[:4]}-{len(list(tmp_path.iterdir()))}")
     finally:
         path.write_bytes(whole)
