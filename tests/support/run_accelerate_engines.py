@@ -20,7 +20,7 @@ from tiny_trl import plain_head
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-import models  # isort: skip
+from trainer import models  # isort: skip
 import trl_dpo  # isort: skip
 
 engine, folder, data = sys.argv[1:]
