@@ -5,7 +5,7 @@ The ops around forward.py and backward.py: what the forward keeps for the backwa
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from fused_po.ops.outputs import (
 from fused_po.ops.register import custom_op, differentiable
 from fused_po.parallel.vocab import WHOLE, ProcessGroupLike, Shards, local_head
 from fused_po.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fused_po.ops.outputs import EntropyStats, LogpsEntropy, LogpsFirst, LogpsStats
 
 
 class Results(NamedTuple):
@@ -205,6 +208,63 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
 
 
 _score = differentiable(_forward, _autograd, _setup_context)
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsEntropy,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> EntropyStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsFirst = ...,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> LogpsStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: tuple[str, ...],
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> TokenStats: ...
 
 
 @public

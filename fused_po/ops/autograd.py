@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Optional, TypeVar
+from typing import Optional, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable)
+P = ParamSpec("P")  # the arguments and the result of a decorated function, for type checkers
+R = TypeVar("R")
 
 INSTEAD = "compute these log-probs with torch.log_softmax where you need them"
 SECOND = (
@@ -108,7 +110,7 @@ def made_in_inference(value: object) -> bool:
     return isinstance(value, tuple) and any(isinstance(v, Tensor) and v.is_inference() for v in value)
 
 
-def public(function: Callable) -> Callable:
+def public(function: Callable[P, R]) -> Callable[P, R]:
     """A public function over ops: see the top of this file."""
     names = tuple(inspect.signature(function).parameters)
 
@@ -122,7 +124,7 @@ def public(function: Callable) -> Callable:
         return usable(value)
 
     @functools.wraps(function)
-    def call(*arguments, **options):
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             check_graph(function.__name__)
             return function(*arguments, **options)

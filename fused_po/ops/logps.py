@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from fused_po.ops.register import custom_op, differentiable
 from fused_po.ops.rows import GradientOps, as_rows, empty_gradient, on_rows
 from fused_po.parallel.row_passes import row_passes
 from fused_po.parallel.vocab import WHOLE, ProcessGroupLike, Shards, shards_of, vocab_parallel
+
+if TYPE_CHECKING:
+    from fused_po.ops.outputs import EntropyStats, LogpsEntropy, LogpsFirst, LogpsStats
 
 
 class LogpsSettings(NamedTuple):
@@ -138,6 +141,54 @@ def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
     if shards.partial:
         raise ValueError("process_group: got sequence_dim or partial_grad, which are for hidden states; leave them out")
     return shards
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsEntropy,
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> EntropyStats: ...
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsFirst = ...,
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> LogpsStats: ...
+
+
+@overload
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: tuple[str, ...],
+    inplace_backward: bool = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+) -> TokenStats: ...
 
 
 @public

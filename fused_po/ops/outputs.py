@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Literal, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ class TokenStats(NamedTuple):
     mean_logits: Optional[Tensor] = None
     is_top1: Optional[Tensor] = None
     log_sum_sq_probs: Optional[Tensor] = None
+
+
+if TYPE_CHECKING:
+    # At run time every result is a TokenStats. These tell a type checker which fields are not None.
+    from typing_extensions import Unpack
+
+    LogpsFirst = tuple[Literal["logps"], Unpack[tuple[str, ...]]]
+    LogpsEntropy = tuple[Literal["logps"], Literal["entropy"], Unpack[tuple[str, ...]]]
+
+    class LogpsStats(TokenStats):
+        """The results of outputs=("logps", ...), the default."""
+
+        logps: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    class EntropyStats(LogpsStats):
+        """The results of outputs=("logps", "entropy", ...)."""
+
+        entropy: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def outputs_of(names: tuple[str, ...]) -> Outputs:
