@@ -183,7 +183,7 @@ def test_memory_saving_options_work_on_ranks(case, words, tmp_path, two):
 
 
 @pytest.mark.parametrize(
-    "size, flags, told",
+    "size, flags, message",
     [
         (2, (), "--parallel: missing; torchrun started 2 processes, which share work by ddp, fsdp, tp"),
         (0, ("--parallel", "ddp"), "--parallel: got ddp in a process of its own; start several: torchrun"),
@@ -195,10 +195,10 @@ def test_memory_saving_options_work_on_ranks(case, words, tmp_path, two):
         (2, ("--parallel", "ddp", "--timeout", "0"), "--timeout: got 0.0, expected a number above 0"),
     ],
 )
-def test_flags_that_do_not_fit_the_processes(size, flags, told, monkeypatch):
+def test_flags_that_do_not_fit_the_processes(size, flags, message, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, str(size)) if size else monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match=re.escape(f"error: {told}")):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         script("dpo").parse(list(flags))
 
 

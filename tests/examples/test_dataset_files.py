@@ -1,4 +1,4 @@
-"""Data sets as files, folders and splits: each format gives the same rows; what is wrong is named with its place."""
+"""Data sets as files, folders and splits: all formats give the same rows; errors name the file and the line."""
 
 import bz2
 import gzip
@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "1 or 2?"}, {"role": "assistant", "conte
 
 
 def read(path, want="preference", **how):
-    """The rows by the fields of ROWS."""
+    """The rows, with the fields of ROWS."""
     rows = dataset.read(str(path), "train", want, **how)
     return [
         {name: row[name] for name in ("prompt", "chosen", "rejected", "completion", "label") if name in row}
@@ -36,7 +36,7 @@ def lines(rows=ROWS, **how) -> bytes:
     return "".join(json.dumps(row, **how) + "\n" for row in rows).encode()
 
 
-BYTES = {  # name, what it holds: all of them are ROWS
+BYTES = {  # file name: content; each holds ROWS
     "rows.jsonl": lines(),
     "raw.jsonl": lines(ensure_ascii=False),
     "rows.ndjson": lines(),
@@ -54,15 +54,15 @@ BYTES = {  # name, what it holds: all of them are ROWS
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_json_in_every_dress(name, tmp_path):
+def test_json_in_every_form(name, tmp_path):
     (tmp_path / name).write_bytes(BYTES[name])
     assert read(tmp_path / name) == ROWS
 
 
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\u0085", "\u000b", "\u000c", "\u001c", "\ufeff"])
-def test_what_only_str_splitlines_ends_a_line_at(letter, raw, tmp_path):
-    """JSON's own control characters must be escaped; the others may stand in a string as they are."""
+def test_only_newlines_end_a_line(letter, raw, tmp_path):
+    """JSON requires escapes only for its own control characters; others may be in a string without ending a line."""
     row = {"prompt": f"a{letter}b", "chosen": f" {letter}c", "rejected": f" d{letter}"}
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines([row, *ROWS], ensure_ascii=not raw))
@@ -71,7 +71,7 @@ def test_what_only_str_splitlines_ends_a_line_at(letter, raw, tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz", "rows.parquet", "rows.arrow"])
 def test_tables(name, tmp_path):
-    """Text stays text: NA, None and null are no missing values, 007 is no number."""
+    """Text stays text: NA, None and null are not missing values, and 007 is not a number."""
     datasets = pytest.importorskip("datasets")
     table, path = datasets.Dataset.from_list(ROWS), tmp_path / name
     if ".parquet" in name:
@@ -106,8 +106,8 @@ def test_tables_of_other_formats(tmp_path):
     assert [models.dataset.text_of(row["completion"]) for row in (first, second)] == ["2", "2"]
 
 
-def test_a_table_that_was_written_anew(tmp_path):
-    """The second reading gives the second file's rows, whatever `datasets` keeps."""
+def test_a_table_that_was_rewritten(tmp_path):
+    """The second read gives the rows of the new file, despite the cache of `datasets`."""
     pytest.importorskip("datasets")
     path = tmp_path / "rows.csv"
     for text in ("first", "other"):
@@ -116,7 +116,7 @@ def test_a_table_that_was_written_anew(tmp_path):
 
 
 HALF = '{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}'
-WRONG = {  # a file, what is said of it
+WRONG = {  # file: (content, error)
     "empty.jsonl": (b"", "empty.jsonl: the train set holds no rows; expected one JSON object a line with chosen"),
     "mark.jsonl": (b"\xef\xbb\xbf\r\n\r\n", "mark.jsonl: the train set holds no rows"),
     "none.json": (b"[]", "none.json: the train set holds no rows"),
@@ -144,7 +144,7 @@ WRONG = {  # a file, what is said of it
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_files_that_are_wrong(name, tmp_path):
+def test_damaged_files(name, tmp_path):
     holds, message = WRONG[name]
     (tmp_path / name).write_bytes(holds)
     with pytest.raises(SystemExit, match=message):
@@ -152,7 +152,7 @@ def test_files_that_are_wrong(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet", "none.jsonl.gz"])
-def test_files_that_are_not_there(name, tmp_path):
+def test_missing_files(name, tmp_path):
     with pytest.raises(SystemExit, match=rf"{name}: cannot be read .*; --dataset takes a file \(.jsonl, .json, .csv"):
         read(tmp_path / name)
 
@@ -201,7 +201,7 @@ def test_names_with_a_split(source, split, found):
     assert files.parted(source, split, "--split") == found
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_incompatible_options(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\n")
     for words, message in (
@@ -223,8 +223,8 @@ def test_what_does_not_go_together(tmp_path):
             script("dpo").parse([*words, "--device", "cpu"])
 
 
-def test_a_share_is_held_out_by_prompts(tmp_path):
-    """The same for a seed; no prompt in both; answers to one prompt stay together, as do the halves of a pair."""
+def test_a_share_of_the_prompts_is_held_out(tmp_path):
+    """The split is the same for the same seed. No prompt is in both parts; answers to one prompt stay together."""
     rows = [{"prompt": f"{n % 20}?", "chosen": f" {n}", "rejected": " no"} for n in range(60)]
     (tmp_path / "rows.jsonl").write_bytes(lines(rows))
     words = ["--dataset", str(tmp_path / "rows.jsonl"), "--test-share", "0.25", "--device", "cpu"]
@@ -250,8 +250,8 @@ def test_rows_labelled_false_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto", "grpo", "ppo", "online_dpo"])
-def test_a_model_that_is_not_there_is_said_first(name, tmp_path):
-    """Before data sets that are not there either."""
+def test_a_missing_model_is_reported_first(name, tmp_path):
+    """The missing model is reported before the missing data sets."""
     words = [
         "--model",
         str(tmp_path / "nope"),
@@ -268,7 +268,7 @@ def test_a_model_that_is_not_there_is_said_first(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "online_dpo"])
-def test_rewards_that_are_not_there_are_said_first(name, tmp_path):
+def test_a_missing_reward_is_reported_first(name, tmp_path):
     words = ["--dataset", "none.jsonl", "--test-dataset", "none.jsonl.gz", "--device", "cpu"]
     for flag, value, message in (
         ("--reward-model", "none", "none holds no model"),
@@ -281,7 +281,7 @@ def test_rewards_that_are_not_there_are_said_first(name, tmp_path):
 
 
 def tiny(kind: str, vocab: int, positions: int):
-    """A model of that kind, so small that a test can afford it."""
+    """A tiny model of this kind."""
     import transformers
 
     models.quiet()
@@ -323,11 +323,11 @@ def test_sequences_past_learned_positions(kind, learned, encoded):
     )
     with pytest.raises(SystemExit, match=f"--max-length: the model has {found}"):
         tokens.check_fits(short, tokenizer, rows, parse(["--device", "cpu"]))
-    others = [{**rows[0], "other_ids": [1] * longest}]  # KTO's answers to other prompts
+    others = [{**rows[0], "other_ids": [1] * longest}]  # KTO's mismatched answers
     with pytest.raises(SystemExit, match=f"up to {longest + len(rows[0]['prompt_ids'])}"):
         tokens.check_fits(fits, tokenizer, others, parse(["--device", "cpu"]))
     args = parse(["--device", "cpu"])
-    args.max_completion_length = 50  # of answers that will be drawn
+    args.max_completion_length = 50  # lengths of answers to be sampled
     with pytest.raises(SystemExit, match=f"give --max-length {longest} and shorter answers or prompts"):
         tokens.check_fits(fits, tokenizer, rows, args)
 
@@ -349,8 +349,8 @@ def test_tokens_beyond_the_embedding(encoded):
         tokens.check_fits(tiny("llama", len(added) - 1, 64), added, [], args)
 
 
-def test_a_script_says_so_at_its_start(tmp_path):
-    """A saved GPT-2 with 16 positions, by a script: a message, no traceback, before any step."""
+def test_a_script_reports_it_at_the_start(tmp_path):
+    """A script given a saved GPT-2 with 16 positions prints a message without a traceback, before any step."""
     tokenizer = models.train_tokenizer(
         dataset.texts_of(dataset.read(str(example_runs.comparisons.TRAIN), "train")[:60])
     )

@@ -1,4 +1,4 @@
-"""The newcomer's example: its data, its bad inputs, its checkpoints; the whole default run is slow."""
+"""examples/dpo.py: data, bad inputs, checkpoints, and its complete default run (slow)."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-e
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
-    """A few rows of the shipped sets, so that evaluation takes no time: (train, test)."""
+    """(train, test): a few rows of the shipped data sets, so that evaluation is fast."""
     folder = tmp_path_factory.mktemp("data")
     paths = []
     for source, count in ((comparisons.TRAIN, 60), (comparisons.TEST, 10)):
@@ -57,7 +57,7 @@ def test_shipped_data(tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_checking_program_is_not_fooled():
+def test_the_checking_program_rejects_wrong_answers():
     ask = "Which is larger, 3 or 40?"
     assert comparisons.is_correct(ask, " It is the second one. ")
     for answer in ("", "It is the first one.", "It is the second one. It is the first one.", "second"):
@@ -128,7 +128,7 @@ def test_answers_round_trip_through_the_tokenizer():
         assert whole == row["prompt"] + row["chosen"]
 
 
-def test_batches_follow_from_the_step_alone_and_cover_an_epoch():
+def test_batches_depend_only_on_the_step_and_cover_an_epoch():
     rows = [{"n": i} for i in range(10)]
     seen = [row["n"] for step in range(5) for row in dataset.batch_at(rows, step, 4, seed=7)]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
@@ -138,7 +138,7 @@ def test_batches_follow_from_the_step_alone_and_cover_an_epoch():
 def test_resume_is_bit_for_bit(small_data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     uninterrupted = dpo.train(arguments(small_data, whole))
-    for stop in (2, 5):  # once in the supervised stage, once in DPO
+    for stop in (2, 5):  # once in the supervised stage and once in DPO
 
         def interrupt(path, learner, parts, stop=stop, save=checkpoints.save):
             save(path, learner, parts)
@@ -168,7 +168,7 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     assert set(dpo.train(again)) == {"before", "after"}
 
 
-def test_a_killed_run_leaves_whole_checkpoints(small_data, tmp_path):
+def test_a_killed_run_leaves_complete_checkpoints(small_data, tmp_path):
     paths = ["--dataset", str(small_data[0]), "--test-dataset", str(small_data[1]), "--output", str(tmp_path / "run")]
     words = [*paths, "--sft-steps", "500", "--steps", "500", "--checkpoint-every", "1", "--batch-size", "2"]
     process = subprocess.Popen(
@@ -197,8 +197,8 @@ def test_the_default_run_learns(tmp_path):
     assert time.time() - begin < 240
 
 
-def test_a_loss_of_your_own(capsys):
-    """Its value and gradients are checked against plain PyTorch inside; the loss falls to a hundredth."""
+def test_a_custom_loss(capsys):
+    """The script checks value and gradients against plain PyTorch; the loss falls to a hundredth."""
     import add_a_loss
 
     add_a_loss.main()

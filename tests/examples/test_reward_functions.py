@@ -1,4 +1,4 @@
-"""Reward functions of the examples are called as TRL's GRPO calls its own: columns, messages, async, None, logs."""
+"""Reward functions are called as in TRL's GRPO: columns, messages, async functions, None, logs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import models  # isort: skip
 import rollouts  # isort: skip
 
 ASK = [{"role": "user", "content": "2 + 2 = ?"}]
-# Columns with names that the examples use themselves, or that TRL's own recipes have.
+# Columns with names that the examples use internally, or that TRL's recipes have.
 OWN = {
     "answer": "4", "solution": [4], "answer_text": "four", "answer_ids": [9], "prompt_ids": "p", "chosen_ids": None,
     "source_ids": "a1", "label": 0.5, "labels": [1], "reward": -1, "ended": "no", "logged": "x", "old_logps": 1,
@@ -41,7 +41,7 @@ def small():
 
 
 def function(folder, source: str, name: str = "score") -> str:
-    """FILE.py:NAME of a file with that text."""
+    """FILE.py:NAME for a new file with this source."""
     path = folder / "rewards.py"
     path.write_text("seen = []\n" + textwrap.dedent(source))
     return f"{path}:{name}"
@@ -65,7 +65,7 @@ def called_with(spec: str) -> list[dict]:
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_columns_reach_a_function_untouched(flat, small, tmp_path):
-    """Whatever they are called; also of rows that were not read from a file."""
+    """Columns of any name, also in rows that were not read from a file."""
     model, tokenizer, args = small
     data = [{"prompt": "2 + 2 = ?", **OWN}, {"prompt": "2 + 2 = 5", **OWN, "answer": "no"}]
     own = {k: v for k, v in OWN.items() if not (flat and k in ("prompt_ids", "generation_ids"))}
@@ -99,8 +99,8 @@ def test_columns_reach_a_function_untouched(flat, small, tmp_path):
         {"prompt": "2 + 2 = ?", "completion": "4", "label": True, "source": "b"},
     ],
 )
-def test_the_call_is_trls(row, small, tmp_path, monkeypatch):
-    """The same names and values as TRL's own trainer gives for these rows and answers."""
+def test_the_call_equals_trls(row, small, tmp_path, monkeypatch):
+    """The arguments have the names and values that TRL's trainer passes for these rows and answers."""
     trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
     from trl.trainer import grpo_trainer
 
@@ -170,7 +170,7 @@ def test_functions_that_are_async(source, name, tmp_path):
 
 
 def test_async_functions_share_one_event_loop(tmp_path):
-    """Clients that a function keeps belong to the loop of its first call."""
+    """A client that a function keeps belongs to the event loop of the first call."""
     source = """
         import asyncio
         async def score(prompts, **how):
@@ -198,12 +198,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize("source, own, message", WRONG)
-def test_functions_that_are_wrong(source, own, message, tmp_path):
+def test_bad_functions(source, own, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         judged(function(tmp_path, source), **own)
 
 
-def test_columns_that_some_rows_lack(tmp_path):
+def test_columns_missing_in_some_rows(tmp_path):
     spec = function(tmp_path, SEES)
     rows = [
         {"prompt": "a", "answer_text": "b", "answer_ids": [1], formats.COLUMNS: own} for own in ({"x": 1}, {"y": 2})
@@ -213,8 +213,8 @@ def test_columns_that_some_rows_lack(tmp_path):
     assert (given["x"], given["y"]) == ([1, None], [None, 2])
 
 
-def test_answers_that_cannot_be_scored_teach_nothing():
-    """None, as TRL's GRPO has it: out of the group's mean and deviation, advantage 0."""
+def test_answers_without_a_reward_have_no_gradient():
+    """As in TRL's GRPO, None is left out of the group's mean and deviation, and has an advantage of 0."""
     assert rollouts.checked(lambda rows: [None, 1], "x")([{}, {}])[1] == 1
     nan = math.nan
     rewards = [1.0, nan, 3.0, 5.0, nan, nan, nan, nan, 2.0, nan, nan, nan]
@@ -243,7 +243,7 @@ def test_answers_that_cannot_be_scored_teach_nothing():
     "name", ["grpo", pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.slow)]
 )
 def test_a_run_with_logs_state_and_none(name, tmp_path):
-    """What a function logs is in metrics.jsonl; it gets the step; some of its rewards are None."""
+    """A function's logs are in metrics.jsonl; it gets the trainer's state; some of its rewards are None."""
     spec = function(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""Columns beside the texts of a row: the user's own, margins, settings; and rows that cannot be used."""
+"""Columns beside the texts of a row (the user's own, margins, settings), and rows that cannot be used."""
 
 import copy
 import json
@@ -36,14 +36,14 @@ def tokenizer(request):
 )
 @pytest.mark.parametrize("prompt", ["1 or 2?", ASK])
 def test_columns_of_a_prompt_only_set_are_the_users_own(own, prompt, tokenizer):
-    """Whatever their names; they are not tokenized."""
+    """Columns of any name are passed on and not tokenized."""
     (row,) = ours([{"prompt": prompt, **own}], "prompt", tokenizer)
     assert row[formats.COLUMNS] == {"prompt": prompt, **own}
     assert {key for key in row if isinstance(key, str)} == {"prompt", "prompt_ids"}
 
 
-def test_columns_that_are_called_as_the_examples_own(tokenizer):
-    """Encoded rows have nothing of them but under COLUMNS, for all formats."""
+def test_columns_named_like_internal_ones(tokenizer):
+    """Encoded rows hold such columns only under COLUMNS, in all formats."""
     names = (
         "prompt_ids",
         "chosen_ids",
@@ -62,7 +62,7 @@ def test_columns_that_are_called_as_the_examples_own(tokenizer):
             assert bare(plain) == bare(given) and given[formats.COLUMNS]["chosen_ref"] == "mine"
 
 
-WRONG = [  # what is wanted, the row, what is said
+WRONG = [  # wanted format, row, error
     ("preference", {**PAIR, "images": ["x.png"]}, "field 'images' holds images; the examples train on text alone"),
     ("prompt", {"prompt": "a", "image": {"bytes": b"x"}}, "field 'image' holds images"),
     ("completion", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
@@ -90,24 +90,24 @@ WRONG = [  # what is wanted, the row, what is said
 
 
 @pytest.mark.parametrize("want, row, message", WRONG)
-def test_what_cannot_be_used_is_an_error(want, row, message):
+def test_unusable_rows_are_errors(want, row, message):
     with pytest.raises(SystemExit, match=f"rows.jsonl, line 3: .*{message}"):
         dataset.rows_of(row, want, "rows.jsonl, line 3")
 
 
-def test_what_is_empty_is_no_image():
+def test_empty_image_columns_are_allowed():
     for value in (None, [], ""):
         assert dataset.rows_of({**PAIR, "images": value, "tools": value}, "preference", "")
 
 
-def test_settings_of_texts_have_no_effect_and_that_is_said(tokenizer, capsys):
+def test_template_settings_of_plain_texts_warn(tokenizer, capsys):
     plain = ours([PAIR], "preference", tokenizer)[0]
     given = ours([{**PAIR, "tools": TOOLS}, PAIR], "preference", tokenizer)[0]
     assert plain["prompt_ids"] == given["prompt_ids"]
     assert "1 of 2 rows have the field 'tools', which a chat template reads; in rows of text" in capsys.readouterr().err
 
 
-def test_what_a_template_refuses(tokenizer):
+def test_template_errors(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SystemExit, match=r"chat template cannot write .*1 or 2.*TemplateError: roles must alternate"):
@@ -117,8 +117,8 @@ def test_what_a_template_refuses(tokenizer):
         ours([CHAT], "preference", strict)
 
 
-def test_margins_of_pairs_are_rewards(tokenizer):
-    """The column of TRL's reward trainer, in the loss; with other columns of that name the run ends."""
+def test_margins_enter_the_reward_loss(tokenizer):
+    """The column `margin`, as in TRL's reward trainer, is part of the loss; other values are errors."""
     import torch
 
     from fused_po import losses

@@ -1,4 +1,4 @@
-"""What the examples are given: data in TRL's formats, flags, YAML; and what goes wrong while they run."""
+"""Inputs of the examples (data in TRL's formats, flags, YAML), and failures while they run."""
 
 import copy
 import errno
@@ -27,7 +27,7 @@ import models  # isort: skip
 import parallel  # isort: skip
 
 SCRIPTS = ("sft", "reward", "dpo", "kto")
-OWN = {"reward": ("--sft-steps", "1")}  # it starts from a trained model
+OWN = {"reward": ("--sft-steps", "1")}  # needs a trained model to start from
 ASK, SAY, ERR = ([{"role": r, "content": c}] for r, c in (("user", "1 or 2?"), ("assistant", "2"), ("assistant", "1")))
 TEXTS = {"prompt": "1 or 2?", "chosen": "It is 2.", "rejected": "It is 1."}
 
@@ -48,7 +48,7 @@ def tokenizer():
 
 
 def trl_data():
-    """TRL's data_utils.py by itself, without the rest of TRL."""
+    """TRL's data_utils.py, without the rest of TRL."""
     spec = importlib.util.spec_from_file_location("trl_data_utils", trl_source.trainer("data_utils.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +61,7 @@ def written(folder, *rows) -> str:
     return str(path)
 
 
-MADE = [  # what a script wants, a row, the rows it gives
+MADE = [  # wanted format, row, resulting rows
     ("preference", TEXTS, [TEXTS]),
     ("preference", {"chosen": "1 or 2? It is 2.", "rejected": "1 or 2? It is 1."},
      [{"prompt": "1 or 2? It is", "chosen": " 2.", "rejected": " 1."}]),
@@ -85,8 +85,8 @@ def test_formats(want, row, made):
     assert [{key: new[key] for key in old} for new, old in zip(got, made)] == made and len(got) == len(made)
 
 
-def test_prompts_that_are_not_given_are_trls(seed):
-    """But for words that begin alike, which stay whole: TRL parts "two" and "twenty" behind the tw."""
+def test_implicit_prompts_match_trl(seed):
+    """Prompts are split off as in TRL, but at word boundaries: TRL splits "two" and "twenty" after the tw."""
     for row in (
         {"chosen": ASK + SAY, "rejected": ASK + ERR},
         {"chosen": ASK + SAY + ASK + SAY, "rejected": ASK + SAY + ASK + ERR},
@@ -98,17 +98,18 @@ def test_prompts_that_are_not_given_are_trls(seed):
 
 
 @pytest.mark.parametrize("generation", ["assistant", "assistant 1"])
-def test_conversations_are_trls(generation, tokenizer):
-    """Prompt and answer together are what TRL tokenizes, and part where it parts them.
+def test_conversations_match_trl(generation, tokenizer):
+    """Prompt and answer together equal TRL's tokens, and are split where TRL splits them.
 
-    The second template begins an answer in a way that the rejected one goes on with, and the chosen one does not.
+    With the second template only the rejected answer continues the start of an answer that the template writes.
     """
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = chat.chat_template.replace("'assistant'", repr(generation))
     row = {"prompt": ASK, "chosen": SAY, "rejected": ERR}
     (got,) = dataset.encode([row], chat, 40, 60)
     texts = trl_data().apply_chat_template(row, chat)
-    prompt = chat(texts["prompt"].rstrip(), add_special_tokens=False)["input_ids"]  # TRL parts texts, we part tokens
+    # TRL splits texts, ours splits tokens
+    prompt = chat(texts["prompt"].rstrip(), add_special_tokens=False)["input_ids"]
     assert got["prompt_ids"] == prompt and len(prompt) > 4
     for field in ("chosen", "rejected"):
         whole = chat(texts["prompt"] + texts[field], add_special_tokens=False)["input_ids"]
@@ -116,7 +117,7 @@ def test_conversations_are_trls(generation, tokenizer):
 
 
 def test_conversations_and_texts_train(tokenizer, tmp_path):
-    """Every token of messages counts but the first; batches of them have a loss."""
+    """Every token of the messages except the first is scored, and batches of them have a loss."""
     rows = dataset.rows_of({"messages": ASK + SAY}, "completion", "") + dataset.rows_of(
         {"text": "It is 2."}, "completion", ""
     )
@@ -127,7 +128,7 @@ def test_conversations_and_texts_train(tokenizer, tmp_path):
     assert dataset.scored_tokens([chat, text], ("completion",)) == scored.sum()
 
 
-def test_a_data_sets_folder(tmp_path):
+def test_a_folder_of_files(tmp_path):
     import datasets
 
     rows = datasets.Dataset.from_list([TEXTS, TEXTS])
@@ -140,7 +141,7 @@ def test_a_data_sets_folder(tmp_path):
         dataset.read(str(tmp_path / "split"), "train")
 
 
-WRONG = [  # what is wanted, the row, what is said
+WRONG = [  # wanted format, row, error
     (
         "preference",
         {"prompt": "a", "completion": "b"},
@@ -165,7 +166,7 @@ def test_wrong_formats(want, row, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_says_what_it_wants(name, words, tmp_path):
+def test_every_script_names_the_format_it_wants(name, words, tmp_path):
     bad = written(tmp_path, {"question": "a", "answer": "b"})
     with pytest.raises(SystemExit, match=r"rows.jsonl, line 1: field .* is missing; wanted .*'question', 'answer'"):
         run(name, [*words, *OWN.get(name, ()), "--dataset", bad], tmp_path / "run")
@@ -227,7 +228,7 @@ def test_yaml(tmp_path):
         script("reward").parse(["--config", str(path)])
 
 
-def test_what_adapters_and_events_take(words, tmp_path, monkeypatch):
+def test_adapter_and_event_flags(words, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit, match="--lora takes peft: pip install peft"):
         run("dpo", [*words, "--lora"], tmp_path / "a")
@@ -237,7 +238,7 @@ def test_what_adapters_and_events_take(words, tmp_path, monkeypatch):
 
 
 def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
-    """At the second checkpoint: the first is whole, nothing half-written is left, and the run goes on from it."""
+    """The disk is full at the second checkpoint: the first is complete, no partial file is left, the run resumes."""
     write, folder = checkpoint.HuggingFaceStorageWriter.write_data, tmp_path / "run"
 
     def full(self, *args):
@@ -259,8 +260,8 @@ def test_a_full_disk(words, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("writer", ["torch", "safetensors", "python"])
-def test_a_file_that_cannot_grow(writer, tmp_path):
-    """A real limit, in the middle of a file: whatever the writer says of it, it is an OSError, and no file is left."""
+def test_the_file_size_limit(writer, tmp_path):
+    """A real file size limit is reached inside a file: every writer raises an OSError, and no file is left."""
     from safetensors.torch import save_file
 
     tensors, limits = {"x": torch.zeros(10**6)}, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -281,7 +282,7 @@ def test_a_file_that_cannot_grow(writer, tmp_path):
     assert path.read_text() == "the last one" and list(tmp_path.iterdir()) == [path]
 
 
-def test_models_that_are_not_there(words, tmp_path):
+def test_missing_models(words, tmp_path):
     with pytest.raises(SystemExit, match=r"--model: .*/none' cannot be loaded"):
         run("dpo", [*words, "--model", str(tmp_path / "none")], tmp_path / "run")
     run("sft", [*words, "--steps", "1"], tmp_path / "sft")
@@ -293,7 +294,7 @@ def test_models_that_are_not_there(words, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(words, tmp_path, monkeypatch):
-    """Says so before the weights are touched."""
+    """The run stops before the weights change."""
     dpo = script("dpo")
     honest, calls = dpo.dpo_loss, []
 
@@ -310,12 +311,12 @@ def test_a_loss_that_is_not_finite(words, tmp_path, monkeypatch):
 
 
 def test_ctrl_c(tmp_path):
-    """A real SIGINT: exit code 130, a message in place of a traceback, and a checkpoint to go on from."""
+    """A real SIGINT gives exit code 130, a message instead of a traceback, and a checkpoint to resume from."""
     words = [*example_runs.small_data(tmp_path), "--sft-steps", "0", "--batch-size", "2", "--checkpoint-every", "1"]
     folder = tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "dpo.py"), *words, "--steps", "100000", "--output", str(folder)]
     how = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore SIGINT
     with subprocess.Popen(command, **how) as process:
         while process.poll() is None and not common.checkpoints(folder):
             time.sleep(0.02)
@@ -327,7 +328,7 @@ def test_ctrl_c(tmp_path):
 
 
 def test_events_for_tensorboard(words, tmp_path, monkeypatch):
-    """The losses of metrics.jsonl, step by step; a run that resumes purges what came after its checkpoint."""
+    """TensorBoard gets the losses of metrics.jsonl; a resumed run removes events after its checkpoint."""
     seen, purged = {}, []
 
     class SummaryWriter:
@@ -354,8 +355,8 @@ def test_events_for_tensorboard(words, tmp_path, monkeypatch):
     assert purged == [None, "closed", 2, "closed"]
 
 
-def test_pairs_are_what_the_checking_program_says(words):
-    """The same for a seed; chosen answers are right, rejected ones wrong; the generator is left as it was."""
+def test_pairs_follow_the_checking_program(words):
+    """The same seed gives the same pairs. Chosen answers are right, rejected ones wrong. The generator is unchanged."""
     args = script("reward").parse([*words, *OWN["reward"]])
     texts = loop.load_rows(args, "preference")
     model, tokenizer, rows, _ = loop.start(args, texts)
@@ -380,7 +381,7 @@ def test_pairs_are_what_the_checking_program_says(words):
 
 
 def test_calibration_of_known_margins():
-    """By hand: 4 pairs at +-log 3; three of them right, as P = 3/4 says, has no error; all right has 1/4."""
+    """4 pairs at +-log 3: three right ones match P = 3/4, an error of 0; four right ones give an error of 1/4."""
     reward = script("reward")
     third = torch.tensor([3.0, 3.0, 3.0, 1 / 3]).log()
     p, share, count = reward.calibration(third)

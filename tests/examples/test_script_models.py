@@ -1,4 +1,4 @@
-"""What the scripts of examples/ do with other models: packing, heads, dropout, router losses, rates, pictures."""
+"""The scripts of examples/ with other models: packing, heads, dropout, router losses, learning rates, pictures."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def undrawn(monkeypatch):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """words(config): flags of small data and short runs, with a model of this configuration."""
+    """words(config): flags for small data and short runs, with a model of this configuration."""
     folder = tmp_path_factory.mktemp("models")
     data = example_runs.small_data(folder, train=16, test=2, uneven=True)
     tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
@@ -70,7 +70,7 @@ def test_sft_pads_for_a_model_that_mixes_sequences(words, tmp_path, capsys):
         ):
             run(name, flags, tmp_path / f"{name}-packed", "--padding-free")
     batch = dataset.stack(ROWS, ("completion",), 0, "cpu")
-    with pytest.raises(SystemExit, match=r"--padding-free: Lfm2ForCausalLM"):  # a model that `build` has not made
+    with pytest.raises(SystemExit, match=r"--padding-free: Lfm2ForCausalLM"):  # a model that `build` did not create
         model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**LFM2))
         models.hidden_states(model, batch, arguments(padding_free=True))
 
@@ -79,7 +79,7 @@ def test_sft_pads_for_a_model_that_mixes_sequences(words, tmp_path, capsys):
 
 
 def test_rewards_and_regularisers_of_other_heads(tmp_path):
-    """A factor before the head is taken along, a layer is refused; rewards are the model's own."""
+    """A factor before the head is included, a layer before the head is refused; rewards equal the model's own."""
     assert models.decoder_head(causal_lm("Granite"))["logit_scale"] == 1 / 8
     config = transformers.ModernBertDecoderConfig(**LLAMA, local_attention=8)
     decoder = transformers.ModernBertDecoderForCausalLM(config).eval()
@@ -111,7 +111,7 @@ DROPOUT = {
     "Falcon": dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.2, attention_dropout=0.2
     ),  # read from the configuration in the forward
-    "Llama": LLAMA | dict(attention_dropout=0.3),  # given to the attention function
+    "Llama": LLAMA | dict(attention_dropout=0.3),  # passed to the attention function
     "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
     "Mixtral": LLAMA | dict(num_local_experts=4, router_jitter_noise=0.3),
 }
@@ -119,7 +119,7 @@ DROPOUT = {
 
 @pytest.mark.parametrize("kind", DROPOUT)
 def test_every_kind_of_dropout_is_off(kind, tmp_path):
-    """In training the model is the one in evaluation; what is saved has the rates that were loaded."""
+    """In training the model computes what it computes in evaluation; the saved model has its original dropout rates."""
     config = getattr(transformers, f"{kind}Config")(**DROPOUT[kind] | dict(vocab_size=97))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -127,7 +127,7 @@ def test_every_kind_of_dropout_is_off(kind, tmp_path):
     ids = torch.randint(3, 90, (4, 16))
     run_it = lambda ids: models.run(model, input_ids=ids).hidden  # noqa: E731
     drawn = [run_it(ids) for _ in range(4)]
-    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])  # the model has dropout
+    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])  # check that the model has dropout
     state = torch.get_rng_state()
     dropout.switch_off(model, run_it)
     assert torch.equal(state, torch.get_rng_state())
@@ -153,7 +153,7 @@ def test_adapters_dropout_and_noise_of_another_kind():
         dropout.switch_off(model, lambda ids: models.run(model, input_ids=ids).hidden)
 
 
-AT_FIRST = {  # what of the first step's metrics is 0 when policy and reference are one model
+AT_FIRST = {  # metrics of the first step that are 0 when policy and reference are equal
     "dpo": ("rewards/margins", "kl"),
     "kto": ("rewards/chosen", "kl", "z0"),
     "ppo": ("objective/kl", "policy/approxkl_avg"),
@@ -163,9 +163,9 @@ AT_FIRST = {  # what of the first step's metrics is 0 when policy and reference 
 
 
 @pytest.mark.parametrize("name", AT_FIRST)
-def test_policy_and_reference_begin_alike(name, words, tmp_path):
+def test_policy_and_reference_are_equal_at_the_start(name, words, tmp_path):
     flags = [*words("GPT2", **GPT2), *(LETTERS if name in ("ppo", "grpo", "online_dpo") else ())]
-    flags += ["--num-mini-batches", "1"] if name == "ppo" else []  # a second update finds the policy moved
+    flags += ["--num-mini-batches", "1"] if name == "ppo" else []  # in a second update the policy has changed
     run(name, flags, tmp_path / "off")
     (row,) = metrics(tmp_path / "off")
     for key in AT_FIRST[name]:
@@ -184,8 +184,8 @@ def with_router(words):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_sft_has_the_models_own_loss(packed, words):
-    """The whole loss of the model with its labels; packed rows are not filled up, which would count as text."""
+def test_sft_equals_the_models_own_loss(packed, words):
+    """The model's own loss with its labels; packed rows are not padded, since padding would count as text."""
     args = script("sft").parse([*with_router(words), "--padding-free" if packed else "--no-padding-free"])
     model, tokenizer = models.build(args, [])
     rows = [{"prompt_ids": [1] + [7] * (n // 2), "completion_ids": list(range(20, 20 + n))} for n in (3, 90, 41, 60)]
@@ -200,7 +200,7 @@ def test_sft_has_the_models_own_loss(packed, words):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "ppo", "grpo", "online_dpo"])
 def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
-    """The loss is larger by the coefficient times the model's own router loss, a share of each part."""
+    """The loss grows by the coefficient times the model's own router loss, a share for each part of the batch."""
     flags = [*with_router(words), *(LETTERS if name in ("ppo", "grpo", "online_dpo") else ())]
     flags += ["--num-mini-batches", "1"] if name == "ppo" else []
     run(name, [*flags, "--micro-batch-size", "2"], tmp_path / "with")
@@ -222,7 +222,7 @@ def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
 
 
 def test_learning_rates():
-    """TRL's for a model of the user's, ten times that for adapters; the tiny Llama's otherwise; what is given wins."""
+    """A user's model has TRL's rates, adapters ten times those, the tiny Llama its own; a given rate overrides all."""
     trl_rates = dict(sft=2e-5, reward=1e-5, dpo=1e-6, kto=1e-6, ppo=3e-6, grpo=1e-6, online_dpo=5e-7)
     for name, rate in trl_rates.items():
         parse = script(name).parse
@@ -233,7 +233,7 @@ def test_learning_rates():
 
 
 def test_pictures(tmp_path, monkeypatch):
-    """No empty panel; the last stage's curve is not flattened by one before it."""
+    """No panel is empty, and an earlier stage does not flatten the last stage's curve."""
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda figure, path: drawn.append(figure))
     rows = [{"step": i, "stage": "SFT", "loss": 5.0 - i / 25} for i in range(100)]
@@ -252,7 +252,7 @@ def test_pictures(tmp_path, monkeypatch):
     common.pyplot().close(figure)
 
 
-def test_sft_draws_what_it_measures(words, tmp_path):
+def test_sft_plots_its_measurements(words, tmp_path):
     sft = script("sft")
     run("sft", words("Llama", **LLAMA | dict(max_position_embeddings=128)), tmp_path, "--eval-every", "1")
     (row,) = metrics(tmp_path)
@@ -262,8 +262,8 @@ def test_sft_draws_what_it_measures(words, tmp_path):
 # Saving.
 
 
-def test_a_model_that_could_not_be_saved_is_refused_at_the_start(words, tmp_path):
-    """transformers keeps a GGUF file's quantization_config in the configuration, and then refuses to save the model."""
+def test_a_model_that_cannot_be_saved_is_refused_at_the_start(words, tmp_path):
+    """transformers keeps the quantization_config of a GGUF file, and then refuses to save the model."""
     flags = words("Llama", **LLAMA | dict(max_position_embeddings=128))
     at = flags.index("--model") + 1
     config = pathlib.Path(shutil.copytree(flags[at], tmp_path / "model"), "config.json")

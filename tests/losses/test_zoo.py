@@ -71,7 +71,7 @@ def test_every_loss_has_a_row_that_names_its_peers():
     assert set(NOT_LOSSES) <= functions, "NOT_LOSSES names what is not there"
     assert rows <= functions
     silent = [row.id for row in TABLE if not row.peers]
-    assert not silent, f"no word about the peers: {silent}"
+    assert not silent, f"no peers given: {silent}"
 
 
 # Functions in `losses` that are not losses, and the tests that cover them.

@@ -1,4 +1,4 @@
-"""The loops of README.md, run as they stand, on models that scale or cap their logits and one that does not."""
+"""The loops of README.md, run as written, on models that scale or cap their logits and on one that does not."""
 
 import re
 
@@ -17,7 +17,7 @@ BETA, KL_COEF = 0.1, 0.01
 
 @pytest.fixture(params=NAMES)
 def problem(request) -> dict:
-    """What the README's code takes as given, in float64."""
+    """The variables that the README's code expects, in float64."""
     input_ids, labels = batch(3, rows=4)
     models = {
         "policy": causal_lm(request.param, 0).double(),
@@ -32,7 +32,7 @@ def problem(request) -> dict:
 
 
 def plain(given: dict, model: str) -> torch.Tensor:
-    """[2B, T - 1] log-probs of the labels, by the model's own logits; 0 where they do not count."""
+    """Log-probs [2B, T - 1] of the labels from the model's own logits; 0 at ignored tokens."""
     logits = given[model](given["input_ids"], attention_mask=given["mask"]).logits[:, :-1]
     labels = given["labels"][:, 1:]
     logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)

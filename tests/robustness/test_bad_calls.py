@@ -1,4 +1,4 @@
-"""docs/bad-calls.md is true: every call in its tables raises that error, with that message."""
+"""docs/bad-calls.md: every call in its tables raises the error and message that the page shows."""
 
 import contextlib
 import re
@@ -18,12 +18,12 @@ INTEGRATIONS, COMMANDS = REST.split("\n## Command lines\n")
 
 
 def rows(text: str) -> list[tuple[str, str]]:
-    """(call, error) of its tables' rows; an … in an error stands for anything."""
+    """(call, error) for the rows of the tables; an … in an error stands for any text."""
     return [(m[2], m[4]) for m in re.finditer(r"^\| (`+)(.+?)\1 \| (`+)(.+?)\3 \|$", text, re.M)]
 
 
 def block(text: str, language: str) -> str:
-    """The first block of code in that language."""
+    """The first code block in this language."""
     return re.search(rf"^```{language}\n(.*?)^```", text, re.M | re.S)[1]
 
 
@@ -55,7 +55,7 @@ def test_calls(call, error):
 
 @pytest.fixture(scope="module")
 def integrated():
-    """What the page's second block defines, beside the first."""
+    """The names that the first and the second code block of the page define."""
     pytest.importorskip("transformers")
     pytest.importorskip("trl")
     names = dict(NAMES)
@@ -72,7 +72,7 @@ def test_integrations(call, error, integrated):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files of the page's block, in the current folder."""
+    """Create the files of the page's code block in the current folder."""
     for path, text in re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", block(COMMANDS, "text"), re.M | re.S):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text.strip())
@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch):
 
 @table(COMMANDS)
 def test_command_lines(call, error, folder, monkeypatch, capsys):
-    """Exit status 1, or argparse's 2, and no more than one line: no traceback."""
+    """Exit status 1, or 2 from argparse, with one line of output and no traceback."""
     name, *words = shlex.split(call)
     monkeypatch.setattr(sys, "argv", [name])
     before = {path.relative_to(folder) for path in folder.glob("**/*")}
