@@ -1,6 +1,7 @@
 # `make` lists the targets. Each makes .venv on its first run, and again when what it was made from changes.
 #
 #   make test ARGS="-k dpo"              arguments for the program behind a target
+#   make test ARGS=tests/losses          one folder of tests
 #   make test WORKERS=                   in one process (a file a process otherwise, one process a core)
 #   make fuzz CASES=100000 SEED=7        more cases than the 20,000, and these again
 #   make test-arithmetic TIMES=3         each instruction set three times, with 1 and 2 threads in turns
@@ -46,7 +47,7 @@ test-slow: $(READY) ## the slow tests alone
 	$(RUN) -m pytest -m slow $(ARGS)
 
 test-arithmetic: $(READY) ## the ordinary tests under each instruction set, with 1 and 2 threads: a table of counts
-	$(RUN) tests/arithmetic.py --times $(TIMES) -- -m "not slow" $(WORKERS) $(ARGS)
+	$(RUN) tests/support/instruction_sets.py --times $(TIMES) -- -m "not slow" $(WORKERS) $(ARGS)
 
 fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: counts and a histogram in runs/fuzz
 	rm -rf runs/fuzz
@@ -55,7 +56,7 @@ fuzz: $(READY) ## 20,000 random problems of every op and loss against float64: c
 	$(RUN) tests/fuzz/fuzz_report.py runs/fuzz -o runs/fuzz
 
 integrations: $(READY) ## tests against verl, OpenRLHF, Liger, axolotl and DeepSpeed, each in a folder of its own: .peers
-	$(RUN) tests/with_peers.py $(ARGS)
+	$(RUN) tests/support/peer_tests.py $(ARGS)
 
 bench: $(READY) ## forward and backward against PyTorch and the peers that are installed: tables and plots in runs/bench
 	mkdir -p runs/bench

@@ -14,7 +14,7 @@ from cases import Case, Problem, problem
 from measure import run
 from providers import PROVIDERS, Provider, ours
 
-from fused_po.ops.gemm import gemm_dtype
+from fused_po.lm_head.gemm import gemm_dtype
 from fused_po.planner import cost, peers
 from fused_po.planner.command import GEMM_COLUMNS, GEMM_ROWS, human, seconds
 from fused_po.planner.devices import STATED, Device, best_seconds, measured

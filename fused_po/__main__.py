@@ -18,7 +18,7 @@ import torch
 
 import fused_po
 from fused_po import selfcheck
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 from fused_po.planner import command as planner
 from fused_po.schedule import BUDGET_VARIABLE
 

@@ -12,8 +12,8 @@ import torch
 
 from evidence.stages import LOGITS
 from evidence.timing import turns
-from fused_po.ops import backend as backends
-from fused_po.reference.policy import Form, Given
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Form, TokenInputs
 
 IGNORE = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +56,7 @@ class Logits:
 
     def policy(self, overwrite: bool) -> None:
         logps = self.stats[0]
-        given = Given(self.ones, torch.full_like(self.ones, 1 / len(self.ones)), logps - 0.1, logps - 0.2)
+        given = TokenInputs(self.ones, torch.full_like(self.ones, 1 / len(self.ones)), logps - 0.1, logps - 0.2)
         form = Form("clip", 0.8, 1.2, kl="k3", kl_coef=0.1)
         self.of.policy(self.x, self.labels, given, form, 1.0, IGNORE, overwrite)
 

@@ -70,48 +70,82 @@ class Unit(NamedTuple):
         return f"{self.stage}/{self.name}"
 
 
-# Files of tests that compute on helpers.DEVICE, and how many tests each has: those first that decide whether the
+# Files of tests that compute on numerics.DEVICE, and how many tests each has: those first that decide whether the
 # numbers are right.
 TESTS = {
-    "logps": 378, "schedules": 218, "kl": 141, "linear_kl": 150, "preference": 98, "policy_logits": 162, "gae": 184,
-    "strides": 56, "edges": 169, "infinities": 96, "sure_tokens": 59, "low_rank": 128, "small_batches": 63,
-    "chunked": 40, "found_by_fuzzing": 34, "determinism": 42, "ops": 58, "policy_logits_ops": 44, "invariances": 11,
-    "autograd": 334, "autograd_transforms": 443, "inplace_memory": 78, "opinfo": 5, "faults_backend": 16,
-    "faults_memory": 44, "planner": 88, "planner_peers": 36, "benchmarks": 27,
-}  # fmt: skip
+    "logps": 378,
+    "schedules": 218,
+    "kl": 141,
+    "linear_kl": 150,
+    "dpo": 98,
+    "policy_loss": 162,
+    "gae": 184,
+    "strides": 56,
+    "empty_and_meta_inputs": 169,
+    "infinities": 96,
+    "confident_labels": 59,
+    "low_rank": 128,
+    "row_splits": 63,
+    "chunked_loss": 40,
+    "corner_cases": 34,
+    "determinism": 42,
+    "torch_features": 58,
+    "policy_loss_torch": 44,
+    "invariances": 11,
+    "autograd": 334,
+    "autograd_transforms": 443,
+    "inplace_backward": 78,
+    "opinfo": 5,
+    "backend_failures": 16,
+    "out_of_memory": 44,
+    "planned_costs": 88,
+    "planned_peers": 36,
+    "benchmark_suite": 27,
+}
 ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another stage
-    "cuda_host": "in the stage cuda", "faults_process": "processes", "interpreter": "Triton's interpreter",
-    "integrations_verl": "verl", "planner_parallel": "gloo processes", "evidence_report": "in the stage cuda",
-}  # fmt: skip
+    "cuda_host": "in the stage cuda",
+    "fuzz_reduce": "in make fuzz",
+    "threads_and_forks": "processes",
+    "interpreter": "Triton's interpreter",
+    "verl": "verl",
+    "planned_vocab_parallel": "gloo processes",
+    "evidence_report": "in the stage cuda",
+}
 UNCOUNTED = 40  # tests of a file that is not in TESTS yet
-LARGE = ("large", 28)  # tensors of more than 2^31 elements: alone
+LARGE = ("extreme_sizes", 28)  # tensors of more than 2^31 elements: alone
 SHARD = 120  # tests of a unit at most, so that units end within a minute
-TINY_TESTS = {"sure_tokens": 59, "chunked": 40}
+TINY_TESTS = {"confident_labels": 59, "chunked_loss": 40}
+
+
+def test_files() -> dict[str, str]:
+    """The path of each file of tests, by its name without "test_"; no two folders have a file of the same name."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return {path.stem.removeprefix("test_"): path.relative_to(ROOT).as_posix() for path in paths}
 
 
 def device_tests() -> dict[str, int]:
-    """TESTS, and after them every other file of tests that imports DEVICE from helpers."""
+    """TESTS, and after them every other file of tests that imports DEVICE from numerics."""
     others = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        name, text = path.stem.removeprefix("test_"), path.read_text(encoding="utf-8")
+    for name, path in test_files().items():
+        text = (ROOT / path).read_text(encoding="utf-8")
         known = name in TESTS or name in ELSEWHERE or name == LARGE[0]
-        if not known and re.search(r"^from helpers import (?:\([^)]*|.*)\bDEVICE\b", text, re.M):
+        if not known and re.search(r"^from numerics import (?:\([^)]*|.*)\bDEVICE\b", text, re.M):
             others.append(name)
     return TESTS | dict.fromkeys(others, UNCOUNTED)
 
 
 def test_units(tiny: bool) -> list[Unit]:
-    units = []
+    units, files = [], test_files()
     for name, count in (TINY_TESTS if tiny else device_tests()).items():
         parts = -(-count // SHARD)
         for part in range(parts):
             label = name if parts == 1 else f"{name}-{part + 1}of{parts}"
-            words = ("tests", f"tests/test_{name}.py", "--shard", f"{part}/{parts}")
+            words = ("tests", files[name], "--shard", f"{part}/{parts}")
             units.append(
                 Unit("tests", label, words, lambda m, n=count / parts: prices.tests(m, n), memory=8 * prices.GIB)
             )
     if not tiny:
-        words = ("tests", f"tests/test_{LARGE[0]}.py")
+        words = ("tests", files[LARGE[0]])
         units.append(
             Unit("tests", LARGE[0], words, lambda m: prices.tests(m, LARGE[1]) + 10, memory=48 * prices.GIB, alone=True)
         )
@@ -205,7 +239,7 @@ def cuda_units(tiny: bool) -> list[Unit]:
     timed = 3 * 8  # vocabularies, ways
     return [
         Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, (REAL, "nvcc")),
-        Unit("cuda", "tests", ("tests", "tests/test_cuda_host.py"), lambda m: prices.tests(m, 110) / 2, (REAL, "nvcc")),
+        Unit("cuda", "tests", ("tests", test_files()["cuda_host"]), lambda m: prices.tests(m, 110) / 2, (REAL, "nvcc")),
         Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, (REAL, "nvcc"), 4 * prices.GIB),
         Unit(
             "cuda", "one-read", ("one-read", *size), lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,

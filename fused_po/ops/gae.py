@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, direct, public
-from fused_po.reference import stats_dtype
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import stats_dtype
+from fused_po.ops.autograd import public
+from fused_po.ops.register import custom_op
 
 
 def _dtype(rewards: Tensor, values: Tensor, last_values: Optional[Tensor]) -> torch.dtype:
@@ -22,27 +23,36 @@ def _finite(x: Tensor) -> bool:
     return all(bool(rows.sum().isfinite()) for rows in x.split(max(1, (1 << 15) // max(1, x.shape[1]))))
 
 
-@custom_op("fused_po::gae", mutates_args=())
+class GAEResults(NamedTuple):
+    """What the op returns."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+@custom_op("fused_po::gae")
 def _gae(
-    rewards: Tensor, values: Tensor, mask: Optional[Tensor], last_values: Optional[Tensor], gamma: float, lam: float,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Optional[Tensor],
+    last_values: Optional[Tensor],
+    gamma: float,
+    lam: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> GAEResults:
     advantages, returns = backends.get(backend).gae(rewards, values, mask, last_values, gamma, lam)
     if checks.looked_at(advantages) and not _finite(advantages):  # if it is, so is all that was read
         checks.finite("rewards", rewards, mask)
         checks.finite("values", values, mask)
         if last_values is not None:
             checks.finite("last_values", last_values, None if mask is None else mask.any(1))
-    return advantages, returns
+    return GAEResults(advantages, returns)
 
 
 @_gae.register_fake
 def _(rewards, values, mask, last_values, gamma, lam, backend):
     dtype = _dtype(rewards, values, last_values)
-    return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
-
-
-_run = direct(_gae)
+    return GAEResults(*(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2)))
 
 
 @public
@@ -98,4 +108,4 @@ def gae(
         for name, x in (("gamma", gamma), ("lam", lam))
     )
     name = backends.resolve(backend, rewards.device, _dtype(rewards, values, last_values))
-    return _run(rewards.detach(), values.detach(), mask, last_values, gamma, lam, name)
+    return tuple(_gae(rewards.detach(), values.detach(), mask, last_values, gamma, lam, name))

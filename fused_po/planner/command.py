@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from fused_po.ops.gemm import gemm_dtype
+from fused_po.lm_head.plan import Dtypes
 from fused_po.planner.devices import STATED, Device, measured
 from fused_po.planner.model import DTYPES, HeadShape, read_head
 from fused_po.planner.report import report
@@ -94,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     model = parser.add_argument_group("the head")
     model.add_argument("--model", help="a config.json, a folder with one, or a Hub id (which needs transformers)")
-    model.add_argument("--vocab", type=count, help="with --hidden, in the place of --model: the head's rows")
+    model.add_argument("--vocab", type=count, help="with --hidden, instead of --model: the head's rows")
     model.add_argument("--hidden", type=count, help="the width of the hidden states")
     model.add_argument("--dtype", choices=[*DTYPES], help="of hidden states and head; the model's, or bf16")
     model.add_argument("--bias", action="store_true", help="the head has a bias")
@@ -148,7 +148,7 @@ def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
     kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if sys.stderr and sys.stderr.isatty():
         print(f"measuring a GEMM and a copy on {kind} ...", file=sys.stderr)
-    dtype = gemm_dtype(kind, head.dtype, torch.float32)
+    dtype = Dtypes(head.dtype, torch.float32).gemm(kind)
     rows, columns = min(GEMM_ROWS, args.tokens), min(-(-head.vocab // args.tp), GEMM_COLUMNS)
     return measured((rows, head.hidden, columns), dtype, kind, stated)
 

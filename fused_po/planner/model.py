@@ -30,7 +30,7 @@ WIDTHS = (
     "emb_dim",
     "embed_dim",
 )
-# Whose head has a bias, though no field says so; tests/test_planner_model.py holds them to transformers' models.
+# Whose head has a bias, though no field says so; tests/planner/test_model_config.py holds them to transformers' models.
 BIASED = {
     "bert", "bert-generation", "big_bird", "camembert", "codegen", "ctrl", "data2vec-text", "electra", "ernie", "git",
     "gptj", "megatron-bert", "modernbert-decoder", "phi", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",

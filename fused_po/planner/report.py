@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 from fused_po.planner import peers
-from fused_po.planner.cost import Plan, ours
+from fused_po.planner.cost import Sizes, ours
 from fused_po.planner.devices import Device, collective_seconds, rate_name
 from fused_po.planner.work import Cost, Work
 
@@ -39,7 +39,7 @@ def times_of(cost: Cost, work: Work, device: Device) -> Times:
 
 def schedules(work: Work) -> dict[str, Work]:
     """The same work under every schedule."""
-    row = Plan(work).basis_row
+    row = Sizes(work).basis_row
     everything = work._replace(needs=(True, True), budget=row * work.scored)
     found = {
         "no gradients": work._replace(needs=(False, False), entropy=False),
@@ -115,7 +115,7 @@ def tokens_that_fit(work: Work, free: int) -> int:
 
 def advice(work: Work, device: Device, free: int, size) -> list[str]:
     """What to change, most telling first. size: writes bytes for people."""
-    cost, plan, said = ours(work), Plan(work), []
+    cost, sizes, said = ours(work), Sizes(work), []
     if cost.total > free:
         said.append(f"does not fit: {size(cost.total)} needed, {size(free)} there")
         budget, tp, tokens = largest_budget(work, free), smallest_tp(work, free), tokens_that_fit(work, free)
@@ -128,7 +128,7 @@ def advice(work: Work, device: Device, free: int, size) -> list[str]:
         if len(said) == 1:
             said.append("the head and the tokens are too much together: --tp and fewer pairs, or a larger device")
     elif work.keep == "basis" and work.kept_rows < work.scored:
-        whole = work._replace(budget=-(-plan.basis_row * work.scored >> 20) << 20)
+        whole = work._replace(budget=-(-sizes.basis_row * work.scored >> 20) << 20)
         needed = f"{whole.budget >> 20}MiB"
         if fits(whole, free):
             saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
@@ -142,7 +142,7 @@ def advice(work: Work, device: Device, free: int, size) -> list[str]:
     if tile:
         saved = times_of(cost, work, device).total - times_of(ours(tile), tile, device).total
         said.append(
-            f"a tile has {plan.tile_rows} rows, too few for the head that each reads: --tile "
+            f"a tile has {sizes.tile_rows} rows, too few for the head that each reads: --tile "
             f"{tile.tile_bytes >> 20}MiB fits, {saved * 1e3:.3g} ms a step less"
         )
     return said
@@ -152,7 +152,7 @@ def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:
     """The work with tiles so large that products hardly wait for the head; None if they are, or none fits."""
     best, time = None, times_of(ours(work), work, device).total
     larger = work
-    while Plan(larger).tile_rows < work.scored:
+    while Sizes(larger).tile_rows < work.scored:
         larger = larger._replace(tile_bytes=2 * larger.tile_bytes)
         faster = times_of(ours(larger), larger, device).total
         if not fits(larger, free) or faster > (1 - WORTH) * time:
@@ -163,7 +163,7 @@ def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:
 
 def rate_of(work: Work, device: Device) -> float:
     """FLOPs a second of the ops' products."""
-    return device.flops.get(rate_name(work.head.gemm(work.device)), max(device.flops.values()))
+    return device.flops.get(rate_name(work.plan.gemm), max(device.flops.values()))
 
 
 def row_of(cost: Cost, work: Work, device: Device, free: int) -> dict:
@@ -187,12 +187,12 @@ def report(work: Work, device: Device, free: int, size) -> dict:
     moment, items = cost.at_peak
     times = times_of(cost, work, device)
     others = [found for found in (peer(work) for peer in (peers.eager, peers.trl, peers.liger)) if found]
-    plan = Plan(work)
+    sizes = Sizes(work)
     return {
         "ranks": work.tp * work.dp,
         "rows of the head on a rank": work.columns,
         "runs": runs(work),
-        "tile rows": plan.tile_rows,
+        "tile rows": sizes.tile_rows,
         "kept tokens": work.kept_rows,
         "held bytes": cost.held,
         "peak": {"moment": moment, "bytes": {name: value for name, value in items.items() if value}},

@@ -17,11 +17,11 @@ import torch
 
 import triton
 
+from .dpo import dpo, dpo_gradient, pair_statistics
 from .gae import gae
 from .gradient import from_basis, gradient, score
 from .kl import kl, kl_gradient, mixture
 from .policy import policy, scale
-from .preference import dpo, dpo_gradient, pair_statistics
 from .shards import merge_kl, merge_scores
 from .statistics import statistics, statistics_kernel
 

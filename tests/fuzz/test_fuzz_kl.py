@@ -20,8 +20,9 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORED,
     LAYOUTS,
@@ -42,7 +43,6 @@ from problems import (
     rows,
     scalings,
 )
-from test_kl import in_torch
 
 import fused_po
 
@@ -52,7 +52,10 @@ DIRECTIONS = st.sampled_from((("reverse", 0.5), ("forward", 0.5), ("js", 0.5), (
 
 
 class KLCase(NamedTuple):
-    """distance: of the two sides' logits. forbidden: the share of the vocabulary at -inf on the harmless side alone."""
+    """distance: between the logits of the two sides.
+
+    forbidden: the share of the vocabulary at -inf only on the side where that keeps the KL finite.
+    """
 
     rows: Rows
     distance: float
@@ -78,18 +81,26 @@ def kl_cases(draw) -> KLCase:
     names = DIFFERENTIABLE if labels != "mask" else ("kl",)
     scales = draw(scalings()), draw(scalings())
     forbidden = draw(st.sampled_from((0.0, 0.0, 0.4)))
-    if scales[0].softcap or scales[1].softcap:  # a capped -inf may be said again
+    if scales[0].softcap or scales[1].softcap:  # a softcap makes -inf finite
         found, forbidden = found._replace(masked=0.0), 0.0
     low = "fp64" if found.dtype == "fp64" else draw(st.sampled_from(("fp32", "bf16", found.dtype)))
     return KLCase(
-        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low,
-        draw(incoming(names, found.dtype)), labels,
-        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))), draw(st.booleans()), backend,
-    )  # fmt: skip
+        found,
+        draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))),
+        forbidden,
+        draw(DIRECTIONS),
+        scales,
+        low,
+        draw(incoming(names, found.dtype)),
+        labels,
+        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))),
+        draw(st.booleans()),
+        backend,
+    )
 
 
 def both_sides(case: KLCase, labels: torch.Tensor, generator: torch.Generator) -> Values:
-    """[copies, n, v] logits of policy and reference."""
+    """Logits [copies, n, v] of policy and reference."""
     slope = max(s.steepest for s in case.scalings)
     logits = draw_logits(case.rows, labels, slope, generator)
     base = logits[0].double().cpu()
@@ -100,7 +111,7 @@ def both_sides(case: KLCase, labels: torch.Tensor, generator: torch.Generator) -
     )
     hidden = torch.rand(case.rows.v, generator=generator)[None] < case.forbidden
     hidden = hidden.expand(case.rows.n, -1).scatter(1, labels.clamp(min=0)[:, None], False).to(logits.device)
-    if case.how[0] == "reverse":  # what the policy may say the reference may
+    if case.how[0] == "reverse":  # the reference allows every token that the policy allows
         logits = logits.masked_fill(hidden, -torch.inf)
     else:
         ref = ref.masked_fill(hidden, -torch.inf)
@@ -181,15 +192,27 @@ def heads_cases(draw) -> HeadsCase:
     dtype, names = draw(dtypes(backend)), ("hidden", "weight", *["bias"] * bias)
     widths = draw(st.sampled_from((1, 2, 5, 16))), draw(st.sampled_from((1, 3, 16)))
     return HeadsCase(
-        n, v, widths, bias, dtype, draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))), draw(st.sampled_from((1e-2, 0.3, 1.0))),
-        draw(st.sampled_from(IGNORED)), draw(DIRECTIONS), (draw(scalings()), draw(scalings())),
-        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)), labels,
-        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)), draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        widths,
+        bias,
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))),
+        draw(st.sampled_from((1e-2, 0.3, 1.0))),
+        draw(st.sampled_from(IGNORED)),
+        draw(DIRECTIONS),
+        (draw(scalings()), draw(scalings())),
+        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)),
+        labels,
+        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)),
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def heads_tensors(case: HeadsCase, generator: torch.Generator) -> Values:
-    """[copies, ...] of each; with equal widths the reference is `distance` away from the policy."""
+    """Tensors [copies, ...]; with equal widths the reference is `distance` away from the policy."""
     dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 150_000 // ((case.n + 1) * case.v)))
     slope, tensors = max(s.steepest for s in case.scalings), {}
     for prefix, width in zip(("", "ref_"), case.widths):
