@@ -53,7 +53,7 @@ def killed_while_the_second_runs(tmp_path: Path) -> None:
 def until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -64,7 +64,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_run_that_is_killed_loses_the_unit_in_flight_alone(tmp_path):
+def test_a_killed_run_loses_only_the_unit_in_flight(tmp_path):
     units = [unit("first"), unit("second", WAITS), unit("third")]
     killed_while_the_second_runs(tmp_path)
     on_disk = state.read_json(tmp_path / "out" / "evidence-h100.json")["units"]
@@ -103,7 +103,7 @@ def test_the_price_of_a_killed_unit_goes_up(tmp_path):
 # Units that fail, hang or do not fit.
 
 
-def test_failures_are_named_and_run_again_on_demand_alone(tmp_path):
+def test_failures_are_named_and_rerun_only_on_demand(tmp_path):
     units = [
         unit("good"),
         unit("bad", "print('before'); sys.exit('no such kernel')"),

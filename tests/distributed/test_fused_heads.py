@@ -73,7 +73,7 @@ def one_process(dtype: torch.dtype = torch.float64, fused: bool = True) -> list[
     return by_torch(model, model, dict(input_ids=ids, labels=labels), count, fused)
 
 
-def layers_and(model, *more):
+def shard_layers_and(model, *more):
     """Apply fully_shard to the layers, to the named modules and to the whole model."""
     from torch.distributed.fsdp import fully_shard
 
@@ -84,8 +84,8 @@ def layers_and(model, *more):
 
 WRAPS = {
     "ddp": lambda model: torch.nn.parallel.DistributedDataParallel(model),
-    "fully_shard": lambda model: layers_and(model),
-    "fully_shard, head too": lambda model: layers_and(model, model.lm_head),
+    "fully_shard": lambda model: shard_layers_and(model),
+    "fully_shard, head too": lambda model: shard_layers_and(model, model.lm_head),
 }
 
 

@@ -74,7 +74,7 @@ def words(tmp_path_factory):
     return [*data, "--model", str(folder / "model"), "--lr", "1e-3", "--sft-lr", "1e-3"]
 
 
-def canned(model, tokenizer, rows, args, longest, **how):
+def sample_from_data(model, tokenizer, rows, args, longest, **how):
     """Replaces sampling: answers from the data, every third one rejected, so that rewards differ."""
     answers = [row["rejected_ids" if sum(row["prompt_ids"]) % 3 == 0 else "chosen_ids"][:longest] for row in rows]
     return [{**row, "answer_ids": ids, "answer_text": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
@@ -104,7 +104,7 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
         patch.setattr(parallel, "clip_grad_norm", recorded)
         patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         if name == "ppo":
-            patch.setattr(sampling, "sample", canned)
+            patch.setattr(sampling, "sample", sample_from_data)
         args = script(name).parse([*words, *SHORT, *(PPO if name == "ppo" else ()), "--output", output, *more])
         return script(name).train(args), first
 
@@ -215,7 +215,7 @@ def test_a_single_process_script_refuses_ranks(monkeypatch):
         script("kto").parse([])
 
 
-def uncut(words: list[str], output: str) -> str:
+def sharding_error(words: list[str], output: str) -> str:
     """The error for a model whose number of attention heads is not divisible by the number of ranks."""
     args = script("dpo").parse([*words, "--parallel", "tp", "--output", output])
     shape = dict(hidden_size=30, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
@@ -226,7 +226,7 @@ def uncut(words: list[str], output: str) -> str:
 
 
 def test_a_model_that_cannot_be_sharded(words, tmp_path, two):
-    for said in two.run(uncut, words, str(tmp_path)):
+    for said in two.run(sharding_error, words, str(tmp_path)):
         assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3; use --parallel fsdp"
 
 
@@ -284,7 +284,7 @@ def test_each_rank_samples_its_own_answers(words, tmp_path, two):
     assert torch.equal(state, other)
 
 
-def disagreeing(words: list[str], output: str, how: str) -> str:
+def run_with_different_ranks(words: list[str], output: str, how: str) -> str:
     """The error on this rank when the ranks have different models or different flags."""
     other = parallel.dist.get_rank() == 1
     more = ["--beta", "0.3"] if how == "settings" and other else []
@@ -292,25 +292,25 @@ def disagreeing(words: list[str], output: str, how: str) -> str:
     model, _ = models.build(args, [])
     if how == "weights" and other:
         model.resize_token_embeddings(160)
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         if how == "settings":
             parallel.equal("settings", vars(args))
         parallel.Engine(args, model)
-    assert time.monotonic() - begun < GROUP_TIMEOUT
+    assert time.monotonic() - started < GROUP_TIMEOUT
     return str(stopped.value)
 
 
 @pytest.mark.parametrize("how", ["settings", "weights"])
 def test_ranks_that_differ_raise_at_once(how, words, tmp_path, two):
-    said = two.run(disagreeing, words, str(tmp_path), how)
+    said = two.run(run_with_different_ranks, words, str(tmp_path), how)
     found = "beta: 0.3, 0.1 on rank 0" if how == "settings" else r"\(\(160, 32\), 'torch.float32'\), \(\(167, 32\)"
     for message in said:
         assert message.startswith(f"error: the ranks' {how} differ; rank 1 has ")
         assert re.search(found, message), message
 
 
-def dying(words: list[str], output: str, engine: str) -> None:
+def run_until_killed(words: list[str], output: str, engine: str) -> None:
     """A run whose rank 1 is killed in the third step."""
     clip, calls = parallel.clip_grad_norm, []
 
@@ -330,9 +330,9 @@ def test_a_rank_that_dies_ends_the_others(words, tmp_path):
     ranks = Ranks(2)
     try:
         ranks.run(parallel.size)  # the processes have started
-        begun = time.monotonic()
-        (_, left), (_, dead) = ranks.answers(dying, words, str(tmp_path / "run"), "fsdp")
-        assert time.monotonic() - begun < GROUP_TIMEOUT + 10  # and two steps have run before
+        started = time.monotonic()
+        (_, left), (_, dead) = ranks.answers(run_until_killed, words, str(tmp_path / "run"), "fsdp")
+        assert time.monotonic() - started < GROUP_TIMEOUT + 10  # and two steps have run before
     finally:
         ranks.close()
     assert dead.what == "the process is dead"

@@ -27,11 +27,11 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
+def no_plots(monkeypatch):
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
-def begun(name, words, *more):
+def prepared(name, words, *more):
     """(args, model in float64, reference with other weights or None, tokenizer, rows of answers)."""
     args = script(name).parse([*words, *ALONE, *more])
     model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
@@ -57,7 +57,9 @@ def by_hand(model, row, args):
 
 @pytest.mark.parametrize("temperature", ["1.0", "0.7"])
 def test_rollouts_hold_samples_and_their_log_probs(words, temperature, seed):
-    args, model, frozen, tokenizer, rows = begun("grpo", words, "--temperature", temperature, "--micro-batch-size", "5")
+    args, model, frozen, tokenizer, rows = prepared(
+        "grpo", words, "--temperature", temperature, "--micro-batch-size", "5"
+    )
     assert len(rows) == 12 and [r["prompt_ids"] for r in rows[::2]] == [r["prompt_ids"] for r in rows[1::2]]
     assert len({tuple(row["answer_ids"]) for row in rows}) > 6  # sampled, not decoded greedily
     for row in rows:
@@ -80,7 +82,7 @@ def test_rollouts_hold_samples_and_their_log_probs(words, temperature, seed):
 
 
 def test_a_seed_repeats_a_rollout_and_keeps_the_generator(words):
-    args, model, _, tokenizer, rows = begun("grpo", words)
+    args, model, _, tokenizer, rows = prepared("grpo", words)
     judge, state = reward_sources.by_program, torch.get_rng_state()
     first, again, other = (rollouts.rollout(model, tokenizer, rows, args, judge, seed=n) for n in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
@@ -90,7 +92,7 @@ def test_a_seed_repeats_a_rollout_and_keeps_the_generator(words):
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_generation_config_of_a_model(words, lora):
     """The EOS tokens of its generation config end answers. Its penalties are ignored: they would change the policy."""
-    args, model, _, tokenizer, rows = begun("grpo", words, *(["--lora"] * lora))
+    args, model, _, tokenizer, rows = prepared("grpo", words, *(["--lora"] * lora))
     how = dict(args=args, judge=reward_sources.by_program, seed=1)
     plain = rollouts.rollout(model, tokenizer, rows, **how)
     config = model.get_base_model().generation_config if lora else model.generation_config
@@ -107,7 +109,7 @@ def test_the_generation_config_of_a_model(words, lora):
 
 
 def test_token_values_round_trip_through_rows(words, seed):
-    args, _, _, tokenizer, rows = begun("grpo", words)
+    args, _, _, tokenizer, rows = prepared("grpo", words)
     _, mask = rollouts.stack(rows, tokenizer, args)
     assert mask.sum(1).tolist() == [len(row["answer_ids"]) for row in rows]
     values = torch.randn(mask.shape)
@@ -120,7 +122,7 @@ def test_token_values_round_trip_through_rows(words, seed):
 
 @pytest.mark.parametrize("more", [(), ("--kl-in", "loss", "--lam", "0.9", "--gamma", "0.8")])
 def test_ppos_advantages_against_a_loop_over_tokens(words, more, seed):
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *more)
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *more)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight)
     rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
@@ -176,7 +178,7 @@ def ppo_by_hand(actor, frozen, rows, args, kl_coef):
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 def test_ppos_loss_in_parts_equals_the_loss_by_hand(words, estimator, seed):
     where = ("--kl-in", "reward" if estimator == "k1" else "loss", "--kl-estimator", estimator)
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *where)
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *where)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight, std=0.1)
     rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
@@ -198,7 +200,7 @@ def test_ppos_loss_in_parts_equals_the_loss_by_hand(words, estimator, seed):
 @pytest.mark.parametrize("loss_type", sorted(losses.GRPO_MODES))
 def test_grpos_losses_in_parts_equal_the_whole_update(words, loss_type, seed):
     """Losses and gradients for every mode of aggregation, in parts of 5, 5 and 2 answers."""
-    args, model, frozen, tokenizer, rows = begun("grpo", words, "--loss-type", loss_type, "--num-generations", "2")
+    args, model, frozen, tokenizer, rows = prepared("grpo", words, "--loss-type", loss_type, "--num-generations", "2")
     engine = parallel.Engine(args, model, frozen)
     rows = rollouts.with_old_logps(engine, grpo.with_advantages(rows, args), tokenizer, args)
     rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
@@ -213,7 +215,7 @@ def test_grpos_losses_in_parts_equal_the_whole_update(words, loss_type, seed):
 
 
 def test_groups_with_equal_rewards_are_replaced(words):
-    args, model, _, tokenizer, rows = begun("grpo", words, "--batch-size", "8", "--num-generations", "2")
+    args, model, _, tokenizer, rows = prepared("grpo", words, "--batch-size", "8", "--num-generations", "2")
     asked = []
 
     def judge(rows):  # in the first rollout only the second prompt's answers get different rewards
@@ -238,7 +240,7 @@ def test_online_pairs_have_different_rewards(words):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_measured_kl_is_the_sum_over_the_vocabulary(words, lora, seed):
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *(["--lora"] * lora))
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *(["--lora"] * lora))
     assert (frozen is None) == lora
     found = rollouts.measure(model, frozen, tokenizer, rows, args, reward_sources.judge_from(args, tokenizer, rows))
     answered = rollouts.rollout(model, tokenizer, rows, args, reward_sources.by_program, seed=args.seed)
@@ -332,7 +334,7 @@ def test_a_reward_model_as_the_reward(words, tmp_path):
     given = ["--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--pairs", "given", "--eval-every", "0"]
     run("reward", [*words, *given], tmp_path / "reward")
     folder = tmp_path / "reward" / "model"
-    args, _, _, tokenizer, rows = begun("grpo", words)
+    args, _, _, tokenizer, rows = prepared("grpo", words)
     judge = reward_sources.by_model(str(folder), tokenizer, args)
     model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1)
     for row, reward in zip(rows, judge(rows)):

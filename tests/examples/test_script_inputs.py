@@ -181,7 +181,7 @@ def test_every_script_names_the_format_it_wants(name, words, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_nothing_to_measure_on(name, words, tmp_path):
+def test_no_evaluation_data(name, words, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match=r"none.jsonl: the test set holds no rows; expected one JSON object"):
         run(name, [*words, *OWN.get(name, ()), "--test-dataset", str(tmp_path / "none.jsonl")], tmp_path / "run")

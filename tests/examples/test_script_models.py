@@ -22,7 +22,7 @@ ROWS = [{"prompt_ids": [1, 5, 6], "completion_ids": [8, 9, 10, 2]}, {"prompt_ids
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
+def no_plots(monkeypatch):
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 

@@ -37,7 +37,7 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
+def no_plots(monkeypatch):
     """Skip plotting, which takes longer than these runs; test_dpo_script.py and the slow tests plot."""
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
@@ -68,12 +68,12 @@ def trained(name, words, output, *more):
     return flat, torch.tensor([row["loss"] for row in metrics(output)], dtype=torch.float64)
 
 
-def some_slow(names, quick: tuple[str, ...]) -> list:
+def mostly_slow(names, quick: tuple[str, ...]) -> list:
     """The names as test parameters; all except the quick ones are slow."""
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", some_slow(STEPS, ("sft", "dpo", "ppo", "grpo")))
+@pytest.mark.parametrize("name", mostly_slow(STEPS, ("sft", "dpo", "ppo", "grpo")))
 def test_twenty_fused_steps_equal_plain_ones(name, words, tmp_path, monkeypatch):
     """The RMS errors of weights and losses are within `assert_error`'s bound from plain PyTorch in fp32."""
     short = ("--steps", "20", "--batch-size", "4", "--lr", "1e-4")
@@ -278,7 +278,7 @@ STAGES = {  # flags, and the processes to kill: in which optimizer step, and how
 }
 
 
-@pytest.mark.parametrize("name", some_slow(STAGES, ("dpo", "ppo")))
+@pytest.mark.parametrize("name", mostly_slow(STAGES, ("dpo", "ppo")))
 def test_killed_during_a_step_and_resumed(name, tmp_path):
     """Weights, metrics and measurements are bitwise those of an uninterrupted run."""
     more, kills = STAGES[name]

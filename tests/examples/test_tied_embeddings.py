@@ -32,7 +32,7 @@ KINDS = {"Qwen3": GROUPED, "Gemma": GROUPED, "GPT2": dict(n_positions=128)}
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
+def no_plots(monkeypatch):
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 

@@ -312,7 +312,7 @@ def test_models_with_other_processing_are_refused(what):
     before = set(vars(model))
     with pytest.raises(TypeError, match=r"model: |lm_head: "):
         fuse_lm_head(model)
-    assert set(vars(model)) == before, "a refused model is left as it was"
+    assert set(vars(model)) == before, "a refused model must not change"
 
 
 def test_a_model_that_cannot_run_yet_raises_with_the_reason():

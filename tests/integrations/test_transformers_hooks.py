@@ -137,7 +137,7 @@ def test_pre_hooks_on_all_modules():
         handle.remove()
 
 
-def test_a_hook_that_was_measured_is_left_alone():
+def test_a_measured_hook_is_unchanged():
     """A hook that exists before fusing is measured: an observer stays, and a hook that changes logits is refused."""
     model = causal_lm("Llama")
     model.lm_head.register_forward_hook(lambda m, args, out: None)

@@ -161,7 +161,7 @@ def test_a_frozen_head_costs_two_gemms(seed):
     small = adapted(causal_lm("Llama", vocab_size=v), ("lm_head",)).get_base_model().model
     body = counting.flops(lambda: small(ids).last_hidden_state)
     lora_a = 2 * ids.numel() * h * r
-    assert bodies == body + 2 * lora_a, "the frozen body runs forward once, A forward and its gradient"
+    assert bodies == body + 2 * lora_a, "the frozen body runs one forward; A runs a forward and its gradient"
 
 
 def test_refused(seed):

@@ -233,7 +233,7 @@ def full_batch(side: str) -> dict[str, torch.Tensor]:
 def test_the_forward(family, side, seed):
     """All statistics and gradients. No first token is scored from the previous sequence."""
     if (family, side) == ("GPT2", "left"):
-        pytest.skip("TRL's batches, and so its positions, begin at the left")
+        pytest.skip("GPT-2 has learned positions, which start at 0 in TRL's batches")
     draws = []
     for batch in [full_batch(side) for _ in range(RUNS)]:
         stock = statistics(family, batch)

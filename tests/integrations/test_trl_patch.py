@@ -191,7 +191,7 @@ def exactly(case: Case, hidden, head, labels):
     return values, gradients(values, hidden, head)
 
 
-def bias_in_the_product(hidden, head, labels):
+def gradient_of_bias_by_gemm(hidden, head, labels):
     """Plain PyTorch's gradient of a bias that is a column of the head, so that a GEMM sums it, as in our op."""
     ones = hidden.new_ones(*hidden.shape[:-1], 1)
     wide = torch.nn.Linear(hidden.shape[-1] + 1, V, bias=False)
@@ -222,7 +222,8 @@ def test_outputs_and_gradients_of_the_patched_head(case, seed):
                 others = [(theirs[kind][name], truth[kind][name]) for _, theirs, truth, _ in runs]
                 if name == "bias":
                     others += [
-                        (bias_in_the_product(*theirs[2:], labels), truth[1][name]) for _, theirs, truth, labels in runs
+                        (gradient_of_bias_by_gemm(*theirs[2:], labels), truth[1][name])
+                        for _, theirs, truth, labels in runs
                     ]
                 assert_close(name, ours[kind][name], exact[kind][name], others)
 

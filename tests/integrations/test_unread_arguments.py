@@ -71,7 +71,7 @@ def test_grpo_called_as_by_swift(loss_type, seed):
         results.append((loss, *aux, *torch.autograd.grad(loss, batch["_input"])))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     _, warned = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, **how))
-    assert not warned, "once a process"
+    assert not warned, "a warning is given once per process"
 
 
 @pytest.mark.parametrize("loss_type", liger_grpo.LOSSES)

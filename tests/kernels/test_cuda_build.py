@@ -23,7 +23,7 @@ KERNELS = {"gradient_kernel", "one_read_kernel", "scale_kernel", "statistics_ker
 def test_every_kernel_compiles_for_every_architecture_without_spills():
     rows = nvcc.figures()
     if isinstance(rows, str):
-        pytest.skip(f"needs nvcc and what it needs: {rows}")
+        pytest.skip(f"needs nvcc: {rows}")
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90a", "sm_100"}
     assert [row for row in rows if row["spills"]] == []
     per_arch = {(row["kernel"], row["dtype"]) for row in rows}
@@ -174,7 +174,7 @@ def linkable(tmp_path):
     """The environment of a build. Empty libraries replace the two that torch without CUDA lacks for linking."""
     reason = library.cannot_build(("9.0a",))
     if reason is not None:
-        pytest.skip(f"needs nvcc and what it needs: {reason}")
+        pytest.skip(f"needs nvcc: {reason}")
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: with one the backend's own tests build it")
     folder = tmp_path / "stand_ins"

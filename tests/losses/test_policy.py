@@ -157,7 +157,7 @@ def test_at_ratio_one_the_gradient_is_reinforces(loss, seed):
 
 
 @pytest.mark.parametrize("apart", (0.0, 0.1))
-def test_gspos_two_forms_have_one_gradient(apart, seed):
+def test_both_forms_of_gspo_have_the_same_gradient(apart, seed):
     """The per-token form averages to the per-answer form, for any ratio and advantages of answers."""
     logps, old, advantages, mask, _ = batch(apart=apart)
     plain, by_token = (
@@ -172,7 +172,7 @@ def test_gspos_two_forms_have_one_gradient(apart, seed):
         gradient(losses.gspo(logps, old, advantages, mask, epsilon=1.0, epsilon_high=9.0, token_level=f).sum(), logps)
         for f in (False, True)
     ]
-    assert not torch.allclose(*differ), "advantages of tokens tell the forms apart"
+    assert not torch.allclose(*differ), "per-token advantages must distinguish the two forms"
 
 
 @pytest.mark.parametrize("loss_type", [name for name in GRPO_MODES if name != "vespo"])

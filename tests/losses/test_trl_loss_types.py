@@ -55,7 +55,7 @@ TRAINERS = [
 @pytest.mark.parametrize("path, method, ours, errors", TRAINERS, ids=[row[0].split("/")[-1] for row in TRAINERS])
 def test_every_name_of_trl_is_supported(path, method, ours, errors):
     names = compared_names(function(trainer(path), method)) - errors
-    assert names, f"no loss_type found in {path}: TRL tells its losses apart in another way now"
+    assert names, f"no loss_type found in {path}: TRL now distinguishes its losses differently"
     for name in sorted(names):
         assert ours(name).isfinite().all(), name
 

@@ -170,7 +170,7 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize("good", (True, False))
-def test_metrics_of_one_class_alone(good):
+def test_metrics_of_a_single_class(good):
     metrics = losses.unpaired_metrics(torch.ones(2), torch.zeros(2), torch.tensor([good, good]), beta=1.0)
     absent = "rejected" if good else "chosen"
     assert metrics[f"rewards/{absent}"] == metrics[f"logps/{absent}"] == metrics[f"count/{absent}"] == 0

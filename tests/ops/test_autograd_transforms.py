@@ -145,7 +145,7 @@ def test_constants_inside_forward_mode(name):
 @in_place_too
 def test_reverse_mode_of_torch_func(name, options, way):
     if name.startswith("chunked_loss"):
-        pytest.skip("test_chunked_loss_refuses_torch_func")
+        pytest.skip("refuses all of torch.func: test_chunked_loss_refuses_torch_func")
     row, func, t = ROWS[name], torch.func, tensors()
     results, loss, leaves = run(name)
     carrying = [field for field, value in results.items() if value.requires_grad]

@@ -113,7 +113,7 @@ def test_results_that_are_not_finite_are_valid_json(capsys, monkeypatch):
     assert command.main([*QUICK, "--json"]) == 1
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert {row["ours"] for row in found["results"]} == {None}

@@ -230,7 +230,7 @@ def public():
 @pytest.mark.parametrize("name, value", [pytest.param(*pair, id=pair[0]) for pair in public()])
 def test_documented_and_annotated(name, value):
     doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-    assert doc and not doc.startswith(f"{name}("), "no docstring of its own"
+    assert doc and not doc.startswith(f"{name}("), "no docstring"
     functions = [value] if inspect.isfunction(value) else []
     if inspect.isclass(value):
         functions = [vars(value)[n] for n in ("__init__", "forward") if inspect.isfunction(vars(value).get(n))]

@@ -31,7 +31,7 @@ def test_all_ops_are_checked_and_pass(capsys, seed):
     takes_a_backend = {
         name for name, f in functions.items() if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
     }
-    assert checked == takes_a_backend, "every op of the package"
+    assert checked == takes_a_backend, "selfcheck must cover every op of the package"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def table(text: str) -> pytest.MarkDecorator:
 
 def check(raised: str, error: str) -> None:
     pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", error))
-    assert re.fullmatch(pattern, raised, re.S), f"it says {raised!r}, the page says {error!r}"
+    assert re.fullmatch(pattern, raised, re.S), f"raised {raised!r}, but the page has {error!r}"
 
 
 def fail(call: str, names: dict) -> str:
@@ -93,12 +93,12 @@ def test_command_lines(call, error, folder, monkeypatch, capsys):
     if said == 2:
         said = capsys.readouterr().err.splitlines()[-1].removeprefix(f"{name}: ")
     check(said, error)
-    assert not (folder / "ran").exists(), "what came from a file was run"
+    assert not (folder / "ran").exists(), "code from a file was executed"
     left = {path.relative_to(folder).parts[0] for path in folder.glob("**/*")} - {path.parts[0] for path in before}
     assert left <= {"runs", "__pycache__"}
 
 
-def test_the_page_is_as_long_as_it_says():
+def test_the_page_states_its_number_of_rows():
     counts = [len(rows(text)) for text in (LIBRARY, INTEGRATIONS, COMMANDS)]
     assert f"{sum(counts)} bad calls" in PAGE and counts[0] >= 100 and counts[2] >= 40
     assert len(set(rows(PAGE))) == sum(counts)
@@ -116,7 +116,7 @@ def test_good_calls_of_the_same_names():
         eval(call, names)
 
 
-def test_backends_says_why():
+def test_backends_gives_reasons():
     said = fused_po.backends("cpu", torch.float32)
     assert said["reference"] == "yes, chosen by backend=None"
     assert said["triton"].startswith(("no: ", "yes, by name"))

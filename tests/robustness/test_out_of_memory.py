@@ -25,7 +25,7 @@ FEWEST = 2 if DEVICE == "cuda" else 40  # steps of an op; operators inside a ker
 FAULTS = ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, 11))  # (error, raised at every n-th step)
 
 
-def settled(count: Callable[[], int], allowed: int = 0) -> int:
+def count_when_settled(count: Callable[[], int], allowed: int = 0) -> int:
     """count(), after waiting until it is allowed: autograd's GPU thread frees an error shortly after the caller."""
     for _ in range(100 if DEVICE == "cuda" else 0):
         if count() <= allowed:
@@ -57,7 +57,7 @@ class FaultAt(TorchDispatchMode):
 
     def alive(self) -> int:
         """The created memory that is still alive."""
-        return settled(lambda: sum(storage() is not None for storage in self.made))
+        return count_when_settled(lambda: sum(storage() is not None for storage in self.made))
 
 
 class Case(NamedTuple):
@@ -179,12 +179,12 @@ def test_a_fault_at_every_step(name, error, stride):
     assert mode.steps < at <= mode.steps + stride and mode.steps > FEWEST, "the faults have reached the last step"
     if error is torch.OutOfMemoryError and ("linear" in name or "chunked" in name):
         helpful = sum("Lower Schedule.logits_budget" in said for said in messages)
-        assert helpful > len(messages) / 2, "what to lower"
+        assert helpful > len(messages) / 2, "most errors say what to lower"
     for leaf, value in case.leaves.items():
         assert torch.equal(value, before[leaf]) and value.grad is None, f"{leaf} was changed"
-    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call is another"
+    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call gives other results"
     gc.collect()
-    assert DEVICE == "cpu" or settled(torch.cuda.memory_allocated, allocated) <= allocated
+    assert DEVICE == "cpu" or count_when_settled(torch.cuda.memory_allocated, allocated) <= allocated
 
 
 SHORT = dict(logits=normal(4, 20), labels=torch.arange(4, device=DEVICE))

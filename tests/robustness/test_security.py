@@ -152,7 +152,7 @@ def ran(tmp_path):
     assert path.is_dir()
     path.rmdir()
     yield path
-    assert not path.exists(), "code in a file was run"
+    assert not path.exists(), "code in a file was executed"
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def load_interpreted(name: str, path: Path) -> ModuleType:
     return module
 
 
-def twin_of(kernel: JITFunction) -> Any:
+def interpreted_copy(kernel: JITFunction) -> Any:
     """The interpreted copy of a kernel, from a copy of its module, or of the package for fused_po's kernels."""
     module, name = kernel.fn.__module__, kernel.fn.__name__
     if module.startswith(PACKAGE):
@@ -151,7 +151,7 @@ def interpret(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: d
     quiet = numpy.errstate(all="ignore")  # a GPU does not warn about log2(0), and tests turn warnings into errors
     with checks.watching(name, (*args, *kwargs.values())), interpreted_language(), quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a NumPy warning in Triton 3.6's interpreter
-        twin_of(kernel)[grid](*args, **kwargs)
+        interpreted_copy(kernel)[grid](*args, **kwargs)
 
 
 def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
