@@ -322,7 +322,3 @@ def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
             f"labels: got {int(labels.flatten()[at])} at flat position {at}, allowed are 0 to {n_cols - 1}, "
             f"or ignore_index={ignore_index} for positions that do not count"
         )
-
-
-# Earlier names.
-whole, several, alike, looked_at, called = whole_number, as_tuple, same_shape, values_checked, rename_in_errors

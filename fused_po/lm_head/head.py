@@ -75,14 +75,14 @@ def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype autocast would give the projection, or hidden's: a head of lower precision is cast to it in blocks."""
+    """The dtype of the projection: autocast's, or that of hidden. A lower-precision head is cast to it in blocks."""
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if weight.dtype != hidden.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
-            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's, or a lower precision; cast one of "
-            "them, or run under torch.autocast"
+            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, the dtype of hidden, or a lower "
+            "precision; cast one of them, or run under torch.autocast"
         )
     return hidden.dtype
 
@@ -149,10 +149,10 @@ def without_autocast(run: Callable) -> Callable:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             message = str(error)
-        # Raised out here, when the first error is gone, and with it the frames that held the tiles.
+        # Raised outside the handler: the first error refers to frames that hold the tiles.
         raise torch.OutOfMemoryError(
             f"fused_po: out of memory in the LM head. Lower Schedule.logits_budget (now {head.budget} bytes kept from "
-            f"forward to backward) or Schedule.tile_bytes (now {head.tile_bytes} bytes a tile). {message}"
+            f"forward to backward) or Schedule.tile_bytes (now {head.tile_bytes} bytes per tile). {message}"
         )
 
     return guarded

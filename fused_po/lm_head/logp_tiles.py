@@ -16,7 +16,7 @@ from fused_po.ops.outputs import empty_stats
 
 
 class Incoming(NamedTuple):
-    """Rows of the backward: their labels, what the forward left of them, and the incoming gradients, each [N]."""
+    """Rows of the backward: labels, what the forward saved, and incoming gradients, each [N]."""
 
     labels: Tensor
     saved: Tensor  # [SavedRow.COUNT, N]
@@ -42,7 +42,7 @@ class Incoming(NamedTuple):
         return scored.logical_and_(nonzero)
 
     def masked(self, live: Tensor, ignore_index: int) -> Incoming:
-        """These rows; those that are not live become ignored rows, and nothing reads them."""
+        """The rows with those that are not live turned into ignored rows, which are not read."""
         grads = Grads(*(None if g is None else torch.where(live, g, 0) for g in self.grads))
         shift, norm, logp = self.saved
         saved = torch.stack([shift, norm.masked_fill(~live, torch.inf), logp])

@@ -27,7 +27,7 @@ import torch
 
 NOTHING, PRODUCT, BASIS = "nothing", "product", "basis"
 ROW_BYTES = (
-    64  # rows of logits begin at multiples of it: whole vectors for kernels, aligned leading dimensions for GEMMs
+    64  # rows of logits start at multiples of it, for vector loads in kernels and aligned leading dimensions in GEMMs
 )
 BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink further
 
@@ -54,13 +54,13 @@ def bytes_of_a_tile(tile_bytes: int, split: bool) -> int:
 
 
 def padded(n_cols: int, dtype: torch.dtype) -> int:
-    """Columns a row of logits takes with its padding."""
+    """The number of columns of a row of logits with padding."""
     unit = ROW_BYTES // dtype.itemsize
     return (n_cols + unit - 1) // unit * unit
 
 
 def head_block(n_rows: int, n_cols: int, width: int, tile_bytes: int) -> int:
-    """Rows of the head taken at once where it is cast, or its gradient summed: fp32, they stay within tile_bytes."""
+    """Rows of the head per block when it is cast or its gradient is summed, so that fp32 blocks fit in tile_bytes."""
     block = max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, BLOCK_ROWS)))))
     return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
 

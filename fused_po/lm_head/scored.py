@@ -56,10 +56,12 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
         raise ValueError(f"num_scored: got {bound}, allowed are 0 to {labels.numel()}, the number of labels")
     scored = labels != ignore_index
     count = scored.sum()
-    if checks.looked_at(labels) and count > bound:
-        raise ValueError(f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}")
+    if checks.values_checked(labels) and count > bound:
+        raise ValueError(
+            f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}; pass at least that"
+        )
     rows = torch.nonzero_static(scored, size=bound, fill_value=-1).squeeze(1)
-    if bound:  # no labels, no argmin
+    if bound:  # argmin fails without labels
         rows = torch.where(rows < 0, scored.int().argmin(), rows)
     return rows, torch.where(count > bound, torch.nan, 0.0)
 

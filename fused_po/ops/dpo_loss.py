@@ -27,8 +27,8 @@ def check_stacked(name: str, value: Tensor, dims: int) -> None:
     if value.ndim != dims or value.shape[0] % 2 or value.shape[-1] == 0:
         last = "V" if name.endswith("logits") else "H"
         raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected [2B, T, {last}] with {last} >= 1: an even number of "
-            "sequences, the B chosen answers first, then the B rejected ones"
+            f"{name}: got shape {tuple(value.shape)}, expected [2B, T, {last}] with {last} >= 1: B chosen answers, "
+            "then B rejected ones"
         )
 
 
@@ -47,16 +47,16 @@ def check_loss(
     coef = checks.number("kl_coef", kl_coef, "finite numbers >= 0", lambda v: v >= 0)
     checks.choice("kl", kl, (None, *KL_ESTIMATORS))
     if kl is None and coef:
-        raise ValueError(f"kl_coef: got {kl_coef} without an estimator; name one with kl=, of {KL_ESTIMATORS}")
+        raise ValueError(f"kl_coef: got {kl_coef} with kl=None; set kl to one of {', '.join(map(repr, KL_ESTIMATORS))}")
     loss = DPOLoss(beta, smoothing, kl, coef)
     if ref_logps is None:
         return loss
     if kl == "full":
-        raise ValueError("kl: got 'full' with ref_logps; the exact KL needs the reference's logits, or hidden and head")
+        raise ValueError("kl: got 'full' with ref_logps; the exact KL needs ref_logits, or ref_hidden and ref_weight")
     checks.same_device("ref_logps", checks.floating("ref_logps", ref_logps), device)
     if ref_logps.shape not in (labels.shape, labels.shape[:1]):
         allowed = f"{tuple(labels.shape)} per token or {tuple(labels.shape[:1])} summed over tokens"
         raise ValueError(f"ref_logps: got shape {tuple(ref_logps.shape)}, expected {allowed}")
     if kl is not None and ref_logps.ndim == 1:
-        raise ValueError(f"kl: got {kl!r} with ref_logps summed over tokens; it needs them per token, [2B, T]")
+        raise ValueError(f"kl: got {kl!r} with ref_logps of shape [2B], expected ref_logps per token, [2B, T]")
     return loss

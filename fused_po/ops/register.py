@@ -193,7 +193,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as it is; differentiating it is an error."""
+    """Returns a gradient unchanged; differentiating it is an error."""
 
     generate_vmap_rule = True
 
@@ -211,14 +211,14 @@ class _Once(torch.autograd.Function):
 
 
 def once(grads: tuple[Optional[Tensor], ...], inputs: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
-    """Gradients of an op; under create_graph=True they depend on the inputs, in a way that cannot be differentiated."""
+    """The gradients of an op. With create_graph=True they depend on the inputs, but differentiating them raises."""
     inputs = tuple(v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
     if not torch.is_grad_enabled() or not inputs:
         return grads
     return tuple(_Once.apply(g, *inputs) if isinstance(g, Tensor) else g for g in grads)
 
 
-def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
+def run_each(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
     """vmap's rule for an op: run on each element of the batch, stack the results."""
     results = []
     for i in range(info.batch_size):
@@ -269,7 +269,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         forward=flat_call,
         setup_context=setup,
         backward=flat_backward,
-        vmap=functools.partial(each_alone, flat_call),
+        vmap=functools.partial(run_each, flat_call),
     )
     alone = _function(
         op.name.replace("::", "_"), forward=with_graph, backward=functools.partial(first_only, len(op.fields))

@@ -1,4 +1,4 @@
-"""The CUDA backend: what Triton cannot do, a row held on chip by a cluster of blocks and so read once. By name only.
+"""The CUDA backend: a cluster of blocks keeps a row on chip, so that it is read once. Used only if requested by name.
 
 It has not run on a GPU yet. Log-probs, entropy and lse, the basis, gradients and policy losses, without a softcap; for
 the rest there is the Triton backend. Each function as its namesake there:
