@@ -115,41 +115,37 @@ def tokens_that_fit(work: Work, free: int) -> int:
 
 def advice(work: Work, device: Device, free: int, size) -> list[str]:
     """What to change, most important first. size: a function that formats bytes."""
-    cost, sizes, advice_lines = ours(work), Sizes(work), []
+    cost, sizes, lines = ours(work), Sizes(work), []
     if cost.total > free:
-        advice_lines.append(f"does not fit: {size(cost.total)} needed, {size(free)} available")
+        lines.append(f"does not fit: {size(cost.total)} needed, {size(free)} available")
         budget, tp, tokens = largest_budget(work, free), smallest_tp(work, free), tokens_that_fit(work, free)
         if work.kept_rows and budget is not None:
-            advice_lines.append(
-                f"--budget {budget >> 20}MiB fits: tokens beyond it are recomputed, which adds up to one GEMM"
-            )
+            lines.append(f"--budget {budget >> 20}MiB fits: tokens beyond it are recomputed, which adds up to one GEMM")
         if tp:
-            advice_lines.append(f"--tp {tp} fits: each rank then has {-(-work.vocab // tp)} rows of the head")
+            lines.append(f"--tp {tp} fits: each rank then has {-(-work.vocab // tp)} rows of the head")
         if tokens:
-            advice_lines.append(
-                f"{tokens} of the {work.tokens} tokens fit at a time: accumulate gradients over fewer pairs"
-            )
-        if len(advice_lines) == 1:
-            advice_lines.append("no single change is enough: use --tp and fewer pairs, or a larger device")
+            lines.append(f"{tokens} of the {work.tokens} tokens fit at a time: accumulate gradients over fewer pairs")
+        if len(lines) == 1:
+            lines.append("no single change is enough: use --tp and fewer pairs, or a larger device")
     elif work.keep == "basis" and work.kept_rows < work.scored:
         whole = work._replace(budget=-(-sizes.basis_row * work.scored >> 20) << 20)
         needed = f"{whole.budget >> 20}MiB"
         if fits(whole, free):
             saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
-            advice_lines.append(f"--budget {needed} keeps all tokens and fits: saves {saved * 1e3:.3g} ms per step")
+            lines.append(f"--budget {needed} keeps all tokens and fits: saves {saved * 1e3:.3g} ms per step")
         else:
             other = (
                 "" if work.kl_bases else "; chunked_loss recomputes nothing at any budget, but needs an fp32 [V, H] sum"
             )
-            advice_lines.append(f"keeping all tokens needs --budget {needed}, which does not fit{other}")
+            lines.append(f"keeping all tokens needs --budget {needed}, which does not fit{other}")
     tile = better_tile(work, device, free)
     if tile:
         saved = times_of(cost, work, device).total - times_of(ours(tile), tile, device).total
-        advice_lines.append(
+        lines.append(
             f"a tile has {sizes.tile_rows} rows, so reading the head for each tile limits the speed: --tile "
             f"{tile.tile_bytes >> 20}MiB fits and saves {saved * 1e3:.3g} ms per step"
         )
-    return advice_lines
+    return lines
 
 
 def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:

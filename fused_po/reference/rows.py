@@ -33,8 +33,8 @@ Block = tuple[Union[slice, Tensor], Optional[Tensor], tuple]
 def row_blocks(wanted: Tensor, tensors: list[tuple[Tensor | None, ...]], out: int | None = None) -> Iterator[Block]:
     """(their numbers, None or which of the block's, the block of each tensor) of `wanted` rows, few enough for a cache.
 
-    tensors: from `row_views`, logits first. A block is consecutive rows; where not all of them are wanted, which are. Rows
-    of the tensor number `out` that are not wanted become 0.
+    tensors: from `row_views`, logits first. A block is consecutive rows; where not all of them are wanted, which are.
+    Rows of the tensor number `out` that are not wanted become 0.
     """
     everything = bool(wanted.all())
     number = 0
