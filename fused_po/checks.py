@@ -79,6 +79,8 @@ def dimension(name: str, value: int, ndim: int) -> int:
 
 def positive(name: str, value: object) -> float:
     """Return `value` as a float if it is a finite number > 0."""
+    if type(value) is float and 0 < value <= LARGEST:  # nearly every call, on every op
+        return value
     return number(name, value, "finite numbers > 0", lambda v: v > 0)
 
 

@@ -18,7 +18,7 @@ from fused_po.backend.interface import Grads, Outputs, RowStats, Scaling
 from fused_po.lm_head.backward import Gradients
 from fused_po.lm_head.head import Head, Operands, make_head
 from fused_po.lm_head.logps import Saved, backward, check_operands, forward, linear_logps
-from fused_po.lm_head.plan import BASIS, NOTHING, Needs, head_block, spans
+from fused_po.lm_head.plan import BASIS, NOTHING, Needs, spans
 from fused_po.lm_head.scored import scored_rows
 from fused_po.ops.autograd import no_tangent, public, transforms_active
 from fused_po.ops.outputs import TokenStats, outputs_of, token_stats
@@ -137,7 +137,7 @@ class _ChunkedLoss(torch.autograd.Function):
             del stats, kept
         ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums[1:3], needs[1:3])))
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.block = head_block(hidden.shape[0], *weight.shape, head.tile_bytes)
+        ctx.block = head.plan(hidden.device).head_block(hidden.shape[0], *weight.shape)
         return loss
 
     @staticmethod

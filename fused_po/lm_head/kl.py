@@ -27,7 +27,6 @@ from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.kl import (
-    KLResults,
     KLStats,
     PerSide,
     counted_labels,
@@ -81,8 +80,8 @@ def forward(
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, policy.hidden, weight, n_kept, widest)
     zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
-    policy, reference = policy.ready(rows, head.dtypes), reference.ready(rows, settings.ref_dtypes)
-    tiles = KLForward(settings, policy, reference, take_rows(labels, rows))
+    policy, reference = settings.ready(policy, reference, rows)
+    tiles = KLForward(settings, plan, policy, reference, take_rows(labels, rows))
     run = Forward(plan, tiles, policy, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest))[0], kept
 
@@ -116,10 +115,10 @@ def backward(
         if chosen.index is not None:
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
     bases = kept[:, :n_kept, : policy.weight.shape[0]]
-    ready, ref_ready = policy.ready(chosen.rows, head.dtypes), reference.ready(chosen.rows, settings.ref_dtypes)
+    ready, ref_ready = settings.ready(policy, reference, chosen.rows)
     out = Gradients.empty(policy, needs._replace(hidden=False))
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    arguments = settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
+    arguments = settings, plan, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
     where = out._replace(hidden=wide)
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
     Backward(plan, head.shards, KLBackward(*arguments), ready, where, needs, False).run()
@@ -286,7 +285,7 @@ def linear_kl(
     dropping = Dropping(tokens.find, schedule.skip_zero_rows)
     arguments = states, weight, bias, ref_states, ref_weight, ref_bias, flat, tokens.rows, settings, dropping
     results = _compare(*arguments)
-    stats = kl_stats(KLResults(*tokens.checked(results[:4]), results.tokens), counted.shape, with_labels)
+    stats = kl_stats(tokens.checked(results), counted.shape, with_labels)
     if stats.entropy is not None and not schedule.entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
     return stats

@@ -75,8 +75,8 @@ def forward(
     kept = empty_kept(plan, operands.hidden, weight, n_kept, widest)
     n_scored = n_all if rows is None else rows.numel()
     zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
-    operands = operands.ready(rows, head.dtypes)
-    tiles = LogpForward(head, operands, take_rows(labels, rows))
+    operands = operands.ready(rows, plan.dtypes.compute, plan.gemm)
+    tiles = LogpForward(head, plan, operands, take_rows(labels, rows))
     run = Forward(plan, tiles, operands, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest)), kept
 
@@ -109,12 +109,12 @@ def backward(
     else:
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
-    ready = operands.ready(chosen.rows, head.dtypes)
+    ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
     out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
     where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, LogpBackward(head, ready, incoming, kept), ready, where, needs, add).run()
+    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, where, needs, add).run()
     return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
 
 
@@ -338,7 +338,7 @@ def linear_logps(
     states = hidden.reshape(flat.numel(), hidden.shape[-1])
     dropping = Dropping(tokens.find, schedule.skip_zero_rows)
     results = _score(states, weight, bias, low, flat, tokens.rows, head, dropping)
-    stats = token_stats(RowStats(*tokens.checked(results[:4]), results.saved), asked, labels.shape)
+    stats = token_stats(tokens.checked(results), asked, labels.shape)
     if stats.entropy is not None and not schedule.entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
     return stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from fused_po import checks
 from fused_po.lm_head.tiles import Kept
 from fused_po.ops.autograd import transforms_active
 from fused_po.schedule import Schedule
+
+R = TypeVar("R", bound=tuple)
 
 
 class ScoredTokens(NamedTuple):
@@ -30,9 +32,11 @@ class ScoredTokens(NamedTuple):
             return ScoredTokens(scored_rows(labels, ignore_index), False)
         return ScoredTokens(None, schedule.compact)
 
-    def checked(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The results, NaN if more tokens are scored than the schedule says."""
-        return results if self.excess is None else tuple(value + self.excess for value in results)
+    def checked(self, results: R) -> R:
+        """The op's results; those for callers are NaN if more tokens are scored than the schedule says."""
+        if self.excess is None:
+            return results
+        return type(results)(*(value + self.excess for value in results[:4]), *results[4:])
 
 
 class Dropping(NamedTuple):

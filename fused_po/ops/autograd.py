@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Optional, ParamSpec, TypeVar
 
 import torch
@@ -103,11 +103,15 @@ def usable(value: Tensor) -> Tensor:
     return torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage(), *place)
 
 
-def made_in_inference(value: object) -> bool:
-    """Whether a value is, or holds, a tensor that was made under inference_mode."""
-    if isinstance(value, Tensor):
-        return value.is_inference()
-    return isinstance(value, tuple) and any(isinstance(v, Tensor) and v.is_inference() for v in value)
+def any_made_in_inference(values: Iterable[object]) -> bool:
+    """Whether one of the values is, or is a tuple with, a tensor that was made under inference_mode."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                return True
+        elif isinstance(value, tuple) and any_made_in_inference(value):
+            return True
+    return False
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,7 +132,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling():
             check_graph(function.__name__)
             return function(*arguments, **options)
-        if forward_ad._current_level < 0 and not any(map(made_in_inference, (*arguments, *options.values()))):
+        if forward_ad._current_level < 0 and not any_made_in_inference((*arguments, *options.values())):
             return function(*arguments, **options)
         arguments = [prepared(name, v) for name, v in zip(names, arguments)] + list(arguments[len(names) :])
         return function(*arguments, **{name: prepared(name, v) for name, v in options.items()})

@@ -64,7 +64,7 @@ def fake_results(values: Tensor, n_rows, with_labels: bool) -> KLResults:
 
 def kl_stats(results: KLResults, shape: torch.Size, with_labels: bool) -> KLStats:
     """KLStats from an op's results."""
-    kl, logps, entropy, ref_logps, _ = results
+    kl, logps, entropy, ref_logps, *_ = results
     if not with_labels:
         return KLStats(kl.view(shape))
     return KLStats(kl.view(shape), logps.view(shape), ref_logps.detach().view(shape), entropy.view(shape))

@@ -160,13 +160,9 @@ class Op:
         self.definition.register_fake(lambda *values: self._plain(function(*self.packed(values))))
         return function
 
-    def unseen(self, arguments: tuple) -> bool:
-        """Whether nothing but autograd can see the op of these arguments."""
-        return unseen(arguments, self.tensors)
-
     def __call__(self, *arguments):
         """Run without a derivative."""
-        if not self.unseen(arguments):
+        if not unseen(arguments, self.tensors):
             return self.results(self.definition(*self.flattened(arguments)))
         results = self.without_graph(*arguments)
         for i in self.mutated:
@@ -251,7 +247,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         return op._plain(call(*op.packed(values)))
 
     def call(*arguments):
-        if op.unseen(arguments):
+        if unseen(arguments, op.tensors):
             if torch.is_grad_enabled():
                 return op.results(alone.apply(*arguments))
             return op.without_graph(*arguments)

@@ -58,7 +58,8 @@ def score(
     n_fields = SavedRow.COUNT + sum(asked) - asked.logps
     shift, norm, logp, *more = collected(blocks, n_rows, n_fields, (SavedRow.NORM,), new)
     saved, fields = torch.stack((shift, norm, logp)), iter(more)
-    entropy, lse = (next(fields) if wanted else torch.empty(0, **new) for wanted in (asked.entropy, asked.lse))
+    entropy = next(fields) if asked.entropy else torch.empty(0, **new)
+    lse = next(fields) if asked.lse else torch.empty(0, **new)
     aux = torch.zeros(3, n_rows, **new) if any(asked.auxiliary) else torch.empty(0, **new)
     for i, wanted in enumerate(asked.auxiliary):
         if wanted:
