@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -18,12 +19,12 @@ import torch
 
 import fused_po
 from fused_po import selfcheck
-from fused_po.ops import backend as backends
+from fused_po.backend import choose as backends
 from fused_po.planner import command as planner
 from fused_po.schedule import BUDGET_VARIABLE
 
-PACKAGES = {  # package -> (what needs it, the command that installs it)
-    "triton": ("the kernels on a GPU", "pip install triton"),
+PACKAGES = {  # what it is for, and the command that installs it
+    "triton": ("the kernels on a GPU", backends.kernels.how_to_get_triton()),
     "transformers": ("integrations.transformers, the examples", "pip install 'transformers>=5.17'"),
     "peft": ("adapters (LoRA), the examples' --lora", "pip install peft"),
     "datasets": ("the examples on data sets of the Hub", "pip install datasets"),
@@ -33,6 +34,7 @@ PACKAGES = {  # package -> (what needs it, the command that installs it)
     "liger-kernel": ("integrations.liger, `make peers bench`", "pip install liger-kernel==0.8.5"),
     "axolotl": ("integrations.axolotl", "pip install axolotl==0.19.0"),
 }
+BUILDS = {"triton": ("triton", "triton-rocm", "pytorch-triton-rocm")}  # PyTorch for ROCm brings one of its own
 DTYPES = {**selfcheck.DTYPES, "fp64": torch.float64}
 WIDE = ("linear_logps", "linear_kl", "linear_dpo", "chunked_loss", "gae")  # their kernels work on fp32, or fp64
 OPS = ("logps_from_logits", "kl_from_logits", "dpo_from_logits", "policy_loss_from_logits", *WIDE)
@@ -41,10 +43,11 @@ QUICK, FULL = selfcheck.Size(192, 4099, 96), selfcheck.Size(512, 50257, 256)
 
 
 def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The installed version of a package, under any of the names it is distributed by; None if it is not installed."""
+    for name in BUILDS.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def devices() -> dict[str, str]:

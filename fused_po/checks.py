@@ -8,10 +8,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
+from typing import Optional, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")  # the arguments and the result of a decorated function, for type checkers
+R = TypeVar("R")
 
 LARGEST = sys.float_info.max
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -268,7 +271,7 @@ def scaling(temperature: float, logit_scale: float, softcap: float | None) -> tu
     return softcap / temperature, logit_scale / softcap
 
 
-def rename_in_errors(**names: str) -> Callable:
+def rename_in_errors(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: errors of the functions that are called inside name the arguments of the decorated function.
 
     names: inner argument name -> name of the same argument in the decorated function.
@@ -278,9 +281,9 @@ def rename_in_errors(**names: str) -> Callable:
         arguments, colon, rest = str(error).partition(": ")
         return type(error)(", ".join(names.get(name, name) for name in arguments.split(", ")) + colon + rest)
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def run(*arguments, **options):
+        def run(*arguments: P.args, **options: P.kwargs) -> R:
             try:
                 return function(*arguments, **options)
             except (TypeError, ValueError) as error:
@@ -320,7 +323,3 @@ def label_range(labels: Tensor, n_cols: int, ignore_index: int) -> None:
             f"labels: got {int(labels.flatten()[at])} at flat position {at}, allowed are 0 to {n_cols - 1}, "
             f"or ignore_index={ignore_index} for positions that do not count"
         )
-
-
-# Earlier names.
-whole, several, alike, looked_at, called = whole_number, as_tuple, same_shape, values_checked, rename_in_errors

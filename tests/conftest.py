@@ -1,15 +1,15 @@
-"""Where the tests run: on the GPU if there is one, else on the CPU with Triton's kernels under its interpreter."""
+"""The tests run on the GPU if there is one, else on the CPU, with the Triton kernels under Triton's interpreter."""
 
 import contextlib
 import importlib
 import os
 import tempfile
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: big tensors in pages of 2 MiB
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: large tensors use 2 MiB pages
 if os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core, the processes that a test starts too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core; processes that a test starts inherit it
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # Inductor's cache does not distinguish instruction sets and numbers of threads: code made for others crashes.
+    # Inductor's cache does not distinguish instruction sets and numbers of threads: code compiled for others crashes.
     made_for = (os.environ.get(name, "any") for name in ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"))
     user = str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     cache = "-".join(("torchinductor", user, *made_for))
@@ -17,7 +17,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 import pytest
 import torch
-from helpers import Beyond, decide, fresh_seed
+from numerics import Beyond, decide, fresh_seed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -25,12 +25,12 @@ if not torch.cuda.is_available():
         importlib.import_module("interpreter_speed").prepare_once()
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # PyTorch may have been imported before
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # PyTorch may already be imported
 
 
 @pytest.fixture
 def seed(request):
-    """See `helpers.fresh_seed`; printed when the test fails."""
+    """A random seed from `numerics.fresh_seed`; printed when the test fails."""
     value = fresh_seed(request.node.nodeid)
     torch.manual_seed(value)
     request.node.user_properties.append(("seed", value))
@@ -39,7 +39,7 @@ def seed(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A test of a random problem that is little beyond its bound runs again with other seeds: `helpers.decide`."""
+    """A test whose error slightly exceeds its bound runs again with other seeds: see `numerics.decide`."""
     try:
         return (yield)
     except Beyond as first:
@@ -67,13 +67,13 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def unwrapped(monkeypatch):
-    """Commands print whole lines: libraries set COLUMNS in this process, to which they would be wrapped."""
+    """Unset COLUMNS, which some libraries set, so that commands do not wrap the lines they print."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture
 def poison():
-    """Every uninitialised tensor is full of NaN (or of the largest integer), so that what is not written shows."""
+    """Fill uninitialised tensors with NaN (or the largest integer), so that elements left unwritten are noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -15,8 +15,9 @@ from fused_po.integrations import probe
 from fused_po.integrations.heads import call_as, changes_of, hook_name, read_head
 from fused_po.integrations.lazy_logits import LazyLogits
 from fused_po.integrations.probe import Processing
-from fused_po.ops.linear_logps import linear_logps
-from fused_po.ops.logps import TokenStats, logps_from_logits, shift_labels
+from fused_po.lm_head.logps import linear_logps
+from fused_po.ops.logps import logps_from_logits, shift_labels
+from fused_po.ops.outputs import TokenStats
 from fused_po.schedule import Schedule
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fused_po.ops.logps import TokenStats
+from fused_po.ops.outputs import TokenStats
 
 # Methods and property getters that need no values.
 KNOWN = {

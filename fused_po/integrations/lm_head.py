@@ -18,7 +18,7 @@ from fused_po.integrations import probe
 from fused_po.integrations.heads import read_head
 from fused_po.integrations.probe import Processing
 from fused_po.integrations.transformers import STATE
-from fused_po.ops.linear_logps import linear_logps
+from fused_po.lm_head.logps import linear_logps
 from fused_po.ops.logps import shift_labels
 
 MEASURED = "_fused_po_lm_head"  # the attribute of a measured model

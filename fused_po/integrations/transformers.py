@@ -22,7 +22,7 @@ from fused_po.integrations.fused_call import Call, State, running
 from fused_po.integrations.heads import changes_of, is_sharded, read_head
 from fused_po.integrations.lazy_logits import LazyLogits
 from fused_po.integrations.probe import Processing
-from fused_po.ops.logps import TokenStats
+from fused_po.ops.outputs import TokenStats
 from fused_po.schedule import Schedule
 
 STATE = "_fused_po"  # the attribute of a fused model that holds its State

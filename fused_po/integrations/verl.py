@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fused_po import checks, losses
 from fused_po.integrations.swap import Swap
+from fused_po.lm_head.logps import linear_logps
 from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
-from fused_po.ops.linear_logps import linear_logps
-from fused_po.ops.logps import TokenStats, logps_from_logits
-from fused_po.parallel import VocabParallel
+from fused_po.ops.logps import logps_from_logits
+from fused_po.ops.outputs import TokenStats
+from fused_po.parallel.vocab import VocabParallel
 from fused_po.schedule import Schedule
 
 REPLACED = {

@@ -6,6 +6,7 @@ Device code is in the top-level folder `kernels/`, one folder per backend, insta
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import lru_cache
 from types import ModuleType
 
@@ -15,6 +16,15 @@ NAMES = ("triton", "cuda")
 BY_NAME = ("cuda",)  # used only if requested by name: no measurement on a GPU shows that it is faster
 
 
+def how_to_get_triton() -> str:
+    """What to do where triton is missing. `pip install triton` would overwrite the one that PyTorch for ROCm brings."""
+    if sys.platform in ("darwin", "win32"):
+        return "PyTorch has no triton for this system; the reference backend runs"
+    if torch.version.hip is not None:
+        return "reinstall PyTorch for ROCm, which brings its own triton"
+    return "run `pip install triton`"
+
+
 @lru_cache
 def _load(name: str) -> ModuleType | str:
     """The backend's module, or why it cannot be imported."""
@@ -22,7 +32,7 @@ def _load(name: str) -> ModuleType | str:
         return importlib.import_module(f"fused_po.kernels.{name}")
     except ImportError as error:
         installed = getattr(error, "name", "") != "triton"
-        return f"{error}; " + ("run `pip install -e .` in the clone" if installed else "run `pip install triton`")
+        return f"{error}; " + ("run `pip install -e .` in the clone" if installed else how_to_get_triton())
     except Exception as error:  # a broken installation may raise anything; other backends must still work
         return f"importing it raises {type(error).__name__}: {error}"
 

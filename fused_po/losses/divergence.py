@@ -11,7 +11,7 @@ With r = log pi - log pi_ref of tokens that pi sampled (Schulman 2020, "Approxim
   biased where the policies differ.
 - With samples from an older policy, k times pi / pi_old estimates the KL of pi, in value and gradient.
 
-(tests/test_divergence.py verifies each statement by enumeration.)
+(tests/losses/test_divergence.py verifies each statement by enumeration.)
 """
 
 from __future__ import annotations

@@ -44,6 +44,3 @@ def log1mexp(logp: Tensor) -> Tensor:
     close = torch.where(near, logp, -0.6931471805599453)  # the unused branch must not overflow in the backward either
     far = torch.where(near, -0.6931471805599453, logp)
     return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
-
-
-weighed = weighted  # earlier name

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_po import checks, losses
+from fused_po.lm_head.logps import linear_logps
 from fused_po.modules.liger_scoring import Result, pair_result, score, score_pairs, score_reference
-from fused_po.ops.linear_logps import linear_logps
 from fused_po.reduce import mean
 
 DPO_LOSSES = (

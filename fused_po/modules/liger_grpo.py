@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_po import checks, losses
+from fused_po.lm_head.logps import linear_logps
 from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
-from fused_po.ops.linear_logps import linear_logps
 from fused_po.reduce import aggregate
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks, losses
-from fused_po.ops.linear_logps import linear_logps
+from fused_po.lm_head.logps import linear_logps
 from fused_po.reduce import mean, sequence_logps
 
 Result = tuple[Tensor, tuple[Tensor, ...]]

@@ -1,4 +1,4 @@
-"""`kl_from_logits`: the exact KL of every token's whole distribution, policy against reference."""
+"""`kl_from_logits`: the exact KL between policy and reference at every token, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.ops import backend as backends
-from fused_po.ops.autograd import custom_op, differentiable, direct, public
-from fused_po.ops.logps import as_rows, gradient_by, logits_shards, on_rows
-from fused_po.parallel import ProcessGroupLike, Shards, row_passes
-from fused_po.reference import stats_dtype
-from fused_po.reference.divergence import ENTROPY, KL, LOGP, REF_LOGP, TOKEN_FIELDS
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Divergence, KLRow, Scaling, stats_dtype
+from fused_po.ops.autograd import public
+from fused_po.ops.logps import logits_shards
+from fused_po.ops.register import custom_op, differentiable
+from fused_po.ops.rows import GradientOps, as_rows, empty_gradient, on_rows
+from fused_po.parallel.row_passes import row_passes
+from fused_po.parallel.vocab import ProcessGroupLike, Shards
 
 DIRECTIONS = ("reverse", "forward", "js")
 PerSide = Union[None, float, tuple[Optional[float], Optional[float]]]
 
 
 class KLStats(NamedTuple):
-    """Per-token divergences and what came in the same pass, each shaped like the tokens; fp32 (float64 for float64).
+    """Per-token divergences and statistics of the same pass, each shaped like the tokens; fp32 (float64 for float64).
 
-    kl: in nats, >= 0. Carries gradients to the policy, as do logps and entropy.
-    logps, ref_logps: log-prob of the label under policy and reference. None without labels, and so is
-    entropy: of the policy.
+    kl: in nats, >= 0. kl, logps and entropy have gradients with respect to the policy.
+    logps, ref_logps: log-probs of the labels under policy and reference. None without labels.
+    entropy: of the policy. None without labels.
     """
 
     kl: Tensor
@@ -33,36 +35,45 @@ class KLStats(NamedTuple):
     entropy: Optional[Tensor] = None
 
 
-def results_of(tokens: Tensor, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(kl, logps, entropy, ref_logps, tokens) as an op returns them: tokens for the backward alone, copies for callers.
+class KLResults(NamedTuple):
+    """What an op returns: tokens for the backward alone, copies for callers; without elements where not asked."""
 
-    Without elements where not asked.
-    """
-    picked = (tokens[i].clone() if with_labels else tokens.new_empty(0) for i in (LOGP, ENTROPY, REF_LOGP))
-    return tokens[KL].clone(), *picked, tokens
+    kl: Tensor
+    logps: Tensor
+    entropy: Tensor
+    ref_logps: Tensor
+    tokens: Tensor  # [KLRow.COUNT, N]
 
 
-def fake_results(values: Tensor, n_rows, with_labels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def results_of(tokens: Tensor, with_labels: bool) -> KLResults:
+    """The results from a backend's tokens."""
+    picked = (KLRow.LOGP, KLRow.ENTROPY, KLRow.REF_LOGP)
+    copies = (tokens[i].clone() if with_labels else tokens.new_empty(0) for i in picked)
+    return KLResults(tokens[KLRow.KL].clone(), *copies, tokens)
+
+
+def fake_results(values: Tensor, n_rows, with_labels: bool) -> KLResults:
     """Shapes and dtypes of the same."""
 
     def new(*shape):
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
-    some = n_rows if with_labels else 0
-    return new(n_rows), new(some), new(some), new(some), new(TOKEN_FIELDS, n_rows)
+    n_labels = n_rows if with_labels else 0
+    return KLResults(new(n_rows), new(n_labels), new(n_labels), new(n_labels), new(KLRow.COUNT, n_rows))
 
 
-def kl_stats(results: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size, with_labels: bool) -> KLStats:
+def kl_stats(results: KLResults, shape: torch.Size, with_labels: bool) -> KLStats:
     """KLStats from an op's results."""
-    kl, logps, entropy, ref_logps = results
+    kl, logps, entropy, ref_logps, _ = results
     if not with_labels:
         return KLStats(kl.view(shape))
     return KLStats(kl.view(shape), logps.view(shape), ref_logps.detach().view(shape), entropy.view(shape))
 
 
-def stacked(like: Tensor, *grads: Optional[Tensor]) -> Tensor:
+def incoming_gradients(like: Tensor, *grads: Optional[Tensor]) -> Tensor:
     """[3, N] incoming gradients, 0 where there are none."""
-    return torch.stack([torch.zeros_like(like) if g is None else g for g in grads])
+    zero = torch.zeros_like(like)
+    return torch.stack([zero if g is None else g for g in grads])
 
 
 def side(value: PerSide, which: int) -> Optional[float]:
@@ -70,37 +81,37 @@ def side(value: PerSide, which: int) -> Optional[float]:
     return value[which] if isinstance(value, tuple) else value
 
 
-def scalings(temperature: PerSide, logit_scale: PerSide, softcap: PerSide) -> list[tuple[float, Optional[float]]]:
-    """(outer, inner) of either side."""
+def divergence_of(
+    temperature: PerSide,
+    logit_scale: PerSide,
+    softcap: PerSide,
+    direction: str,
+    js_weight: float,
+    with_labels: bool,
+) -> Divergence:
+    """The divergence that the public arguments name, checked."""
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"{name}: got {len(value)} values, expected one, or a pair (policy's, reference's)")
-    return [checks.scaling(side(temperature, i), side(logit_scale, i), side(softcap, i)) for i in (0, 1)]
-
-
-def direction_of(direction: str, js_weight: float) -> tuple[str, float]:
-    """The direction and js's weight, checked."""
+            raise ValueError(f"{name}: got {len(value)} values, expected one, or a pair (policy, reference)")
+    scalings = (Scaling(*checks.scaling(side(temperature, i), side(logit_scale, i), side(softcap, i))) for i in (0, 1))
+    own, reference = scalings
     checks.choice("direction", direction, DIRECTIONS)
     checks.only_with("js_weight", js_weight, 0.5, direction == "js", 'direction="js"')
     allowed = '0 < js_weight < 1 (the limits are the directions "forward" and "reverse")'
-    return direction, checks.number("js_weight", js_weight, allowed, lambda v: 0 < v < 1)
-
-
-def form(direction: str, js_weight: float) -> Union[str, float]:
-    """The direction as a backend takes it."""
-    return js_weight if direction == "js" else direction
+    weight = checks.number("js_weight", js_weight, allowed, lambda v: 0 < v < 1)
+    return Divergence(own, reference, direction, weight, with_labels)
 
 
 def counted_labels(
     labels: Optional[Tensor], mask: Optional[Tensor], like: Tensor, name: str, ignore_index: int
 ) -> Tensor:
     """Labels in the shape of like [..., *] without its last dimension, ignore_index where a token does not count."""
-    shape, why = like.shape[:-1], f"{name}'s shape without its last dimension"
-    checks.whole("ignore_index", ignore_index)
+    shape, why = like.shape[:-1], f"the shape of {name} without its last dimension"
+    checks.whole_number("ignore_index", ignore_index)
     if labels is None:
         labels = torch.zeros(shape, dtype=torch.int64, device=like.device)
         if ignore_index == 0:
-            raise ValueError("ignore_index: got 0, which without labels marks every token; leave it at -100")
+            raise ValueError("ignore_index: got 0 without labels, which would ignore every token; leave it at -100")
     labels = checks.integer("labels", labels, shape, like.device, why)
     if mask is None:
         return labels
@@ -118,86 +129,79 @@ def negative_where_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(labels == ignore_index, -1, labels)
 
 
-@custom_op("fused_po::kl_fwd", mutates_args=())
-def _forward(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, outer: float, inner: Optional[float], ref_outer: float,
-    ref_inner: Optional[float], direction: str, js_weight: float, with_labels: bool, ignore_index: int,
-    inplace_backward: bool, backend: str, group: str, sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shards = Shards(group, tuple(sizes))
-    checks.overwritable(logits, inplace_backward, ref_logits)
+class KLSettings(NamedTuple):
+    """How two tensors of logits are compared."""
+
+    divergence: Divergence
+    ignore_index: int
+    inplace_backward: bool
+    backend: str
+    shards: Shards
+
+
+@custom_op("fused_po::kl_fwd")
+def _forward(logits: Tensor, ref_logits: Tensor, labels: Tensor, settings: KLSettings) -> KLResults:
+    divergence, ignore_index, inplace, backend, shards = settings
+    checks.overwritable(logits, inplace, ref_logits)
     checks.label_range(labels, shards.n_cols(logits.shape[-1]), ignore_index)
     rows, labels = as_rows(logits), negative_where_ignored(labels, ignore_index)
-    run, how = row_passes(backends.get(backend), shards), ((outer, inner), (ref_outer, ref_inner))
-    how = *how, form(direction, js_weight), with_labels
-    tokens = run.begin_kl(rows, _ref_rows(ref_logits, rows), labels, *how)()
-    return results_of(tokens, with_labels)
+    run = row_passes(backends.get(backend), shards)
+    tokens = run.begin_kl(rows, _ref_rows(ref_logits, rows), labels, divergence)()
+    return results_of(tokens, divergence.with_labels)
 
 
 @_forward.register_fake
-def _(logits, ref_logits, labels, outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, *others):
-    return fake_results(logits, labels.numel(), with_labels)
+def _(logits, ref_logits, labels, settings):
+    return fake_results(logits, labels.numel(), settings.divergence.with_labels)
 
 
-def _gradient(logits, out, ref_logits, labels, tokens, grads, *how):
-    outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes = how
-    labels = negative_where_ignored(labels, ignore_index)
-    run = row_passes(backends.get(backend), Shards(group, tuple(sizes))).kl_gradient
-    scaling = (outer, inner), (ref_outer, ref_inner)
+def _write_gradient(
+    logits: Tensor, out: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, settings: KLSettings
+) -> None:
+    labels = negative_where_ignored(labels, settings.ignore_index)
+    run = row_passes(backends.get(settings.backend), settings.shards)
 
     def write(rows, target):
-        ref_rows, kind = _ref_rows(ref_logits, rows), form(direction, js_weight)
-        run(rows, ref_rows, labels, tokens, grads, *scaling, kind, with_labels, target)
+        run.kl_gradient(rows, _ref_rows(ref_logits, rows), labels, tokens, grads, settings.divergence, target)
 
     on_rows(write, logits, out)
 
 
-@custom_op("fused_po::kl_bwd", mutates_args=())
+@custom_op("fused_po::kl_bwd")
 def _backward(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
-    inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,
-    with_labels: bool, ignore_index: int, backend: str, group: str, sizes: list[int],
-) -> Tensor:  # fmt: skip
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes
-    _gradient(logits, out, ref_logits, labels, tokens, grads, *how)
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, settings: KLSettings
+) -> Tensor:
+    out = empty_gradient(logits)
+    _write_gradient(logits, out, ref_logits, labels, tokens, grads, settings)
     return out
 
 
-@_backward.register_fake
-def _(logits, *others):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+_backward.register_fake(empty_gradient)
 
 
 @custom_op("fused_po::kl_bwd_", mutates_args=("logits",))
 def _backward_(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, outer: float,
-    inner: Optional[float], ref_outer: float, ref_inner: Optional[float], direction: str, js_weight: float,
-    with_labels: bool, ignore_index: int, backend: str, group: str, sizes: list[int],
-) -> None:  # fmt: skip
-    how = outer, inner, ref_outer, ref_inner, direction, js_weight, with_labels, ignore_index, backend, group, sizes
-    _gradient(logits, logits, ref_logits, labels, tokens, grads, *how)
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, tokens: Tensor, grads: Tensor, settings: KLSettings
+) -> None:
+    _write_gradient(logits, logits, ref_logits, labels, tokens, grads, settings)
 
 
-def _setup_context(ctx, inputs, output):
-    logits, ref_logits, labels, *how, ctx.inplace, backend, group, sizes = inputs
-    ctx.how = (*how, backend, group, sizes)
-    ctx.save_for_backward(logits, ref_logits, labels, output[-1])
+def _setup_context(ctx, inputs, results):
+    logits, ref_logits, labels, ctx.settings = inputs
+    ctx.save_for_backward(logits, ref_logits, labels, results.tokens)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, g_kl, g_logps, g_entropy, *g_others):
-    nothing = (None,) * (4 + len(ctx.how))
+    grads = (g_kl, g_logps, g_entropy) if ctx.settings.divergence.with_labels else (g_kl, None, None)
+    if all(g is None for g in grads):
+        return ()
     logits, ref_logits, labels, tokens = ctx.saved_tensors
-    with_labels = ctx.how[-3]
-    given = (g_kl, g_logps, g_entropy) if with_labels else (g_kl, None, None)
-    if all(g is None for g in given):
-        return nothing
-    arguments = ref_logits, labels, tokens, stacked(tokens[0], *given), *ctx.how
-    return gradient_by(_GRADIENT, ctx.inplace, logits, *arguments), *nothing[1:]
+    arguments = ref_logits, labels, tokens, incoming_gradients(tokens[0], *grads), ctx.settings
+    return (_gradient(ctx.settings.inplace_backward, logits, *arguments),)
 
 
-_GRADIENT = direct(_backward), direct(_backward_)
+_gradient = GradientOps(_backward, _backward_)
 _compare = differentiable(_forward, _autograd, _setup_context)
 
 
@@ -218,46 +222,45 @@ def kl_from_logits(
     process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
 ) -> KLStats:
-    """The exact KL of each token between policy p and reference q, from logits; one read of both, gradients to p alone.
+    """The exact KL of each token between policy p and reference q, from logits. Only p gets gradients.
 
         reverse   KL(p || q) = sum p (log p - log q)
         forward   KL(q || p) = sum q (log q - log p)
         js        w KL(q || m) + (1 - w) KL(p || m),  m = w q + (1 - w) p,  w = js_weight
 
-    js is the generalised Jensen-Shannon divergence of on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649,
-    eq. 1, with the teacher for q and w for beta; TRL's and Liger's beta). Derivation: docs/derivations.md.
+    js is the generalized Jensen-Shannon divergence of on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649,
+    eq. 1, where q is the teacher and w is beta, as in TRL and Liger). Derivation: docs/derivations.md.
 
-    A token that p gives probability 0 counts nothing. One that p may say and q may not makes the reverse KL +inf, and
-    its row's gradient NaN; the other way about the forward KL; js is finite always.
+    In the reverse KL, a token with p = 0 counts as 0, and a token with p > 0 and q = 0 makes the KL +inf and the
+    gradient of its row NaN. In the forward KL, p and q change roles. js is always finite.
 
     Args:
         logits, ref_logits: [..., V], of the same shape; float32, bfloat16, float16 or float64, any strides.
-        labels: [...], integers in [0, V) or ignore_index: then log-probs and entropy come too. None: the KL alone.
-        mask: [...], True where a token counts. None: everywhere but at ignore_index. The rest is not read, gives 0.
+        labels: [...], integers in [0, V) or ignore_index. With labels, log-probs and entropy are computed too.
+        mask: [...], True where a token counts. None: all tokens except those with ignore_index. Other tokens are not
+            read and give 0.
         direction: "reverse", "forward" or "js". js_weight: in (0, 1).
-        temperature, logit_scale, softcap: as in `logps_from_logits`; one for both, or a pair (policy's, reference's).
-        inplace_backward: the backward overwrites the policy's logits with their gradient. An error where their
-            elements share memory, with each other or with ref_logits (the same view is allowed), and for leaves.
-        process_group: the vocabulary of both is cut over its ranks, see `logps_from_logits`; js gathers twice.
-        backend: "triton" or "reference"; None chooses by device. See `backends`.
+        temperature, logit_scale, softcap: as in `logps_from_logits`; one value for both, or a pair (policy, reference).
+        inplace_backward: overwrite the policy's logits with their gradient in the backward. An error for leaves, and if
+            elements share memory with each other or with ref_logits (the same view is allowed).
+        process_group: the ranks over which both vocabularies are sharded, see `logps_from_logits`. js does two
+            all_gathers.
+        backend: "triton" or "reference" ("cuda" has no exact KL); None selects one by device. See `backends`.
 
     Returns:
-        KLStats. With equal logits the KL is exactly 0 and so is its gradient.
+        KLStats. For equal logits the KL and its gradient are exactly 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
-    checks.alike(logits=logits, ref_logits=ref_logits)
+    checks.same_shape(logits=logits, ref_logits=ref_logits)
     checks.inplace(inplace_backward, logits)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
-    sides = scalings(temperature, logit_scale, softcap)
-    how = direction_of(direction, js_weight)
+    divergence = divergence_of(temperature, logit_scale, softcap, direction, js_weight, labels is not None)
     name = backends.resolve(backend, logits.device, logits.dtype)
     backends.resolve(name, ref_logits.device, ref_logits.dtype)
-    results = _compare(
-        logits, ref_logits.detach(), counted.reshape(-1), *sides[0], *sides[1], *how, labels is not None, ignore_index,
-        inplace_backward, name, *shards[:2],
-    )  # fmt: skip
-    return kl_stats(results[:4], counted.shape, labels is not None)
+    settings = KLSettings(divergence, ignore_index, inplace_backward, name, shards)
+    results = _compare(logits, ref_logits.detach(), counted.reshape(-1), settings)
+    return kl_stats(results, counted.shape, labels is not None)

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_po.ops.head import Head
-from fused_po.ops.kl_head import Other
+from fused_po.lm_head.plan import Dtypes, HeadPlan, bytes_of_a_tile, what_to_keep
 
 LOSSES = {  # loss -> whether the reference's head runs apart, without gradients; bases of the exact KL
     "logps": (False, 0),
@@ -60,30 +59,25 @@ class Work(NamedTuple):
 
     @property
     def keep(self) -> str:
-        """What make_head of ops/linear_logps.py lets the forward keep."""
-        if not any(self.needs):
-            return "nothing"
-        return "basis" if self.needs[1] or self.entropy else "product"
+        """What the forward keeps."""
+        return what_to_keep(*self.needs, self.entropy)
 
     @property
-    def head(self) -> Head:
-        """The policy's head as the ops have it; vocab-parallel, two tiles of half the size are in flight."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        tile, outputs = self.tile_bytes // (1 + (self.tp > 1)), 1 + 2 * self.entropy
-        return Head(1.0, None, -100, outputs, self.dtype, wide, tile, self.budget, self.keep, "reference")
+    def dtypes(self) -> Dtypes:
+        """Of the policy's head."""
+        return Dtypes(self.dtype, torch.float64 if self.dtype == torch.float64 else torch.float32)
 
     @property
-    def other(self) -> Other:
-        """The reference's side of `linear_kl`."""
-        return Other(1.0, None, self.dtype, self.head.logits_dtype, "reverse", 0.5, self.kl_bases == 2)
+    def plan(self) -> HeadPlan:
+        """The sizes of tiles by which the ops run."""
+        tile_bytes, bases = bytes_of_a_tile(self.tile_bytes, self.tp > 1), max(1, self.kl_bases)
+        ref_logits = self.dtypes.logits if self.kl_bases else None
+        return HeadPlan(self.keep, tile_bytes, self.budget, self.dtypes, self.device, ref_logits, bases)
 
     @property
     def kept_rows(self) -> int:
         """Scored tokens whose basis the budget keeps."""
-        if self.keep != "basis":
-            return 0
-        head = self.head._replace(budget=self.budget // max(1, self.kl_bases))
-        return min(self.scored, head.rows_within_budget(self.columns, self.device))
+        return self.plan.kept_rows(self.scored, self.columns)
 
 
 class Step(NamedTuple):

@@ -1,18 +1,18 @@
 """The row passes in plain PyTorch: the backend for CPU tensors and for float64, and what the kernels must agree with.
 
-The same entry points as a kernel backend, over blocks of rows small enough to stay in a core's cache. Nothing here is
-[N, V] in size.
+The functions of `fused_po.backend.interface.Backend`, over blocks of rows small enough to stay in a core's cache.
+Nothing here is [N, V] in size.
 """
 
-from fused_po.reference.divergence import kl, kl_gradient, mixture
+from fused_po.reference.dpo import dpo, dpo_gradient, pair_statistics
+from fused_po.reference.gae import gae
+from fused_po.reference.gradient import from_basis, gradient
+from fused_po.reference.kl import kl, kl_gradient, mixture
 from fused_po.reference.policy import policy, scale
-from fused_po.reference.preference import dpo, dpo_gradient, pair_statistics
-from fused_po.reference.rows import SAVED_FIELDS, from_basis, gradient, score, statistics, stats_dtype, unsupported
-from fused_po.reference.scan import gae
 from fused_po.reference.shards import merge_kl, merge_scores
+from fused_po.reference.statistics import score, statistics, unsupported
 
 __all__ = [
-    "SAVED_FIELDS",
     "dpo",
     "dpo_gradient",
     "from_basis",
@@ -28,6 +28,5 @@ __all__ = [
     "scale",
     "score",
     "statistics",
-    "stats_dtype",
     "unsupported",
 ]

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, Optional
-
 import torch
 from torch import Tensor
 
-from fused_po.reference.preference import kl_estimate, times
-from fused_po.reference.rows import gradient, statistics
+from fused_po.backend.interface import LOGPS_AND_ENTROPY, Form, PolicyRow, TokenInputs
+from fused_po.reference.dpo import kl_estimate, times
+from fused_po.reference.gradient import gradient
+from fused_po.reference.statistics import statistics
 
-# Rows of tokens[TOKEN_FIELDS, N]. The slope is weight * d loss / d log-prob; clipped is -1 (below), 0 or 1 (above).
-SHIFT, NORM, LOGP, ENTROPY, LOSS, KL, RATIO, CLIPPED, SLOPE = range(9)
-TOKEN_FIELDS = 9
 LOG_RATIO_CLAMP = 20.0
-
-
-class Form(NamedTuple):
-    """What a token's loss is: kind's, plus kl_coef KL, minus entropy_coef H. A is the advantage, rho pi / pi_old.
-
-    clip: -min(rho A, clip(rho, low, high) A), and where A < 0 at most -bound A. weight: -sg(clip(rho, low, high)) A
-    log pi. gate: -(4 / tau) s(tau (rho - 1)) A with tau low where A > 0, high elsewhere.
-    """
-
-    kind: str
-    low: float
-    high: float
-    bound: float = math.inf
-    kl: Optional[str] = None  # "k2" or "k3"
-    kl_coef: float = 0.0
-    kl_times_ratio: bool = True
-    entropy_coef: float = 0.0
-
-
-class Given(NamedTuple):
-    """Numbers of tokens, [N] each, in the statistics' dtype; 0 where a token does not count."""
-
-    advantages: Tensor
-    weights: Tensor  # of the tokens' losses in the batch's
-    old_logps: Optional[Tensor] = None  # None: rho is 1, and has its gradient
-    ref_logps: Optional[Tensor] = None
 
 
 def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +22,7 @@ def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: For
     if form.kind == "clip":
         held = torch.where(above, form.high, torch.where(below, form.low, ratio))
         flat = above.logical_or_(below)
-        if form.bound != math.inf:
+        if form.bound != float("inf"):
             bounded = (ratio > form.bound).logical_and_(negative)
             held, flat = torch.where(bounded, form.bound, held), flat.logical_or_(bounded)
         return minus_a * held, torch.where(flat, 0, minus_a * slope), clipped
@@ -66,7 +36,7 @@ def policy_term(logp: Tensor, ratio: Tensor, slope: Tensor, a: Tensor, form: For
     return -gate * 4 / tau * a, -4 * gate * closed * a * slope, torch.zeros_like(a)
 
 
-def token_terms(logp: Tensor, entropy: Tensor, given: Given, form: Form) -> list[Tensor]:
+def token_terms(logp: Tensor, entropy: Tensor, given: TokenInputs, form: Form) -> list[Tensor]:
     """[loss, KL, ratio, clipped, slope] of tokens."""
     log_ratio = torch.zeros_like(logp) if given.old_logps is None else logp - given.old_logps
     ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
@@ -85,18 +55,19 @@ def token_terms(logp: Tensor, entropy: Tensor, given: Given, form: Form) -> list
 
 
 def policy(
-    logits: Tensor, labels: Tensor, given: Given, form: Form, outer: float, ignore_index: int, overwrite: bool
+    logits: Tensor, labels: Tensor, given: TokenInputs, form: Form, outer: float, ignore_index: int, overwrite: bool
 ) -> Tensor:
-    """tokens[TOKEN_FIELDS, N] of logits[O, I, V], labels[O * I]; `overwrite` puts their gradient in the logits' place.
+    """tokens[PolicyRow.COUNT, N] of logits[O, I, V], labels[O * I]; overwrite: the logits become their gradient.
 
     The gradient is that of sum weights * loss.
     """
-    logps, entropy, _, _, saved = statistics(logits, labels, outer, None, ignore_index, 3)
-    tokens = torch.stack([*saved.unbind(0), entropy, *token_terms(logps, entropy, given, form)])
-    tokens[LOSS:].masked_fill_(labels == ignore_index, 0)
+    stats = statistics(logits, labels, outer, None, ignore_index, LOGPS_AND_ENTROPY)
+    saved, entropy = stats.saved, stats.entropy
+    tokens = torch.stack([*saved.unbind(0), entropy, *token_terms(stats.logps, entropy, given, form)])
+    tokens[PolicyRow.LOSS :].masked_fill_(labels == ignore_index, 0)
     if overwrite:
         g_entropy = -form.entropy_coef * given.weights if form.entropy_coef else None
-        gradient(logits, labels, saved, entropy, tokens[SLOPE], g_entropy, None, outer, None, logits)
+        gradient(logits, labels, saved, entropy, tokens[PolicyRow.SLOPE], g_entropy, None, outer, None, logits)
     return tokens
 
 

@@ -15,18 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.reference.divergence import (
-    CENTER,
-    ENTROPY,
-    KL,
-    LOGP,
-    NORM,
-    REF_LOGP,
-    REF_NORM,
-    REF_SHIFT,
-    SHIFT,
-    TOKEN_FIELDS,
-)
+from fused_po.backend.interface import KLRow, Outputs, RowStats
 
 
 def shares(shift: Tensor, norm: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,42 +41,40 @@ def of_owner(values: Tensor, log_share: Tensor, owner: Tensor) -> Tensor:
     return torch.where(owner < 0, 0, picked)
 
 
-def weighed(log_share: Tensor, values: Tensor) -> Tensor:
+def weighted(log_share: Tensor, values: Tensor) -> Tensor:
     """Sum over parts [R, n] of share times value; a part whose share is 0 counts nothing, whatever its value."""
     share = log_share.exp()
     return torch.where(share == 0, 0, share * values).sum(0)
 
 
-def merge_scores(
-    parts: Tensor, owner: Tensor, n_cols: int, outputs: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logps, entropy, lse, aux, saved), as `score` gives them, from parts [R, F, n] of the vocabulary.
+def merge_scores(parts: Tensor, owner: Tensor, n_cols: int, outputs: int) -> RowStats:
+    """Statistics, as `score` gives them, from parts [R, F, n] of the vocabulary.
 
     Fields: shift, norm, logp in the part of the owner [n] (-1 where a row is not scored), then what `outputs` names of
     entropy, sum of logits, is-top-1, log of the sum of squared probabilities. n_cols: of the whole vocabulary.
     """
     shift, norm, log_share, of_label = shares(parts[:, 0], parts[:, 1], owner)
-    scored, more = owner >= 0, iter(parts.unbind(1)[3:])
+    scored, more, asked = owner >= 0, iter(parts.unbind(1)[3:]), Outputs.of(outputs)
 
     def kept(value: Tensor) -> Tensor:
         return torch.where(scored, value, 0)
 
     logp = of_owner(parts[:, 2], of_label, owner)
-    logps = logp.clone() if outputs & 1 else parts.new_empty(0)
-    entropy = kept(weighed(log_share, next(more) - log_share)) if outputs & 2 else parts.new_empty(0)
-    lse = kept(shift + norm) if outputs & 4 else parts.new_empty(0)
-    aux = parts.new_zeros(3, len(owner)) if outputs & 56 else parts.new_empty(0)
-    if outputs & 8:
+    logps = logp.clone() if asked.logps else parts.new_empty(0)
+    entropy = kept(weighted(log_share, next(more) - log_share)) if asked.entropy else parts.new_empty(0)
+    lse = kept(shift + norm) if asked.lse else parts.new_empty(0)
+    aux = parts.new_zeros(3, len(owner)) if any(asked.auxiliary) else parts.new_empty(0)
+    if asked.mean_logits:
         aux[0] = kept(next(more).sum(0) / n_cols)
-    if outputs & 16:
+    if asked.is_top1:
         ranks = torch.arange(len(parts), device=owner.device)[:, None]
         tops = parts[:, 0].gather(0, owner.clamp(min=0)[None].long())
         beaten = (parts[:, 0] > tops) | ((parts[:, 0] == tops) & (ranks < owner))
         aux[1] = kept(next(more).gather(0, owner.clamp(min=0)[None].long()).squeeze(0) * ~beaten.any(0))
-    if outputs & 32:
+    if asked.log_sum_sq_probs:
         terms = torch.where(log_share == -math.inf, log_share, next(more) + 2 * log_share)
         aux[2] = kept(terms.logsumexp(0))
-    return logps, entropy, lse, aux, torch.stack([shift, torch.where(scored, norm, math.inf), logp])
+    return RowStats(logps, entropy, lse, aux, torch.stack([shift, torch.where(scored, norm, math.inf), logp]))
 
 
 def merge_kl(parts: Tensor, owner: Tensor, direction: str | float) -> Tensor:
@@ -96,17 +83,17 @@ def merge_kl(parts: Tensor, owner: Tensor, direction: str | float) -> Tensor:
     Fields: kl, shift, norm, ref_shift, ref_norm, and with labels logp, ref_logp, entropy.
     """
     of_kl, shift, norm, ref_shift, ref_norm, *more = parts.unbind(1)
-    tokens = parts.new_zeros(TOKEN_FIELDS, len(owner))
-    tokens[SHIFT], tokens[NORM], log_w, own = shares(shift, norm, owner)
-    tokens[REF_SHIFT], tokens[REF_NORM], log_v, ref_own = shares(ref_shift, ref_norm, owner)
+    tokens = parts.new_zeros(KLRow.COUNT, len(owner))
+    tokens[KLRow.SHIFT], tokens[KLRow.NORM], log_w, own = shares(shift, norm, owner)
+    tokens[KLRow.REF_SHIFT], tokens[KLRow.REF_NORM], log_v, ref_own = shares(ref_shift, ref_norm, owner)
     if isinstance(direction, str):
         by, of = (log_w, log_v) if direction == "reverse" else (log_v, log_w)
-        tokens[KL] = weighed(by, torch.where(of == -math.inf, math.inf, of_kl + (by - of))).clamp_(min=0)
-        tokens[CENTER] = tokens[KL] if direction == "reverse" else 0
+        tokens[KLRow.KL] = weighted(by, torch.where(of == -math.inf, math.inf, of_kl + (by - of))).clamp_(min=0)
+        tokens[KLRow.CENTER] = tokens[KLRow.KL] if direction == "reverse" else 0
     if more:
         logp, ref_logp, entropy = more
-        tokens[LOGP], tokens[REF_LOGP] = of_owner(logp, own, owner), of_owner(ref_logp, ref_own, owner)
-        tokens[ENTROPY] = weighed(log_w, entropy - log_w)
+        tokens[KLRow.LOGP], tokens[KLRow.REF_LOGP] = of_owner(logp, own, owner), of_owner(ref_logp, ref_own, owner)
+        tokens[KLRow.ENTROPY] = weighted(log_w, entropy - log_w)
     tokens[:, owner < 0] = 0
-    tokens[NORM, owner < 0] = math.inf
+    tokens[KLRow.NORM, owner < 0] = math.inf
     return tokens

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .dpo import kl_estimate
 from .gradient import gradient_row
 from .launch import launch_shape
-from .preference import kl_estimate
 from .rowmath import LOG2E, exp, load_scaled, row_start, times
 from .statistics import row_results, scan_row
 

@@ -1,4 +1,4 @@
-"""Says the seed, before the tests and with each that fails."""
+"""Print the seed, before the tests and for each test that fails."""
 
 import fuzzing
 import pytest
@@ -9,5 +9,5 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def said(request):
+def report_seed(request):
     request.node.user_properties.append(("seed", fuzzing.SEED))

@@ -1,8 +1,8 @@
-"""From what a long run of tests/fuzz has written to a picture and a table: `make fuzz`.
+"""Turn the output of a long run of tests/fuzz into a picture and a table: `make fuzz`.
 
     python tests/fuzz/fuzz_report.py runs/fuzz -o runs/fuzz
 
-Exit status 1 where a case failed: a report of a failed run is not written.
+Exit status 1 if a case failed; then no report is written.
 """
 
 from __future__ import annotations
@@ -18,16 +18,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-BOUND = 2.0  # times plain PyTorch's error
+BOUND = 2.0  # in units of plain PyTorch's error
 ORDER = (
-    "logps_from_logits", "linear_logps", "chunked_loss", "kl_from_logits", "linear_kl", "dpo_from_logits",
-    "linear_dpo", "sequence_logps", "aggregate", "gae", "losses",
-)  # fmt: skip
-FAR = "losses, far from the reference"  # held to be finite: there is no ratio
+    "logps_from_logits",
+    "linear_logps",
+    "chunked_loss",
+    "kl_from_logits",
+    "linear_kl",
+    "dpo_from_logits",
+    "linear_dpo",
+    "sequence_logps",
+    "aggregate",
+    "gae",
+    "losses",
+)
+FAR = "losses, far from the reference"  # only checked to be finite: there is no ratio
 
 
 def read(folder: Path) -> tuple[dict[str, list[float]], list[str], set[int]]:
-    """(ratios by op, failures, seeds) of all files."""
+    """(ratios by op, failures, seeds) from all files."""
     ratios, failed, seeds = defaultdict(list), [], set()
     for path in sorted(folder.glob("check_*.json")):
         found = json.loads(path.read_text())
@@ -46,14 +55,16 @@ def table(ratios: dict[str, list[float]]) -> str:
         quantiles = " | ".join(f"{q:.2f}" for q in (np.median(values), np.quantile(values, 0.99), values.max()))
         lines.append(f"| `{op}` | {len(values)} | {exact} | {quantiles} |")
     every = np.concatenate([ratios[op] for op in ORDER])
-    lines.append(f"| all | {len(every)} | {100 * np.mean(every == 0):.0f} % | {np.median(every):.2f} | "
-                 f"{np.quantile(every, 0.99):.2f} | {every.max():.2f} |")  # fmt: skip
+    lines.append(
+        f"| all | {len(every)} | {100 * np.mean(every == 0):.0f} % | {np.median(every):.2f} | "
+        f"{np.quantile(every, 0.99):.2f} | {every.max():.2f} |"
+    )
     lines.append(f"| {FAR}: finite | {len(ratios[FAR])} | | | | |")
     return "\n".join(lines)
 
 
 def draw(ratios: dict[str, list[float]], path: Path) -> None:
-    """A histogram an op: how many cases came how near to the bound."""
+    """One histogram per op: the number of cases by their distance from the bound."""
     figure, axes = plt.subplots(3, 4, figsize=(12, 7.5), sharex=True, layout="constrained")
     bins = np.linspace(0, 2.4, 49)
     for axis, op in zip(axes.flat, (*ORDER, "all")):

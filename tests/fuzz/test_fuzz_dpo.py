@@ -1,4 +1,4 @@
-"""DPO fused with its KL: `dpo_from_logits`, `linear_dpo`."""
+"""DPO with its KL penalty: `dpo_from_logits`, `linear_dpo`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from fuzzing import (
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling
+from plain_ops import dpo_in_torch
 from problems import (
     IGNORED,
     PLANS,
@@ -35,8 +37,6 @@ from problems import (
     incoming,
     laid_out,
 )
-from test_kl import in_torch
-from test_preference import dpo_in_torch
 
 import fused_po
 
@@ -45,7 +45,7 @@ WEIGHED = ("loss", "losses", "chosen_logps", "rejected_logps")
 
 
 class DPOCase(NamedTuple):
-    """From logits where width is 0, else from hidden states and heads of that width.
+    """From logits if width is 0, else from hidden states and heads of that width.
 
     reference: "model" (logits, or hidden states and a head), "tokens" or "sums" (log-probs).
     """
@@ -85,18 +85,31 @@ def dpo_cases(draw) -> DPOCase:
     kls = {"model": (None, "k1", "k2", "k3", "full"), "tokens": (None, "k1", "k2", "k3"), "sums": (None,)}[reference]
     kl = draw(st.sampled_from(kls))
     return DPOCase(
-        pairs, length, draw(st.integers(1, 40) | st.sampled_from((64, 127, 300))), draw(st.sampled_from((0, 0, 1, 8))),
-        dtype, draw(st.sampled_from((0.1, 1.0, 4.0))), draw(st.sampled_from((1e-2, 0.3, 1.0))),
-        draw(st.sampled_from(IGNORED)), reference, draw(st.sampled_from((0.01, 0.1, 1.0))),
-        draw(st.sampled_from((0.0, 0.0, 0.2))), kl, draw(st.sampled_from((0.0, 0.4))) if kl else 0.0,
+        pairs,
+        length,
+        draw(st.integers(1, 40) | st.sampled_from((64, 127, 300))),
+        draw(st.sampled_from((0, 0, 1, 8))),
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 4.0))),
+        draw(st.sampled_from((1e-2, 0.3, 1.0))),
+        draw(st.sampled_from(IGNORED)),
+        reference,
+        draw(st.sampled_from((0.01, 0.1, 1.0))),
+        draw(st.sampled_from((0.0, 0.0, 0.2))),
+        kl,
+        draw(st.sampled_from((0.0, 0.4))) if kl else 0.0,
         draw(st.just(Scaling()) | SCALINGS),
-        draw(incoming(WEIGHED, dtype)), draw(st.sampled_from(("contiguous", "sliced rows", "every other column"))),
-        draw(st.booleans()), draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        draw(incoming(WEIGHED, dtype)),
+        draw(st.sampled_from(("contiguous", "sliced rows", "every other column"))),
+        draw(st.booleans()),
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def dpo_tensors(case: DPOCase, generator: torch.Generator) -> Values:
-    """[copies, ...] of what goes in: logits, or hidden states and weight; the reference beside it."""
+    """The inputs [copies, ...]: logits, or hidden states and weight, and those of the reference."""
     dtype, tokens = DTYPES[case.dtype], (2 * case.pairs, case.length)
     n_copies = max(8, min(SAMPLES, 500_000 // max(1, tokens[0] * tokens[1] * case.v)))
     shapes = {"logits": ((*tokens, case.v), case.size)}
@@ -119,13 +132,13 @@ def dpo_tensors(case: DPOCase, generator: torch.Generator) -> Values:
 
 
 def logits_of(t: Values, prefix: str = "") -> torch.Tensor:
-    """[copies, 2B, T, V], at least fp32."""
+    """Logits [copies, 2B, T, V] in at least fp32."""
     raw = t[prefix + "logits"] if prefix + "logits" in t else t[prefix + "hidden"] @ t[prefix + "weight"].mT[:, None]
     return raw if raw.dtype == torch.float64 else raw.float()
 
 
 def in_steps(case: DPOCase, t: Values, labels: torch.Tensor) -> Values:
-    """DPO as a person would write it: plain PyTorch, and in float64 the truth."""
+    """DPO in plain PyTorch; in float64 it gives the exact values."""
     scaling = scaling_of({name: value[..., None] for name, value in t.items() if name in Scaling._fields})
     z, ref = scaling.apply(logits_of(t)), t.get("ref_logps")
     kl, coef = (None, 0.0) if case.kl == "full" else (case.kl, case.coef)
@@ -175,7 +188,7 @@ def check_dpo(case: DPOCase) -> None:
 
 
 def dpo_units(case: DPOCase, t: Values, names: tuple[str, ...], g: Values) -> dict[str, float]:
-    """`one_nat` a token; sums over an answer, k2 and k3 take as many, as steep as they are here."""
+    """`one_nat` per token; sums over an answer, k2 and k3 multiply it by their number of tokens and their slope."""
     steep = max(1.0, case.length) * 8
     factors = {"logits": torch.ones(1)}
     if case.width:

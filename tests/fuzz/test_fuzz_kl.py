@@ -14,14 +14,15 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
-    kept_as,
+    kept_dtype,
     one_nat,
     plain_and_exact,
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from kl_problems import in_torch
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORED,
     LAYOUTS,
@@ -42,7 +43,6 @@ from problems import (
     rows,
     scalings,
 )
-from test_kl import in_torch
 
 import fused_po
 
@@ -52,7 +52,10 @@ DIRECTIONS = st.sampled_from((("reverse", 0.5), ("forward", 0.5), ("js", 0.5), (
 
 
 class KLCase(NamedTuple):
-    """distance: of the two sides' logits. forbidden: the share of the vocabulary at -inf on the harmless side alone."""
+    """distance: between the logits of the two sides.
+
+    forbidden: the share of the vocabulary at -inf only on the side where that keeps the KL finite.
+    """
 
     rows: Rows
     distance: float
@@ -78,18 +81,26 @@ def kl_cases(draw) -> KLCase:
     names = DIFFERENTIABLE if labels != "mask" else ("kl",)
     scales = draw(scalings()), draw(scalings())
     forbidden = draw(st.sampled_from((0.0, 0.0, 0.4)))
-    if scales[0].softcap or scales[1].softcap:  # a capped -inf may be said again
+    if scales[0].softcap or scales[1].softcap:  # a softcap makes -inf finite
         found, forbidden = found._replace(masked=0.0), 0.0
     low = "fp64" if found.dtype == "fp64" else draw(st.sampled_from(("fp32", "bf16", found.dtype)))
     return KLCase(
-        found, draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))), forbidden, draw(DIRECTIONS), scales, low,
-        draw(incoming(names, found.dtype)), labels,
-        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))), draw(st.booleans()), backend,
-    )  # fmt: skip
+        found,
+        draw(st.sampled_from((0.0, 1e-3, 0.3, 3.0))),
+        forbidden,
+        draw(DIRECTIONS),
+        scales,
+        low,
+        draw(incoming(names, found.dtype)),
+        labels,
+        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))),
+        draw(st.booleans()),
+        backend,
+    )
 
 
 def both_sides(case: KLCase, labels: torch.Tensor, generator: torch.Generator) -> Values:
-    """[copies, n, v] logits of policy and reference."""
+    """Logits [copies, n, v] of policy and reference."""
     slope = max(s.steepest for s in case.scalings)
     logits = draw_logits(case.rows, labels, slope, generator)
     base = logits[0].double().cpu()
@@ -100,7 +111,7 @@ def both_sides(case: KLCase, labels: torch.Tensor, generator: torch.Generator) -
     )
     hidden = torch.rand(case.rows.v, generator=generator)[None] < case.forbidden
     hidden = hidden.expand(case.rows.n, -1).scatter(1, labels.clamp(min=0)[:, None], False).to(logits.device)
-    if case.how[0] == "reverse":  # what the policy may say the reference may
+    if case.how[0] == "reverse":  # the reference allows every token that the policy allows
         logits = logits.masked_fill(hidden, -torch.inf)
     else:
         ref = ref.masked_fill(hidden, -torch.inf)
@@ -126,7 +137,7 @@ def check_kl(case: KLCase) -> None:
     names = NAMES if case.labels != "mask" else ("kl",)
     g = case.incoming.draw((case.rows.n,))
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         sides = [wide(t[name]) for name in ("logits", "ref")]
         return counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
 
@@ -141,7 +152,7 @@ def check_kl(case: KLCase) -> None:
 
     numbers = scaling_like(case.scalings[0], len(tensors["logits"]), generator)
     numbers |= scaling_like(case.scalings[1], len(tensors["logits"]), generator, "ref_")
-    errors, exact = plain_and_exact(plainly, tensors, ("logits",), g, numbers)
+    errors, exact = plain_and_exact(in_plain_torch, tensors, ("logits",), g, numbers)
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, ("logits",), g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of a token that does not count"
@@ -181,15 +192,27 @@ def heads_cases(draw) -> HeadsCase:
     dtype, names = draw(dtypes(backend)), ("hidden", "weight", *["bias"] * bias)
     widths = draw(st.sampled_from((1, 2, 5, 16))), draw(st.sampled_from((1, 3, 16)))
     return HeadsCase(
-        n, v, widths, bias, dtype, draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))), draw(st.sampled_from((1e-2, 0.3, 1.0))),
-        draw(st.sampled_from(IGNORED)), draw(DIRECTIONS), (draw(scalings()), draw(scalings())),
-        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)), labels,
-        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)), draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        widths,
+        bias,
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 1.0, 8.0))),
+        draw(st.sampled_from((1e-2, 0.3, 1.0))),
+        draw(st.sampled_from(IGNORED)),
+        draw(DIRECTIONS),
+        (draw(scalings()), draw(scalings())),
+        draw(incoming(DIFFERENTIABLE if labels else ("kl",), dtype)),
+        labels,
+        draw(st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple)),
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def heads_tensors(case: HeadsCase, generator: torch.Generator) -> Values:
-    """[copies, ...] of each; with equal widths the reference is `distance` away from the policy."""
+    """Tensors [copies, ...]; with equal widths the reference is `distance` away from the policy."""
     dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 150_000 // ((case.n + 1) * case.v)))
     slope, tensors = max(s.steepest for s in case.scalings), {}
     for prefix, width in zip(("", "ref_"), case.widths):
@@ -217,11 +240,11 @@ def check_linear_kl(case: HeadsCase) -> None:
     g = case.incoming.draw((case.n,))
     schedule = case.plan.schedule(2 * case.v, DTYPES[case.dtype], int((safe != IGNORE).sum()), case.n)
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         sides = raw_logits(t), raw_logits(t, "ref_")
         found = counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
         if case.plan.kept != 0 and "entropy" in g:
-            found["entropy"] = plain(sides[0], safe, scaling_of(t), kept_as(case.dtype))["entropy"]
+            found["entropy"] = plain(sides[0], safe, scaling_of(t), kept_dtype(case.dtype))["entropy"]
         return found
 
     def ours(t: Values) -> Values:
@@ -235,7 +258,7 @@ def check_linear_kl(case: HeadsCase) -> None:
 
     numbers = scaling_like(case.scalings[0], len(tensors["hidden"]), generator)
     numbers |= scaling_like(case.scalings[1], len(tensors["hidden"]), generator, "ref_")
-    errors, exact = plain_and_exact(plainly, tensors, case.trained, g, numbers)
+    errors, exact = plain_and_exact(in_plain_torch, tensors, case.trained, g, numbers)
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, case.trained, g)
     rows_bias = torch.full((1,), float(max(1, case.n)))
     factors = {"hidden": tensors["weight"], "weight": max(1, case.n) * tensors["hidden"], "bias": rows_bias}

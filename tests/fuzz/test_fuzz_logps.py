@@ -1,4 +1,4 @@
-"""Log-probs and what comes with them: `logps_from_logits`, `linear_logps`, `chunked_loss`."""
+"""Log-probs and the other statistics: `logps_from_logits`, `linear_logps`, `chunked_loss`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
-    kept_as,
+    kept_dtype,
     one_nat,
     plain_and_exact,
     scaling_like,
     scaling_of,
 )
-from helpers import IGNORE, Scaling, plain
 from hypothesis import strategies as st
+from numerics import IGNORE, Scaling, plain
 from problems import (
     IGNORE_INDICES,
     IGNORED,
@@ -71,7 +71,7 @@ def logits_cases(draw) -> LogitsCase:
 
 
 def top1_is_right(top1: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, scaling: Scaling) -> None:
-    """is_top1 says no to a label below the largest logit and yes to one above all others, rounding aside."""
+    """is_top1 is False for a label below the largest logit and True for one above all others, apart from rounding."""
     scored = labels != IGNORE
     z = scaling.apply(logits.double())[scored]
     at = labels[scored][:, None]
@@ -95,7 +95,7 @@ def check_logits(case: LogitsCase) -> None:
 
     def ours(t: Values) -> Values:
         how = dict(case.scaling._asdict(), outputs=case.outputs, inplace_backward=case.inplace, backend=case.backend)
-        logits = t["logits"] * 1.0 if case.inplace else t["logits"]  # a leaf can't be written into
+        logits = t["logits"] * 1.0 if case.inplace else t["logits"]  # a leaf cannot be overwritten
         stats = fused_po.logps_from_logits(logits, labels, ignore_index=case.rows.ignore_index, **how)
         if stats.is_top1 is not None:
             top1_is_right(stats.is_top1, t["logits"].detach(), safe, case.scaling)
@@ -112,7 +112,7 @@ def check_logits(case: LogitsCase) -> None:
 
 
 def evaluate_view(run, logits: torch.Tensor, leaves: tuple[str, ...], g: Values) -> Values:
-    """As `evaluate`, but the logits keep their strides."""
+    """Like `evaluate`, but the logits keep their strides."""
     values = run({"logits": (leaf := logits.detach().requires_grad_(bool(leaves)))})
     found = {name: value.detach() for name, value in values.items()}
     if leaves:
@@ -146,12 +146,12 @@ class HeadCase(NamedTuple):
 
     @property
     def kept(self) -> torch.dtype | None:
-        """Of probabilities from which the entropy's gradient comes back."""
-        return kept_as(self.dtype) if "entropy" in self.incoming.names else None
+        """The dtype of the kept probabilities behind the entropy's gradient."""
+        return kept_dtype(self.dtype) if "entropy" in self.incoming.names else None
 
     @property
     def as_rows(self) -> Rows:
-        """Its logits, for their labels."""
+        """The rows of its logits, to draw labels for."""
         masks = 0.0, self.ignored, False, self.ignore_index
         return Rows(self.n, self.v, self.dtype, 1.0, "spread", *masks, 1.0, self.seed)
 
@@ -168,14 +168,27 @@ def head_cases(draw) -> HeadCase:
     dtype = draw(dtypes(backend))
     g = draw(incoming(weighed, dtype)) if weighed and trained else Incoming((), 1.0, 0.0, 0)
     return HeadCase(
-        n, v, width, rank, bias, dtype, draw(st.sampled_from((0.1, 1.0, 1.0, 8.0, 100.0))),
-        draw(st.sampled_from(IGNORED)), draw(st.sampled_from(IGNORE_INDICES)), draw(scalings()), outputs, g, trained,
-        draw(PLANS), backend, draw(SEEDS),
-    )  # fmt: skip
+        n,
+        v,
+        width,
+        rank,
+        bias,
+        dtype,
+        draw(st.sampled_from((0.1, 1.0, 1.0, 8.0, 100.0))),
+        draw(st.sampled_from(IGNORED)),
+        draw(st.sampled_from(IGNORE_INDICES)),
+        draw(scalings()),
+        outputs,
+        g,
+        trained,
+        draw(PLANS),
+        backend,
+        draw(SEEDS),
+    )
 
 
 def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:
-    """[copies, ...] of each; raw logits are of about `size`."""
+    """Tensors [copies, ...]; raw logits have about the size `size`."""
     dtype, n_copies = DTYPES[case.dtype], max(4, min(SAMPLES // max(1, case.n), 200_000 // ((case.n + 1) * case.v)))
     shapes = {"hidden": ((case.n, case.width), case.size), "weight": ((case.v, case.width), case.width**-0.5)}
     if case.bias:
@@ -190,7 +203,7 @@ def head_tensors(case: HeadCase, generator: torch.Generator) -> Values:
 
 
 def raw_logits(t: Values) -> torch.Tensor:
-    """[copies, n, v] as a person would write them."""
+    """Raw logits [copies, n, v] in plain PyTorch."""
     raw = t["hidden"] @ t["weight"].mT
     if "u" in t:
         raw = raw + t["u"] @ t["low"].mT
@@ -198,7 +211,7 @@ def raw_logits(t: Values) -> torch.Tensor:
 
 
 def head_units(case: HeadCase, t: Values, names: tuple[str, ...], g: Values) -> dict[str, float]:
-    """`one_nat` of a head: a gradient of hidden takes the weight's numbers, one of the weight sums over rows."""
+    """`one_nat` for a head: hidden's gradient is multiplied by the weight, and the weight's gradient sums over rows."""
     n = max(1, case.n)
     factors = {"hidden": t["weight"], "weight": n * t["hidden"], "bias": torch.full((1,), float(n))}
     if case.rank:
@@ -235,7 +248,7 @@ test_linear_logps = fuzz(0.08, head_cases())(check_linear)
 
 
 def check_chunked(case: HeadCase, n_groups: int) -> None:
-    """A weighted sum of the outputs, and their squares, in chunks of groups that lie apart."""
+    """A weighted sum of the outputs and their squares, in chunks of groups whose tokens are not adjacent."""
     generator = generator_of(case.seed)
     as_rows = case.as_rows
     labels, safe = given_labels(draw_labels(as_rows, generator), case.ignore_index)

@@ -1,4 +1,4 @@
-"""Every loss of the zoo, through its row: values and gradients, and that both are finite far from the reference."""
+"""Every row of the zoo: values and gradients, and that both are finite far from the reference."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from fuzzing import copies_like, count, fuzz, generator_of, judge
 from hypothesis import strategies as st
 from problems import SEEDS, laid_out
-from test_zoo import TABLE, backward
-from zoo import Row
+from zoo import TABLE, Row, backward
 
 COPIES = 64
 NAMES = {row.id: row for row in TABLE}
@@ -15,7 +14,7 @@ EXTREME = {row.id: row for row in TABLE if row.extremes}
 
 
 def inputs_of(row: Row, size: float, seed: int) -> list[list[torch.Tensor]]:
-    """fp32 inputs of this row and others like it; numbers are `size` times the row's own."""
+    """fp32 inputs of this row and of copies; numbers are `size` times the row's own."""
     torch.manual_seed(seed)
     generator = generator_of(seed)
     drawn = []
@@ -24,7 +23,7 @@ def inputs_of(row: Row, size: float, seed: int) -> list[list[torch.Tensor]]:
             drawn.append([value] * COPIES)
             continue
         base = (value.detach() * size).float().double()
-        # So much of itself that signs stay.
+        # A relative change, so that signs stay.
         noise = copies_like(torch.zeros_like(base), 1 / 64, COPIES, generator, torch.float64).cpu().clamp(-0.5, 0.5)
         drawn.append(list((base * (1 + noise)).float()))
     return [list(one) for one in zip(*drawn)]
@@ -38,7 +37,7 @@ def named(value: torch.Tensor, grads: list, which: tuple[int, ...]) -> dict[str,
 
 
 def strided(value: torch.Tensor) -> torch.Tensor:
-    """The same numbers, not side by side."""
+    """The same numbers, not adjacent in memory."""
     if value.ndim == 1:
         return laid_out(value[None], "every other column")[0]
     return laid_out(value, "transposed") if value.ndim == 2 else value

@@ -1,4 +1,4 @@
-"""From tokens to sequences, batches and advantages: `sequence_logps`, `aggregate`, `gae`."""
+"""Reductions over tokens: `sequence_logps`, `aggregate`, `gae`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from fuzzing import DTYPES, Values, copies_like, evaluate, fuzz, generator_of, judge, plain_and_exact
-from helpers import BACKENDS, DEVICE
 from hypothesis import strategies as st
+from numerics import BACKENDS, DEVICE
+from plain_ops import aggregate_in_torch, gae_loop
 from problems import SEEDS, laid_out
-from test_gae import loop
-from test_reduce import plain as aggregated
 
 import fused_po
 from fused_po.reduce import MODES
@@ -19,7 +18,7 @@ COPIES = 64
 
 
 class TokensCase(NamedTuple):
-    """n sequences of up to `length` tokens, of which `counted` count; packed ones with cu_seqlens."""
+    """n sequences of up to `length` tokens, of which the share `counted` is unmasked; packed ones have cu_seqlens."""
 
     n: int
     length: int
@@ -33,14 +32,21 @@ class TokensCase(NamedTuple):
 
 
 TOKENS = st.builds(
-    TokensCase, st.integers(0, 6), st.integers(0, 40), st.sampled_from(tuple(DTYPES)),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.booleans(),
-    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")), st.booleans(), SEEDS,
-)  # fmt: skip
+    TokensCase,
+    st.integers(0, 6),
+    st.integers(0, 40),
+    st.sampled_from(tuple(DTYPES)),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 1.0)),
+    st.booleans(),
+    st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
+    st.booleans(),
+    SEEDS,
+)
 
 
 def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict]:
-    """(values [copies, tokens], mask [tokens], places of each sequence's counted tokens, cu_seqlens or nothing)."""
+    """(values [copies, tokens], mask [tokens], positions of each sequence's unmasked tokens, cu_seqlens or None)."""
     generator = generator_of(case.seed)
     n = 2 * case.n if pairs else case.n
     lengths = (
@@ -57,7 +63,7 @@ def batch(case: TokensCase, pairs: bool = False) -> tuple[torch.Tensor, torch.Te
 
 
 def as_given(case: TokensCase, n: int, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One copy and its mask as they are passed in; what does not count is NaN."""
+    """One copy and its mask in the form of the case, with NaN at masked positions."""
     values = torch.where(mask, values, torch.nan)
     if case.packed:
         return values, mask
@@ -69,14 +75,14 @@ def wide(value: torch.Tensor) -> torch.Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def check(op: str, case: TokensCase, plainly, ours, values: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check(op: str, case: TokensCase, in_plain_torch, ours, values: torch.Tensor, shape: tuple[int, ...]) -> None:
     g = {op: torch.randint(0, 2, shape, generator=generator_of(case.seed)).to(DEVICE).double() * 2 - 1}
-    errors, exact = plain_and_exact(lambda t: {op: plainly(wide(t["x"]))}, {"x": values}, ("x",), g, {})
+    errors, exact = plain_and_exact(lambda t: {op: in_plain_torch(wide(t["x"]))}, {"x": values}, ("x",), g, {})
     found = evaluate(lambda t: {op: ours(t["x"])}, {"x": values[0]}, ("x",), g)
-    # In which order a few numbers are summed is luck: so is the rounding of their partial sums, none above the sum of
-    # sizes. Of float64 the truth is such a sum too. The gradient is a number or two, quotients of three: what their
-    # roundings come to is the same in every copy.
-    sizes = plainly(values[:1].double().abs())
+    # The order in which a few numbers are summed is not fixed, so the rounding of their partial sums, at most the sum
+    # of sizes, is allowed. In float64 the exact value is such a sum too. The gradient consists of one or two quotients
+    # of three numbers, whose roundings are the same in every copy.
+    sizes = in_plain_torch(values[:1].double().abs())
     partial = (8 if case.dtype == "fp64" else 1) * float(sizes.max()) if sizes.numel() else 0.0
     quotient = 2 * float(exact["d x"].abs().max()) if values.numel() else 0.0
     judge(op, found, errors, exact, {op: partial, "d x": quotient})
@@ -86,7 +92,7 @@ def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> Non
     values, mask, places, packed = batch(case, pairs=alpha is not None)
     half = len(places) // 2
 
-    def plainly(x: torch.Tensor) -> torch.Tensor:
+    def in_plain_torch(x: torch.Tensor) -> torch.Tensor:
         sums = []
         for i, place in enumerate(places):
             shared = len(place) if alpha is None else min(len(place), len(places[(i + half) % len(places)]))
@@ -99,7 +105,7 @@ def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> Non
         logps, where = as_given(case, len(places), x, mask)
         return fused_po.sequence_logps(logps, where, **packed, average=average, ld_alpha=alpha)
 
-    check("sequence_logps", case, plainly, ours, values, (len(places),))
+    check("sequence_logps", case, in_plain_torch, ours, values, (len(places),))
 
 
 test_sequence_logps = fuzz(0.14, TOKENS, st.booleans(), st.none() | st.sampled_from((0.0, 0.3, 1.0)))(check_sequences)
@@ -111,16 +117,16 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
     numbers = {} if counts is None else dict(zip(("num_tokens", "num_sequences"), counts))
     ranks = 1 if counts is None else ranks
 
-    def plainly(x: torch.Tensor) -> torch.Tensor:
+    def in_plain_torch(x: torch.Tensor) -> torch.Tensor:
         if not any(map(len, places)):
             return x.sum(-1) * 0
-        return aggregated([x[:, place] for place in places], mode, **how, **numbers) * ranks
+        return aggregate_in_torch([x[:, place] for place in places], mode, **how, **numbers) * ranks
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         loss, where = as_given(case, len(places), x, mask)
         return fused_po.aggregate(loss, where, mode, **packed, **how, **numbers, world_size=ranks)
 
-    check("aggregate", case, plainly, ours, values, ())
+    check("aggregate", case, in_plain_torch, ours, values, ())
 
 
 COUNTS = st.none() | st.tuples(st.integers(1, 1000), st.integers(1, 100))
@@ -145,12 +151,20 @@ class StepsCase(NamedTuple):
 
 
 STEPS = st.builds(
-    StepsCase, st.integers(0, 3), st.integers(0, 70) | st.sampled_from((33, 1025)), st.sampled_from(tuple(DTYPES)[1:]),
-    st.sampled_from((1e-3, 1.0, 1e4)), st.sampled_from((0.0, 0.1, 0.6, 0.95)), st.booleans(), st.booleans(),
-    st.sampled_from((0.0, 1.0)) | st.floats(0, 1), st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
+    StepsCase,
+    st.integers(0, 3),
+    st.integers(0, 70) | st.sampled_from((33, 1025)),
+    st.sampled_from(tuple(DTYPES)[1:]),
+    st.sampled_from((1e-3, 1.0, 1e4)),
+    st.sampled_from((0.0, 0.1, 0.6, 0.95)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from((0.0, 1.0)) | st.floats(0, 1),
+    st.sampled_from((0.0, 0.95, 1.0)) | st.floats(0, 1),
     st.sampled_from(("contiguous", "sliced columns", "every other column", "transposed")),
-    st.sampled_from(("reference", "reference", *BACKENDS)), SEEDS,
-)  # fmt: skip
+    st.sampled_from(("reference", "reference", *BACKENDS)),
+    SEEDS,
+)
 
 
 def check_gae(case: StepsCase) -> None:
@@ -164,10 +178,10 @@ def check_gae(case: StepsCase) -> None:
     if not case.cut_off:
         tensors["last"] = torch.zeros_like(tensors["last"])
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         many = None if mask is None else mask.expand(len(t["last"]), *shape).flatten(0, 1)
         flat = [wide(t[name]).flatten(0, 1) for name in ("rewards", "values", "last")]
-        found = loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
+        found = gae_loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
         return {name: value.view(copies, *shape) for name, value in zip(("advantages", "returns"), found)}
 
     def ours(t: Values) -> Values:
@@ -177,7 +191,7 @@ def check_gae(case: StepsCase) -> None:
         found = fused_po.gae(*steps, mask, t["last"] if case.cut_off else None, **how)
         return dict(zip(("advantages", "returns"), found))
 
-    errors, exact = plain_and_exact(plainly, tensors, (), {}, {})
+    errors, exact = plain_and_exact(in_plain_torch, tensors, (), {}, {})
     judge("gae", ours({name: t[0] for name, t in tensors.items()}), errors, exact)
 
 

@@ -1,17 +1,17 @@
-"""Triton's interpreter, twice as fast: it prepares triton.language once a launch, not in every function of a kernel."""
+"""Make Triton's interpreter twice as fast: patch triton.language once per launch, not in every function of a kernel."""
 
 import types
 
 import triton.language as tl
 from triton.runtime import interpreter
 
-BOTH = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # in place of a kernel: prepare both modules
+BOTH = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # stands for a kernel that uses both modules
 
 
 def prepare_once() -> None:
-    """Change Triton's interpreter in this process. In an inner function everything is prepared already.
+    """Change Triton's interpreter in this process. Inner functions of a kernel find everything already patched.
 
-    Versions of Triton without these names are left as they are.
+    Versions of Triton without these names are not changed.
     """
     if not hasattr(interpreter, "_LangPatchScope"):
         return

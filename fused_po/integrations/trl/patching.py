@@ -10,10 +10,10 @@ from typing import Any, Optional
 
 import torch
 
+from fused_po.backend.choose import NAMES, resolve
 from fused_po.integrations.swap import Swap
 from fused_po.integrations.trl.experimental import HELPERS, score_in_helper
 from fused_po.integrations.trl.scoring import Scoring
-from fused_po.ops.backend import NAMES, resolve
 from fused_po.schedule import Schedule
 
 FIRST, BEYOND = "1.15", "1.17"  # tested: from FIRST to before BEYOND

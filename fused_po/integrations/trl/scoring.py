@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_po import checks
 from fused_po.integrations.probe import Processing
 from fused_po.integrations.trl.scored_logits import ScoredLogits
-from fused_po.ops.linear_logps import linear_logps
+from fused_po.lm_head.logps import linear_logps
 from fused_po.ops.logps import logps_from_logits
 from fused_po.schedule import Schedule
 

@@ -1,10 +1,10 @@
-"""`make rehearse`: the CUDA path on this machine's CPU, in stages. README.md says what it shows and what it does not.
+"""`make rehearse`: run the CUDA path on this machine's CPU, in stages. README.md lists what it shows and cannot show.
 
-    python -m rehearsal                          every stage; of each test the first case and every eighth after it
-    python -m rehearsal --every 1                all cases: hours
-    python -m rehearsal --short                  the short form: minutes
-    python -m rehearsal selfcheck benchmark      these stages
-    python -m rehearsal -- tests/test_kl.py -x   pytest with these arguments, as a rehearsal
+    python -m rehearsal                              every stage; of each test the first case and every eighth after it
+    python -m rehearsal --every 1                    all cases: hours
+    python -m rehearsal --short                      the short form: minutes
+    python -m rehearsal selfcheck benchmark          these stages
+    python -m rehearsal -- tests/ops/test_kl.py -x   pytest with these arguments, as a rehearsal
     python -m rehearsal --python -- benchmarks/evidence --suite tiny --out runs/dry      Python with these arguments
 
 Exit status: 0 if all passed, 1 if a stage failed, 2 if no rehearsal can be made here.
@@ -29,25 +29,59 @@ LOGS = ROOT / "runs" / "rehearsal"
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=5")
 SAMPLED = ("-p", "rehearsal.sample", "-m", "not slow", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 
-# Tests whose tensors lie on the GPU where there is one, but for those that train whole models or start other programs.
-# The first of them are the ones that decide: every op and schedule against float64.
+# Tests whose tensors are on the GPU if there is one, except those that train whole models or start other programs. OPS
+# are the most important: every op and schedule against float64.
 OPS = (
-    "test_logps", "test_schedules", "test_kl", "test_linear_kl", "test_preference", "test_policy",
-    "test_policy_logits", "test_policy_logits_ops", "test_chunked", "test_gae",
-)  # fmt: skip
+    "ops/test_logps",
+    "lm_head/test_schedules",
+    "ops/test_kl",
+    "lm_head/test_linear_kl",
+    "ops/test_dpo",
+    "losses/test_policy",
+    "ops/test_policy_loss",
+    "ops/test_policy_loss_torch",
+    "lm_head/test_chunked_loss",
+    "ops/test_gae",
+)
 AROUND = (
-    "test_ops", "test_autograd", "test_autograd_transforms", "test_bad_arguments", "test_benchmarks",
-    "test_default_dtype", "test_determinism", "test_divergence", "test_draws", "test_edges", "test_errors",
-    "test_faults_backend", "test_faults_memory", "test_faults_process", "test_found_by_fuzzing", "test_infinities",
-    "test_inplace_memory", "test_invariances", "test_low_rank", "test_modules", "test_modules_liger",
-    "test_modules_openrlhf", "test_planner", "test_planner_gpu", "test_reduce", "test_saved_tensor_hooks",
-    "test_selfcheck", "test_sequences", "test_small_batches", "test_strides", "test_sure_tokens", "test_swap",
-)  # fmt: skip
-SHORT = ("test_small_batches",)
+    "ops/test_torch_features",
+    "ops/test_autograd",
+    "ops/test_autograd_transforms",
+    "robustness/test_bad_arguments",
+    "benchmarks/test_benchmark_suite",
+    "robustness/test_default_dtype",
+    "robustness/test_determinism",
+    "losses/test_divergence",
+    "project/test_error_bounds",
+    "robustness/test_empty_and_meta_inputs",
+    "robustness/test_bad_calls",
+    "robustness/test_backend_failures",
+    "robustness/test_out_of_memory",
+    "robustness/test_threads_and_forks",
+    "robustness/test_corner_cases",
+    "robustness/test_infinities",
+    "ops/test_inplace_backward",
+    "robustness/test_invariances",
+    "lm_head/test_low_rank",
+    "modules/test_liger_modules",
+    "modules/test_liger_agreement",
+    "modules/test_openrlhf_modules",
+    "planner/test_planned_costs",
+    "planner/test_planned_gpu_memory",
+    "losses/test_reduce",
+    "ops/test_saved_tensor_hooks",
+    "project/test_selfcheck",
+    "losses/test_token_logps_refused",
+    "kernels/test_row_splits",
+    "ops/test_strides",
+    "ops/test_confident_labels",
+    "integrations/test_swap",
+)
+SHORT = ("kernels/test_row_splits",)
 
 
 class Stage(NamedTuple):
-    """commands: Python's arguments, one run after the other. At most `limit` seconds each."""
+    """commands: arguments for Python, run one after another, with at most `limit` seconds each."""
 
     name: str
     what: str
@@ -61,22 +95,26 @@ def tests(*names: str) -> tuple[tuple[str, ...], ...]:
 
 SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vocab", "203", "--hidden", "16")
 BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
-HELD_OUT = "runs/rehearsal/held-out.jsonl"  # the first of the shipped ones
+HELD_OUT = "runs/rehearsal/held-out.jsonl"  # the first shipped held-out rows
 
 
 def example(name: str, *words: str, output: str = "") -> tuple[str, ...]:
-    """A step of a training script, its whole way from the model to the picture."""
+    """One step of a training script, from loading the model to the final plot."""
     few = ("--steps", "1", "--batch-size", "4", "--eval-every", "9", "--test-dataset", HELD_OUT)
     return f"examples/{name}.py", "--device", "cuda", *few, *words, "--output", f"runs/rehearsal/{output or name}"
 
 
 FP32, SHORT_SFT, DRAWN = ("--no-bf16",), ("--sft-steps", "1"), ("--max-completion-length", "8")
 EXAMPLES = (
-    example("dpo", *SHORT_SFT, *FP32), example("dpo", *SHORT_SFT, output="dpo-bf16"),
-    example("kto", *SHORT_SFT, *FP32), example("sft", *FP32), example("reward", *FP32),
-    example("ppo", *SHORT_SFT, *DRAWN, *FP32), example("online_dpo", *SHORT_SFT, *DRAWN, *FP32),
+    example("dpo", *SHORT_SFT, *FP32),
+    example("dpo", *SHORT_SFT, output="dpo-bf16"),
+    example("kto", *SHORT_SFT, *FP32),
+    example("sft", *FP32),
+    example("reward", *FP32),
+    example("ppo", *SHORT_SFT, *DRAWN, *FP32),
+    example("online_dpo", *SHORT_SFT, *DRAWN, *FP32),
     example("grpo", *SHORT_SFT, *DRAWN, "--num-generations", "2", *FP32),
-)  # fmt: skip
+)
 
 STAGES = (
     Stage("ops", "every op against float64", tests(*OPS)),
@@ -100,7 +138,7 @@ class Outcome(NamedTuple):
 
 
 def run(command: tuple[str, ...], log: IO[str], limit: int) -> tuple[int, str]:
-    """(exit status, output); the output goes to the log as it comes."""
+    """(exit status, output); the output is also written to the log as it arrives."""
     log.write(f"$ python {' '.join(command)}\n")
     log.flush()
     begin = log.tell()
@@ -116,7 +154,7 @@ def run(command: tuple[str, ...], log: IO[str], limit: int) -> tuple[int, str]:
 
 
 def counts(output: str) -> tuple[int, int, int]:
-    """What pytest's last line says: (passed, failed and errors, skipped and expected failures)."""
+    """The counts in pytest's last line: (passed, failed and errors, skipped and expected failures)."""
 
     def number(word: str) -> int:
         found = re.findall(rf"(\d+) {word}", output)
@@ -126,7 +164,7 @@ def counts(output: str) -> tuple[int, int, int]:
 
 
 def rehearse(stage: Stage) -> Outcome:
-    """Run a stage's commands, print each as it ends."""
+    """Run the commands of a stage, and print the result of each when it ends."""
     began, passed, failed, skipped, faults = time.monotonic(), 0, 0, 0, []
     with open(LOGS / f"{stage.name}.log", "w+", encoding="utf-8", errors="replace") as log:
         for command in stage.commands:
@@ -198,7 +236,7 @@ def main() -> int:
 
 
 def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is before and after `--`."""
+    """The arguments before and after `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 

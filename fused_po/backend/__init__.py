@@ -1,0 +1,1 @@
+"""A backend's interface, and which backend runs an op."""

@@ -1,0 +1,167 @@
+"""The backward over an LM head: the GEMMs that turn gradients in the logits, a tile at a time, into those of operands.
+
+Who forms the gradient of a tile is in logp_tiles.py and kl_tiles.py, what is kept and in which pieces in plan.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po.lm_head.gemm import add_product, back_project, mm, operand, take
+from fused_po.lm_head.head import Operands
+from fused_po.lm_head.plan import BackwardPass, HeadPlan, Needs, spans
+from fused_po.lm_head.tiles import BackwardTiles
+from fused_po.parallel.vocab import Shards
+
+
+class Gradients(NamedTuple):
+    """Gradients of a head's operands; without elements where not needed."""
+
+    hidden: Tensor  # [N, H], or [N, H + r]
+    weight: Tensor  # [V, H]
+    bias: Tensor  # [V]
+    low: Tensor  # [V, r]
+
+    @staticmethod
+    def empty(operands: Operands, needs: Needs) -> Gradients:
+        """Uninitialised; where not needed, no elements, of that dtype and device."""
+        weight = operands.weight
+        return Gradients(
+            *(
+                torch.empty_like(v, memory_format=torch.contiguous_format)
+                if v is not None and need
+                else (weight if v is None else v).new_empty(0)
+                for v, need in zip(operands, needs)
+            )
+        )
+
+
+class ThinSums:
+    """The gradients of a bias and of `low`: products with few columns, summed more exactly than a GEMM sums."""
+
+    def __init__(self, operands: Operands, needs: Needs, g: Tensor, scaled: Tensor, sums: torch.dtype) -> None:
+        """g [N, 1]: factors of the rows. scaled [N, H + r]: hidden times g."""
+        n_cols, width = operands.weight.shape
+        first = width if needs.low else scaled.shape[1]
+        self.has_bias = needs.bias
+        self.thin = torch.cat([g.to(scaled.dtype)[:, : needs.bias], scaled[:, first:]], 1)
+        wide = torch.float64 if scaled.device.type == "cpu" else sums
+        self.total = scaled.new_zeros(n_cols, self.thin.shape[1], dtype=wide)
+
+    def add(self, d: Tensor, rows: slice, columns: slice) -> None:
+        """The part of some rows and columns."""
+        add_product(d, self.thin[rows], self.total[columns])
+
+    def write(self, grads: Gradients, needs: Needs, accumulate: bool) -> None:
+        """Into the gradients."""
+        if needs.bias:
+            grads.bias.copy_(self.total[:, 0] + grads.bias if accumulate else self.total[:, 0])
+        if needs.low:
+            grads.low.copy_(self.total[:, needs.bias :])
+
+
+class Backward:
+    """One backward over rows of which the first have their bases kept."""
+
+    def __init__(
+        self,
+        plan: HeadPlan,
+        shards: Shards,
+        tiles: BackwardTiles,
+        operands: Operands,
+        grads: Gradients,
+        needs: Needs,
+        accumulate: bool,
+    ) -> None:
+        """operands: hidden and low in the GEMMs' dtype, of the rows of the backward.
+
+        grads: hidden's as wide as the sums. accumulate: weight's and bias's are added to what is there.
+        """
+        self.dtypes, self.shards, self.tiles, self.operands = plan.dtypes, shards, tiles, operands
+        self.grads, self.needs, self.accumulate = grads, needs, accumulate
+        hidden, weight = operands.hidden, operands.weight
+        n_rows, (self.n_cols, self.width) = len(hidden), weight.shape
+        kept, widest = tiles.kept, shards.widest(self.n_cols)
+        self.plan = plan.backward(
+            BackwardPass(
+                n_rows=n_rows,
+                n_kept=kept.n_rows,
+                n_cols=widest,
+                width=self.width,
+                weight_dtype=weight.dtype,
+                grad_dtype=grads.weight.dtype,
+                need_weight=needs.weight,
+                multiples=tiles.factors is not None,
+                kept_in_order=kept.in_order,
+            )
+        )
+        self.pieces = self.plan.pieces(kept.n_rows, n_rows)
+        tiles.allocate(self.plan.rows, min(self.plan.columns, self.n_cols))
+        self.prepare(plan)
+
+    def prepare(self, plan: HeadPlan) -> None:
+        """What all tiles share: factors, scaled states, memory for sums."""
+        hidden, needs, factors = self.operands.hidden, self.needs, self.tiles.factors
+        some_head = needs.weight or needs.low
+        self.factors = None if factors is None else factors[:, None]
+        scaled = (hidden * self.factors).to(hidden.dtype) if some_head and factors is not None else hidden
+        self.thin: Optional[ThinSums] = None
+        if needs.bias or needs.low:
+            g = hidden.new_ones(len(hidden), 1, dtype=plan.dtypes.sums) if factors is None else self.factors
+            self.thin = ThinSums(self.operands, needs, g, scaled, plan.dtypes.sums)
+        self.states = take_columns(scaled, self.width)
+        self.block_sum: Optional[Tensor] = None
+        if not self.plan.own_sums:
+            rows = min(self.plan.columns, self.n_cols)
+            self.block_sum = hidden.new_empty(rows, self.width, dtype=plan.dtypes.sums)
+
+    def run(self) -> None:
+        """Write all gradients."""
+        if not self.pieces and self.needs.weight and not self.accumulate:
+            self.grads.weight.zero_()
+        waiting = []
+        for columns in spans(0, self.n_cols, self.plan.columns) or [slice(0, 0)]:
+            waiting += self.block(columns)
+        for work in waiting:
+            work.wait()
+        if self.needs.hidden and self.factors is not None:
+            self.grads.hidden.mul_(self.factors)
+        if self.thin is not None:
+            self.thin.write(self.grads, self.needs, self.accumulate)
+
+    def block(self, columns: slice) -> list:
+        """All tiles of some columns: what they add to each gradient; the sums over ranks that have begun."""
+        weight, own_sums = self.operands.weight, self.plan.own_sums
+        gemm = self.operands.hidden.dtype
+        part = weight if own_sums else operand(take(weight, columns), self.dtypes.compute, gemm)
+        total = self.grads.weight if own_sums else self.block_sum[: len(part)]
+        waiting = []
+        for rows in self.pieces:
+            d = self.tiles.tile(rows, columns, part)
+            if self.needs.hidden:
+                waiting += self.add_hidden(d, rows, columns, part)
+            if self.needs.weight:
+                mm(d.t(), take(self.states, rows), total, add=rows.start > 0 or self.accumulate)
+            if self.thin is not None:
+                self.thin.add(d, rows, columns)
+        if self.needs.weight and not own_sums and self.pieces:
+            self.grads.weight[columns] = total
+        return waiting
+
+    def add_hidden(self, d: Tensor, rows: slice, columns: slice, part: Tensor) -> list:
+        """The columns' share of hidden's gradient; with the last one, ranks add theirs up under the next GEMM."""
+        low = None if self.operands.low is None else self.operands.low[columns]
+        compute = self.dtypes.compute if part is self.operands.weight else part.dtype
+        out = take(self.grads.hidden, rows)
+        back_project(d, part, compute, out, self.plan.block, low, add=columns.start > 0)
+        if self.shards.adds_up and columns.stop == self.n_cols:
+            return [self.shards.add_up(out)]
+        return []
+
+
+def take_columns(value: Tensor, width: int) -> Tensor:
+    """value[:, :width]; the tensor itself if that is all of it."""
+    return value if value.shape[1] == width else value[:, :width]

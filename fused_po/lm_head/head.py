@@ -1,0 +1,158 @@
+"""One projection onto the vocabulary and how to compute it: the settings of the ops over an LM head."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fused_po.backend import choose as backends
+from fused_po.backend.interface import Outputs, Scaling
+from fused_po.lm_head.gemm import operand, project, take
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Dtypes, HeadPlan, bytes_of_a_tile, padded, what_to_keep
+from fused_po.parallel.row_passes import WholeRows, row_passes
+from fused_po.parallel.vocab import WHOLE, Shards
+from fused_po.schedule import Schedule, logits_budget
+
+
+class Head(NamedTuple):
+    """How one head is computed."""
+
+    scaling: Scaling
+    dtypes: Dtypes
+    ignore_index: int
+    outputs: Outputs
+    keep: str  # see plan.py
+    tile_bytes: int  # of one tile
+    budget: int  # bytes of the basis that may be kept
+    backend: str
+    shards: Shards = WHOLE
+
+    def plan(self, device: torch.device) -> HeadPlan:
+        """The sizes of its tiles."""
+        return HeadPlan(self.keep, self.tile_bytes, self.budget, self.dtypes, device)
+
+    @property
+    def row_passes(self) -> WholeRows:
+        """The backend's row passes."""
+        return row_passes(backends.get(self.backend), self.shards)
+
+
+class Operands(NamedTuple):
+    """What a head projects: raw = hidden @ weight.T + bias.
+
+    A low-rank addition to the head (LoRA: weight + low A) is `low` [V, r]; hidden is then [N, H + r], its last columns
+    being hidden A^T. [weight | low] never lie side by side.
+    """
+
+    hidden: Tensor  # [N, H], or [N, H + r]
+    weight: Tensor  # [V, H]
+    bias: Optional[Tensor] = None  # [V]
+    low: Optional[Tensor] = None  # [V, r]
+
+    def ready(self, rows: Optional[Tensor], dtypes: Dtypes) -> Operands:
+        """Some rows of hidden, and low, in the GEMMs' dtype; the weight is cast block by block when it is used."""
+        factor = dtypes.gemm(self.hidden.device)
+        hidden = operand(take_rows(self.hidden, rows), dtypes.compute, factor)
+        low = None if self.low is None else operand(self.low, dtypes.compute, factor)
+        return self._replace(hidden=hidden, low=low)
+
+    def project(
+        self, rows: slice, columns: slice, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int
+    ) -> None:
+        """Write logits [rows, columns]; weight: those columns' rows of the head, in compute_dtype or to be cast."""
+        bias, low = (None if v is None else take(v, columns) for v in (self.bias, self.low))
+        project(take(self.hidden, rows), weight, bias, compute_dtype, out, block, low)
+
+
+def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
+    """value[rows]; all of it for rows None."""
+    return value if rows is None else value[rows]
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the projection: autocast's, or that of hidden. A lower-precision head is cast to it in blocks."""
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if weight.dtype != hidden.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+        raise TypeError(
+            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, the dtype of hidden, or a lower "
+            "precision; cast one of them, or run under torch.autocast"
+        )
+    return hidden.dtype
+
+
+def dtypes_of(hidden: Tensor, weight: Tensor, schedule: Schedule) -> Dtypes:
+    """The dtypes of a head's projection."""
+    compute = compute_dtype(hidden, weight)
+    return Dtypes(compute, schedule.logits_dtype_for(compute))
+
+
+def make_head(
+    operands: Operands,
+    outputs: Outputs,
+    ignore_index: int,
+    scaling: Scaling,
+    backend: Optional[str],
+    schedule: Schedule,
+    shards: Shards = WHOLE,
+) -> Head:
+    """How to compute the projection, and what to keep of it for a backward: decided by what requires grad."""
+    device, dtypes = operands.hidden.device, dtypes_of(operands.hidden, operands.weight, schedule)
+    trained = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in operands]
+    keep = what_to_keep(trained[0], any(trained[1:]), outputs.entropy and schedule.entropy_grad)
+    if keep != NOTHING:
+        outputs = outputs._replace(logps=True)  # a gradient of entropy or lse from the basis needs the log-prob
+    budget = 0 if keep == NOTHING else logits_budget(schedule.logits_budget, device)
+    tile_bytes = bytes_of_a_tile(schedule.tile_bytes_on(device), bool(shards.group))
+    name = backends.resolve(backend, device, dtypes.logits)
+    return Head(scaling, dtypes, ignore_index, outputs, keep, tile_bytes, budget, name, shards)
+
+
+def empty_kept(plan: HeadPlan, hidden: Tensor, weight: Tensor, n_scored, widest: int) -> Tensor:
+    """Memory for what is kept of n_scored tokens: [bases, N, H] of products, or [bases, rows, padded V] of bases."""
+    if plan.keep == PRODUCT:
+        return hidden.new_empty(plan.bases, *hidden.shape, dtype=plan.dtypes.sums)
+    rows = plan.kept_rows(n_scored, widest)
+    return hidden.new_empty(plan.bases, rows, padded(weight.shape[0], plan.gemm), dtype=plan.gemm)
+
+
+def zero_unused(plan: HeadPlan, kept: Tensor, n_scored: int, n_cols: int, all_scored: bool) -> None:
+    """Zero what no tile will write: an op's result must not hold what was in memory before."""
+    if plan.keep == BASIS:
+        for dim, used in ((-1, n_cols), (-2, n_scored)):
+            if kept.shape[dim] > used:
+                kept.narrow(dim, used, kept.shape[dim] - used).zero_()
+    elif plan.keep == PRODUCT and not all_scored:
+        kept.zero_()
+
+
+def without_autocast(run: Callable) -> Callable:
+    """Run without autocast; if memory ends, say what to lower, and free everything that was allocated.
+
+    run takes the head and its operands first.
+    """
+
+    @functools.wraps(run)
+    def guarded(head: Head, operands: Operands, *arguments, **options):
+        device = operands.hidden.device.type
+        cast = device != "meta" and torch.is_autocast_enabled(device)
+        try:
+            with torch.autocast(device, enabled=False) if cast else contextlib.nullcontext():
+                return run(head, operands, *arguments, **options)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            message = str(error)
+        # Raised outside the handler: the first error refers to frames that hold the tiles.
+        raise torch.OutOfMemoryError(
+            f"fused_po: out of memory in the LM head. Lower Schedule.logits_budget (now {head.budget} bytes kept from "
+            f"forward to backward) or Schedule.tile_bytes (now {head.tile_bytes} bytes per tile). {message}"
+        )
+
+    return guarded

@@ -1,0 +1,184 @@
+"""What a head keeps from forward to backward, and in which pieces both run.
+
+Plain numbers from shapes, dtypes and limits in bytes: the ops run by them, and `fused_po.planner` computes a cost from
+them. A GEMM over all scored tokens counts as 1. For one token, D = d logp / d raw, a row of V numbers with no loss in
+it. For any loss with the derivative g on that log-prob, d hidden = g D W, d weight = D^T (g hidden), d bias = D^T g.
+
+    keep        forward                        backward
+    "nothing"   1: scores                      nothing, or as over the budget
+    "product"   2: scores, then u = D W        0: d hidden = g u                      (the head is frozen)
+    "basis"     1: scores, D kept              2: D W, D^T (g hidden), or one of them
+    over the budget: 1                         3: the tile and D again, then the same
+
+With the exact KL of two heads, D = d KL / d raw, and with labels D' = d logp / d raw as a second basis; the gradient is
+g D + g' D'. The reference's projection counts as one more GEMM if it is as wide:
+
+    "nothing"   2: both projections            as over the budget
+    "product"   3: and D W (4 with labels)     0
+    "basis"     2: D kept, with labels D' too  2: D W, D^T (g hidden)
+    over the budget: 2                         4: both projections again, then the same
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+NOTHING, PRODUCT, BASIS = "nothing", "product", "basis"
+ROW_BYTES = (
+    64  # rows of logits start at multiples of it, for vector loads in kernels and aligned leading dimensions in GEMMs
+)
+BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink further
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low: bool = False
+
+
+def what_to_keep(hidden: bool, head: bool, entropy: bool) -> str:
+    """What the forward keeps, by what needs a gradient; entropy: whether one flows through the entropy too."""
+    if not hidden and not head:
+        return NOTHING
+    return BASIS if head or entropy else PRODUCT
+
+
+def bytes_of_a_tile(tile_bytes: int, split: bool) -> int:
+    """Of one tile; with a vocabulary split over ranks, two tiles are in flight and share tile_bytes."""
+    return max(1, tile_bytes // (2 if split else 1))
+
+
+def padded(n_cols: int, dtype: torch.dtype) -> int:
+    """The number of columns of a row of logits with padding."""
+    unit = ROW_BYTES // dtype.itemsize
+    return (n_cols + unit - 1) // unit * unit
+
+
+def head_block(n_rows: int, n_cols: int, width: int, tile_bytes: int) -> int:
+    """Rows of the head per block when it is cast or its gradient is summed, so that fp32 blocks fit in tile_bytes."""
+    block = max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, BLOCK_ROWS)))))
+    return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
+
+
+def spans(begin: int, end: int, step: int) -> list[slice]:
+    """[begin, end) in pieces of `step`."""
+    return [slice(at, min(at + step, end)) for at in range(begin, end, max(1, step))]
+
+
+class Dtypes(NamedTuple):
+    """The dtypes of one head's projection."""
+
+    compute: torch.dtype  # of the factors: the inputs' or autocast's
+    logits: torch.dtype
+
+    def gemm(self, device: torch.device) -> torch.dtype:
+        """Of the GEMMs' operands and of the basis: a CPU needs operands as wide as the sums, a GPU does not."""
+        return self.compute if device.type == "cuda" else self.logits
+
+    @property
+    def sums(self) -> torch.dtype:
+        """Of statistics, and of sums of gradients."""
+        return torch.float64 if self.logits == torch.float64 else torch.float32
+
+
+class HeadPlan(NamedTuple):
+    """Sizes of the tiles of a head, or of two side by side, on one device."""
+
+    keep: str
+    tile_bytes: int  # of one tile
+    budget: int  # bytes of the basis that may be kept
+    dtypes: Dtypes
+    device: torch.device
+    ref_logits: Optional[torch.dtype] = None  # of the reference's tile, where there are two heads
+    bases: int = 1  # of each token
+
+    @property
+    def gemm(self) -> torch.dtype:
+        """The dtype of the GEMMs' operands, and of the basis."""
+        return self.dtypes.gemm(self.device)
+
+    def _rows_of(self, dtypes: Dtypes, tile_bytes: int, n_cols: int) -> int:
+        """Rows of one head's tile: its logits and, in memory of its own where the dtype differs, its basis."""
+        gemm, logits = dtypes.gemm(self.device), dtypes.logits
+        row = padded(n_cols, logits) * logits.itemsize + (gemm != logits) * padded(n_cols, gemm) * gemm.itemsize
+        return max(1, tile_bytes // row)
+
+    def tile_rows(self, n_cols: int) -> int:
+        """Rows of a tile of n_cols columns, of all heads within tile_bytes."""
+        if self.ref_logits is None:
+            return self._rows_of(self.dtypes, self.tile_bytes, n_cols)
+        half, reference = self.tile_bytes // 2, self.dtypes._replace(logits=self.ref_logits)
+        return min(self._rows_of(dtypes, half, n_cols) for dtypes in (self.dtypes, reference))
+
+    def rows_within_budget(self, n_cols: int) -> int:
+        """How many tokens' bases the budget holds."""
+        return self.budget // self.bases // (padded(n_cols, self.gemm) * self.gemm.itemsize)
+
+    def kept_rows(self, n_scored, n_cols: int):
+        """How many of n_scored tokens have their bases kept; n_scored may be symbolic."""
+        if self.keep != BASIS:
+            return 0
+        within = self.rows_within_budget(n_cols)
+        return min(n_scored, within) if type(n_scored) is int else torch.sym_min(n_scored, within)
+
+    def tiles_at_once(self, split: bool) -> int:
+        """Forward tiles in memory; split: over ranks, whose answers come while the next tile is projected.
+
+        Without bases and a reference a tile's logits are not read again once its own scoring is done.
+        """
+        return 2 if split and (self.keep != NOTHING or self.ref_logits is not None) else 1
+
+    def in_place(self, n_formed: int, n_rows: int) -> bool:
+        """Whether the basis of n_formed rows of a tile of n_rows is formed over the tile's logits."""
+        return n_formed == n_rows and self.gemm == self.dtypes.logits and self.ref_logits is None
+
+    def head_block(self, n_rows: int, n_cols: int, width: int) -> int:
+        """Rows of the head that are cast, or whose gradient is summed, at once."""
+        return head_block(n_rows, n_cols, width, self.tile_bytes)
+
+    def backward(self, p: BackwardPass) -> BackwardPlan:
+        """The pieces of a backward."""
+        in_one = p.multiples and p.kept_in_order and p.n_kept == p.n_rows and p.weight_dtype == self.gemm
+        own_sums = not p.need_weight or p.grad_dtype == self.dtypes.sums or in_one
+        block = self.head_block(p.n_rows, p.n_cols, p.width)
+        columns = p.n_cols if own_sums else block
+        rows = max(1, min(self.tile_rows(columns), p.n_rows))
+        return BackwardPlan(own_sums, block, columns, rows, p.n_kept if p.multiples and p.kept_in_order else rows)
+
+
+class BackwardPass(NamedTuple):
+    """What the pieces of a backward depend on."""
+
+    n_rows: int
+    n_kept: int  # the first rows have their bases kept
+    n_cols: int  # of the rank that has most: pieces are the same on all ranks
+    width: int
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype  # of the head's gradient as it is written
+    need_weight: bool
+    multiples: bool  # each row's gradient is a multiple of one basis
+    kept_in_order: bool = True  # no kept row was dropped
+
+
+class BackwardPlan(NamedTuple):
+    """In which pieces a backward runs.
+
+    A recomputed tile is scored anew, since only the lse of the very logits at hand makes p sum to 1; except where the
+    gradient of a low-precision head needs fp32 sums, a block of the vocabulary at a time: that block cannot know its
+    rows' lse, and the rounding of D hides the difference.
+    """
+
+    own_sums: bool  # the head's gradient is its own sum: it is as wide as the sums, or one GEMM makes it
+    block: int  # rows of the head that are cast at once
+    columns: int  # of a tile
+    rows: int  # of a tile
+    kept_rows: int  # of a GEMM over kept bases
+
+    def pieces(self, n_kept: int, n_rows: int) -> list[slice]:
+        """The rows of each GEMM: kept ones first."""
+        return spans(0, n_kept, self.kept_rows) + spans(n_kept, n_rows, self.rows)

@@ -1,0 +1,5 @@
+"""Heads and logits whose vocabulary is split over the ranks of a process group."""
+
+from fused_po.parallel.vocab import VocabParallel
+
+__all__ = ["VocabParallel"]
