@@ -16,7 +16,7 @@ from fused_po import losses
 from trainer import dataset, models, parallel, plots, reward_sources, rollouts, setup  # isort: skip
 
 ppo, grpo = script("ppo"), script("grpo")
-TOYS = example_runs.ROOT / "tests" / "toy_rewards.py"
+TOYS = example_runs.SUPPORT / "toy_rewards.py"
 LETTERS = ("--reward-function", f"{TOYS}:letters")
 ALONE = ("--sft-steps", "0", "--max-completion-length", "6", *LETTERS)
 
