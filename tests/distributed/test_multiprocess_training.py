@@ -13,7 +13,18 @@ import transformers
 from example_runs import metrics, script, weights
 from rank_pool import GROUP_TIMEOUT, Ranks
 
-from trainer import checkpoints, dataset, formats, models, parallel, plots, rollouts, run_files, sampling, setup  # isort: skip
+from trainer import (  # isort: skip
+    checkpoints,
+    dataset,
+    formats,
+    models,
+    parallel,
+    plots,
+    rollouts,
+    run_files,
+    sampling,
+    setup,
+)
 
 STEPS = 10
 SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: not divisible by the number of ranks

@@ -38,7 +38,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Drawing takes longer than these runs; test_example.py and the slow tests draw."""
+    """Skip plotting, which takes longer than these runs; test_dpo_script.py and the slow tests plot."""
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 

@@ -11,7 +11,17 @@ import transformers
 from example_runs import metrics, run, script, weights
 from rank_pool import Ranks
 
-from trainer import checkpoints, dataset, formats, models, optimization, parallel, plots, run_files, sampling  # isort: skip
+from trainer import (  # isort: skip
+    checkpoints,
+    dataset,
+    formats,
+    models,
+    optimization,
+    parallel,
+    plots,
+    run_files,
+    sampling,
+)
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SAMPLING = dict.fromkeys(("ppo", "grpo", "online_dpo"), (*LETTERS, "--max-completion-length", "4"))
