@@ -1,12 +1,12 @@
-"""Compile every Triton kernel for GPUs that need not be here, and read what the assembler made of it.
+"""Compile every Triton kernel for GPUs that need not be present, and read the generated assembly.
 
     python benchmarks/aot.py                 # a table for sm_80, sm_90 and sm_100; whether gfx942 compiles
     python benchmarks/aot.py --arch 90 --json
 
-Per kernel: registers, spills (local loads and stores), 128-bit loads and stores, and instructions per element of
-logits: those of the main loop, or, for kernels that take one block of columns, those of the longest straight run of
-code with 128-bit stores. For gfx942 only whether Triton compiles and links it. Where there is nvcc, registers and
-spills of the CUDA kernels besides, as its assembler tells them. Needs torch and triton. All of it takes about two
+For each kernel: registers, spills (local loads and stores), 128-bit loads and stores, and instructions per logit. The
+instructions are those of the main loop or, for kernels that process one block of columns, of the longest run of code
+without branches that has 128-bit stores. For gfx942 it only says whether Triton compiles and links the kernel. If there
+is an nvcc, registers and spills of the CUDA kernels too, from its assembler. Needs torch and triton. It takes about two
 minutes on two cores, most of it in the disassembler.
 """
 
@@ -46,7 +46,7 @@ FP32_ARGUMENTS = {
 
 
 def load(name: str) -> types.ModuleType:
-    """A module of kernels/triton without the package around it, so that fused_po need not be installed."""
+    """A module of kernels/triton, imported without fused_po, which need not be installed."""
     package = "aot_triton_kernels"
     if package not in sys.modules:
         parent = types.ModuleType(package)
@@ -56,9 +56,9 @@ def load(name: str) -> types.ModuleType:
 
 
 class Case(NamedTuple):
-    """A kernel with its compile-time arguments. Block and warps: where None, as kernels/triton/launch.py has them.
+    """A kernel with its compile-time arguments. Block and warps: None takes those of kernels/triton/launch.py.
 
-    aligned: the vocabulary and the strides are multiples of 16. columns: of a program, where None all of a row.
+    aligned: the vocabulary and the strides are multiples of 16. columns: those of one program; None means a whole row.
     """
 
     name: str
@@ -69,19 +69,19 @@ class Case(NamedTuple):
     block: int | None = None
     warps: int | None = None
     aligned: bool = True
-    group: int | None = None  # 1: rows of logits and gradient that begin elsewhere
+    group: int | None = None  # 1: rows of logits and gradient have different alignments
     columns: int | None = None
 
 
 def table_name(case: Case) -> str:
-    """What the table of launch shapes calls the case's kernel, if it is there."""
+    """The name of the case's kernel in the table of launch shapes, or None."""
     name = "statistics_kernel" if case.kernel == "scan_parts_kernel" else case.kernel
     more = name == "statistics_kernel" and case.constants["OUTPUTS"] >= 8
     return "statistics_all" if more else name.removesuffix("_kernel")
 
 
 def shaped(case: Case, arch: str) -> Case:
-    """The case with its block, warps and columns."""
+    """The case with its block, warps and columns filled in."""
     launch = load("launch")
     name = table_name(case)
     if name not in launch.SHAPES:
@@ -121,7 +121,7 @@ def gradient_cases(dtype: str) -> list[Case]:
         if dtype == "bf16":
             name = f"gradient, {label}, V=50257"
             out.append(Case(name, "gradient", "gradient_kernel", dtype, constants, aligned=False))
-            name = f"gradient, {label}, other phase"
+            name = f"gradient, {label}, other alignment"
             out.append(Case(name, "gradient", "gradient_kernel", dtype, constants, aligned=False, group=1))
         if label != "basis":
             out.append(Case(f"gradient from the basis, {label}", "gradient", "from_basis_kernel", dtype, constants))
@@ -147,8 +147,10 @@ def kl_cases(dtype: str) -> list[Case]:
             out.append(Case(f"kl gradient, {name}", "kl", "kl_gradient_kernel", dtype, flags))
     if dtype == "bf16":
         flags = {"DIRECTION": "reverse", "LABELS": True, "ref_inner": None, "SAME": False}
-        out.append(Case("kl, reverse, other phase", "kl", "kl_kernel", dtype, flags, aligned=False))
-        out.append(Case("kl gradient, reverse, other phase", "kl", "kl_gradient_kernel", dtype, flags, aligned=False))
+        out.append(Case("kl, reverse, other alignment", "kl", "kl_kernel", dtype, flags, aligned=False))
+        out.append(
+            Case("kl gradient, reverse, other alignment", "kl", "kl_gradient_kernel", dtype, flags, aligned=False)
+        )
     return [
         *out,
         Case("kl, js over a part", "kl", "mixture_kernel", dtype, {"ref_inner": None, "WEIGHT": 0.5}),
@@ -182,7 +184,7 @@ def policy_cases(dtype: str) -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """Every kernel in every form that changes its code."""
+    """Every kernel, in every variant that changes its code."""
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
         out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
@@ -202,7 +204,7 @@ def cases() -> list[Case]:
 
 
 def signature(case: Case, names: list[str]) -> tuple[dict, dict]:
-    """(types of run-time arguments, values of compile-time ones)."""
+    """(types of run-time arguments, values of compile-time arguments)."""
     constants = dict(case.constants)
     if "softcap" in case.name:
         constants.pop("inner")
@@ -231,9 +233,9 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def compile_case(case: Case, arch: str):
-    """The compiled kernel. Pointers are multiples of 16; strides and the vocabulary where the case says so.
+    """The compiled kernel. Pointers are multiples of 16; so are strides and the vocabulary if the case says so.
 
-    An argument that the kernel does not specialise on is a multiple of nothing, as at run time.
+    Nothing is assumed about an argument that the kernel does not specialise on, as at run time.
     """
     case = shaped(case, arch)
     kernel = getattr(load(case.module), case.kernel)
@@ -252,7 +254,7 @@ def compile_case(case: Case, arch: str):
 
 
 def dump(cubin: bytes, *what: str) -> str:
-    """Resource usage ("-res-usage") or assembly ("-sass") by the cuobjdump that triton ships."""
+    """Resource usage ("-res-usage") or assembly ("-sass"), from the cuobjdump in triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -261,13 +263,13 @@ def dump(cubin: bytes, *what: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-OPERANDS = {"kl_kernel": 2, "kl_gradient_kernel": 2, "mixture_kernel": 2}  # logits a column; else 1
-NO_LOGITS = ("dpo_kernel", "gae_kernel")  # and the merges: their work does not grow with the vocabulary
-SECOND_PASS = ("policy_kernel", "kl_kernel")  # the last loop of these may be another one than the first
+OPERANDS = {"kl_kernel": 2, "kl_gradient_kernel": 2, "mixture_kernel": 2}  # logits per column; otherwise 1
+NO_LOGITS = ("dpo_kernel", "gae_kernel")  # like the merges: their work does not grow with the vocabulary
+SECOND_PASS = ("policy_kernel", "kl_kernel")  # in these the last loop may differ from the first
 
 
 def passes(case: Case, code: model.Code) -> list[model.Pass]:
-    """The loops that a program runs over its columns, one after another; of two alike the longer one."""
+    """The loops that a program runs over its columns, one after another; of two equal loops the longer one."""
     if case.kernel in NO_LOGITS or case.kernel.startswith("merge_"):
         return []
     found = model.loops(code)
@@ -282,7 +284,7 @@ def passes(case: Case, code: model.Code) -> list[model.Pass]:
 
 
 def beside(code: model.Code, chosen: list[model.Pass]) -> model.Code:
-    """What a program runs once: all but the loops; of a kernel without one, what leads to its longest path."""
+    """What a program runs once: everything outside the loops; without a loop, what leads to its longest path."""
     loops = model.loops(code)
     if chosen and not loops:
         return [line for line in code if line[0] < chosen[0].code[0][0]]
@@ -291,7 +293,7 @@ def beside(code: model.Code, chosen: list[model.Pass]) -> model.Code:
 
 
 def speed(case: Case, arch: str, registers: int, shared: int, code: model.Code, vocabulary: int) -> dict:
-    """What bears on speed, of the case's passes over its columns: of several the worst, instructions summed up."""
+    """What determines the speed of the passes over the columns: the worst of several, and the sum of instructions."""
     chosen = passes(case, code)
     if not chosen:
         return {}
@@ -316,7 +318,7 @@ def speed(case: Case, arch: str, registers: int, shared: int, code: model.Code, 
 
 
 def figures(case: Case, arch: str, disassembled: bool, vocabulary: int) -> dict:
-    """One row of the table; what does not compile says why. Without a disassembly there are registers and spills."""
+    """One row of the table, or why the case does not compile. Without a disassembly only registers and spills."""
     case = shaped(case, arch)
     row = {"kernel": case.name, "dtype": case.dtype, "arch": arch if arch.startswith("gfx") else f"sm_{arch}"}
     try:
@@ -346,10 +348,10 @@ def figures(case: Case, arch: str, disassembled: bool, vocabulary: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="compute capabilities, e.g. 90, or gfx942")
-    parser.add_argument("--disassemble", nargs="*", help="only these of them: it takes most of the time")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a Markdown table")
-    parser.add_argument("--kernel", default="", metavar="REGEX", help='only these, e.g. "gradient.*bf16"')
-    parser.add_argument("--vocabulary", type=int, default=32000, help="columns of a row, for the predicted shares")
+    parser.add_argument("--disassemble", nargs="*", help="disassemble only for these; it takes most of the time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
+    parser.add_argument("--kernel", default="", metavar="REGEX", help='only these kernels, e.g. "gradient.*bf16"')
+    parser.add_argument("--vocabulary", type=int, default=32000, help="columns per row, for the predicted shares")
     args = parser.parse_args()
     began = time.monotonic()
     if unknown := set(args.disassemble or ()) - set(args.arch):
@@ -367,7 +369,7 @@ def main() -> None:
         print(json.dumps({"triton": triton.__version__, "functions": functions, "rows": rows}, indent=1))
     else:
         print(report(rows))
-        cuda = "only Triton's are asked for" if args.kernel else nvcc.figures()
+        cuda = "only Triton kernels were asked for" if args.kernel else nvcc.figures()
         print("\n" + (f"CUDA kernels: not compiled, {cuda}" if isinstance(cuda, str) else report_cuda(cuda)))
 
 

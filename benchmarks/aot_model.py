@@ -1,13 +1,13 @@
-"""What an assembly says of speed: loops, occupancy, bytes in flight, and a predicted share of copy bandwidth.
+"""What assembly code says about speed: loops, occupancy, bytes in flight, a predicted share of copy bandwidth.
 
 A model, not a measurement. A kernel reaches the smallest of three shares:
 
-    memory    1: the traffic of its resident programs at copy bandwidth
-    issue     what the schedulers and the exponential unit need for its instructions
-    flight    what one program takes alone: every wait for memory lasts LATENCY, every instruction ISSUE cycles
+    memory    1: its resident programs move data at copy bandwidth
+    issue     the time that the schedulers and the exponential unit need for its instructions
+    latency   the time of one program alone: every wait for memory takes LATENCY, every instruction ISSUE cycles
 
-The waits come from the assembly: a load is waited for where its register is first read, and what was asked for before
-that is in flight together. What an earlier turn of a loop has asked for is waited for only as long as it still takes.
+The waits come from the assembly: a program waits for a load where its register is first read, and all loads issued
+before are in flight together. For loads of an earlier loop iteration it waits only for the remaining time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ import re
 from typing import NamedTuple
 
 LATENCY = 700e-9  # seconds from a load to its first use, memory under load
-ISSUE = 4  # cycles an instruction takes in a warp that has the scheduler to itself
-REGISTERS, GRANULARITY, WARPS, BLOCKS = 65536, 256, 64, 32  # of a multiprocessor; a warp's registers come in such steps
-RESERVED_SHARED = 1024  # bytes of a block's shared memory that the system takes
+ISSUE = 4  # cycles per instruction of a warp that is alone on its scheduler
+REGISTERS, GRANULARITY, WARPS, BLOCKS = (
+    65536,
+    256,
+    64,
+    32,
+)  # of a multiprocessor; registers are allocated to a warp in such steps
+RESERVED_SHARED = 1024  # bytes of shared memory per block that the system reserves
 
 
 class GPU(NamedTuple):
-    """bandwidth: of a large copy, about 0.9 of the data sheet's; clock: under load; shared: bytes a multiprocessor."""
+    """bandwidth: of a large copy, about 0.9 of the data sheet; clock: under load; shared: bytes per multiprocessor."""
 
     arch: str
     processors: int
@@ -33,7 +38,7 @@ class GPU(NamedTuple):
 
     @property
     def needs(self) -> float:
-        """Bytes in flight a multiprocessor by Little's law; twice as many are a safe number."""
+        """Bytes that must be in flight per multiprocessor by Little's law; twice as many are safe."""
         return self.bandwidth * LATENCY / self.processors
 
 
@@ -58,12 +63,12 @@ Code = list[tuple[int, str]]
 
 
 def instructions(assembly: str) -> Code:
-    """(address, text) of each."""
+    """(address, text) of each instruction."""
     return [(int(m[1], 16), m[2]) for m in INSTRUCTION.finditer(assembly)]
 
 
 def width(modifiers: str) -> int:
-    """Bytes a thread moves by a load or store with these modifiers."""
+    """Bytes that a thread moves in a load or store with these modifiers."""
     for name, size in ((".256", 32), (".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1)):
         if name in modifiers:
             return size
@@ -71,12 +76,12 @@ def width(modifiers: str) -> int:
 
 
 def moved(code: Code, pattern: re.Pattern) -> int:
-    """Bytes a thread moves by these instructions."""
+    """Bytes that a thread moves in these instructions."""
     return sum(width(m[1]) for m in (pattern.search(text) for _, text in code) if m)
 
 
 def loops(code: Code) -> list[Code]:
-    """Loops that touch global memory, in order of addresses: what a backward branch encloses, innermost only."""
+    """Innermost loops that access global memory, in order of addresses. A backward branch ends a loop."""
     spans = []
     for end, text in code:
         jump = JUMP.search(text)
@@ -88,7 +93,7 @@ def loops(code: Code) -> list[Code]:
 
 
 def vector_path(code: Code) -> Code:
-    """The longest straight run of code that stores 128 bits: without what leads to it."""
+    """The longest run of code without branches that stores 128 bits, without what leads to it."""
     targets = {int(jump[1], 16) for jump in (JUMP.search(text) for _, text in code) if jump}
     runs: list[Code] = [[]]
     for address, text in code:
@@ -101,7 +106,7 @@ def vector_path(code: Code) -> Code:
 
 
 def residents(registers: int, warps: int, shared: int, gpu: GPU) -> int:
-    """Programs that a multiprocessor holds at once: by registers, shared memory, warps and blocks."""
+    """Programs that fit on a multiprocessor at once, limited by registers, shared memory, warps and blocks."""
     step = GRANULARITY // 32
     by_registers = REGISTERS // (math.ceil(registers / step) * step * 32) // 4 * 4 // warps  # four schedulers
     if warps < 4:
@@ -110,14 +115,14 @@ def residents(registers: int, warps: int, shared: int, gpu: GPU) -> int:
 
 
 class Walk(NamedTuple):
-    """seconds: of one warp; in_flight: bytes a thread that were asked for and not yet there, the most at any wait."""
+    """seconds: of one warp; in_flight: bytes per thread that were requested but not there yet, the most at any wait."""
 
     seconds: float
     in_flight: int
 
 
 def walk(code: Code, gpu: GPU, turns: int = 1) -> Walk:
-    """One warp alone through straight code; with more turns, the last of so many turns of a loop."""
+    """One warp alone in code without branches; with more turns, the last of so many iterations of a loop."""
     now, began, most = 0.0, 0.0, 0
     pending: list[tuple[float, int, set[int]]] = []  # (when it was issued, bytes, registers), oldest first
     copies: list[tuple[float, int]] = []  # groups of copies to shared memory
@@ -153,19 +158,19 @@ def walk(code: Code, gpu: GPU, turns: int = 1) -> Walk:
 
 
 class Pass(NamedTuple):
-    """What a program does with its columns once: code of one turn, how many turns, columns a turn."""
+    """One pass of a program over its columns: code of one iteration, iterations, columns per iteration."""
 
     code: Code
     columns: int
 
 
 def busy(code: Code) -> float:
-    """Cycles of a multiprocessor for one warp: 4 instructions a cycle, an exponential of a warp in 2."""
+    """Cycles of a multiprocessor for one warp: 4 instructions per cycle, 2 cycles per exponential of a warp."""
     return max(len(code) / 4, sum(bool(EXPONENTIAL.search(text)) for _, text in code) * 2)
 
 
 def share(passes: list[Pass], rest: Code, columns: int, warps: int, held: int, gpu: GPU) -> float:
-    """The predicted share of copy bandwidth of a program with so many columns, `held` of them on a multiprocessor."""
+    """The predicted share of copy bandwidth of a program with so many columns; `held` run on a multiprocessor."""
     traffic = cycles = seconds = 0.0
     for code, step in passes:
         turns = max(1, columns // step)
@@ -173,7 +178,9 @@ def share(passes: list[Pass], rest: Code, columns: int, warps: int, held: int, g
         cycles += turns * busy(code) * warps
         seconds += turns * walk(code, gpu, 4).seconds
     alone = walk(rest, gpu)
-    traffic *= columns / (max(1, columns // passes[0].columns) * passes[0].columns)  # what the rest takes of the row
+    traffic *= columns / (
+        max(1, columns // passes[0].columns) * passes[0].columns
+    )  # the share of the row outside the loops
     memory = held * traffic * gpu.processors / gpu.bandwidth
     issue = held * (cycles + busy(rest) * warps) / gpu.clock
     return min(1.0, memory / issue, memory / (seconds + alone.seconds))

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/aot.py`, in Markdown: of the Triton kernels and of the CUDA kernels."""
+"""The Markdown tables of `benchmarks/aot.py`: Triton kernels, and CUDA kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cell(row: dict, name: str) -> str:
 
 
 def report(rows: list[dict]) -> str:
-    """A Markdown table of the rows with figures; of each target without, how many of the kernels compile."""
+    """A Markdown table of the rows with figures; for a target without figures, how many kernels compile."""
     lines = []
     counted = [row for row in rows if "registers" in row]
     if counted:
@@ -37,7 +37,7 @@ def report(rows: list[dict]) -> str:
 
 
 def report_cuda(rows: list[dict]) -> str:
-    """A Markdown table: a line a CUDA kernel and type, registers by architecture, spilled bytes of all."""
+    """A Markdown table with one line per CUDA kernel and type: registers by architecture, spilled bytes in all."""
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     lines = ["| CUDA kernel | dtype | registers, " + ", ".join(archs) + " | bytes spilled |", "|---|---|---|---|"]
     for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes, which gradients, how much of a batch is prompt, and the exact answers."""
+"""What is measured: shapes, dtypes, gradients, the share of prompt tokens, and the exact results in float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GAMMA = 0.5  # SimPO's margin
 PAIRED = ("dpo", "cpo", "simpo", "orpo")
 SEQUENCES = (*PAIRED, "grpo", "kto")  # tasks of 2 PAIRS sequences
 EPSILON = 0.2  # GRPO's clip range
-KTO_KL = 0.5  # KTO's reference point, a constant: what it costs to estimate is not measured
-JS_WEIGHT = 0.25  # the reference's; not 0.5, where nobody would notice two sides mixed up
+KTO_KL = 0.5  # KTO's reference point, a constant: the cost of estimating it is not measured
+JS_WEIGHT = 0.25  # the weight of the reference; not 0.5, which would hide swapped sides
 
 
 class Case(NamedTuple):
-    """One problem. `tokens` counts all, the prompt's too; a share of them is prompt, which is not scored."""
+    """One problem. `tokens` counts all tokens; a share of them, `prompt`, is not scored."""
 
     tokens: int
     vocabulary: int
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     head: str = "trainable"  # or "frozen"
     prompt: float = 0.0
     task: str = "logps"  # mean negative log-prob; or of SEQUENCES; or "kl": mean exact KL. "kl", "kto": always "live"
-    reference: str = "cached"  # for "dpo": its log-probs are there; or "live": its hidden states and head
+    reference: str = "cached"  # for "dpo": its log-probs are given; or "live": its hidden states and head
     direction: str = "reverse"  # for "kl"; or "forward", or "js" with JS_WEIGHT
 
     @property
@@ -62,10 +62,10 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case, device: str) -> Problem:
-    """Random tensors of a case; the label's probability spreads from 1e-6 to almost 1.
+    """Random tensors of a case; the label's probability ranges from 1e-6 to almost 1.
 
-    The KL's reference is the policy with noise, so that the KL spreads from 1e-3 to 1; DPO's is another model. KTO's is
-    the policy with less noise the longer a sequence is: its sigmoid must not saturate.
+    The reference of a KL is the policy with noise, so that the KL ranges from 1e-3 to 1; that of DPO is another model.
+    That of KTO is the policy with noise, less in longer sequences, so that its sigmoid does not saturate.
     """
     torch.manual_seed(0)
     n, v, h, dtype = case.tokens, case.vocabulary, case.width, DTYPES[case.dtype]
@@ -97,7 +97,7 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def behaviour(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(old log-probs, advantages) for GRPO: one ratio in eight is outside of the clip range.
+    """(old log-probs, advantages) for GRPO: one ratio in eight is outside the clip range.
 
     None is near the ends of the range, where rounding would decide whether a token has a gradient.
     """
@@ -111,7 +111,7 @@ def behaviour(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 
 def loss_of(p: Problem, values: Tensor, ref_logps: Tensor | None = None) -> Tensor:
-    """The task's loss from log-probs (or KLs) shaped like the labels, 0 at the prompt; for who has no loss."""
+    """The task's loss from log-probs (or KLs) shaped like the labels, 0 at the prompt; for peers without a loss."""
     if p.case.task not in SEQUENCES:
         return (values.sum() if p.case.task == "kl" else -values.sum()) / p.scored
     scored = p.labels != IGNORE
@@ -127,26 +127,26 @@ def loss_of(p: Problem, values: Tensor, ref_logps: Tensor | None = None) -> Tens
 
 
 def clipped(p: Problem, values: Tensor) -> Tensor:
-    """GRPO's sum over scored tokens; with their number as divisor the loss that TRL and Liger call "dapo". No KL."""
+    """GRPO's sum over scored tokens. Divided by their number it is the loss that TRL and Liger call "dapo". No KL."""
     ratio, advantages = (values - p.old_logps).exp(), p.advantages[:, None]
     bounded = torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
     return -torch.where(p.labels != IGNORE, bounded, 0).sum()
 
 
 def desirable(p: Problem) -> Tensor:
-    """Which of KTO's answers are: the first half."""
+    """Which of KTO's answers are desirable: the first half."""
     return torch.arange(2 * PAIRS, device=p.labels.device) < PAIRS
 
 
 def sequences(p: Problem, values: Tensor) -> tuple[Tensor, ...]:
-    """(chosen, rejected): the log-probs of sequences as the task takes them, sums for CPO, else means over tokens."""
+    """(chosen, rejected) log-probs of sequences: sums for CPO, otherwise means over tokens."""
     scored = p.labels != IGNORE
     sums = (scored * values.view(p.labels.shape)).sum(-1)
     return (sums if p.case.task == "cpo" else sums / scored.sum(-1)).chunk(2)
 
 
 def without_reference(task: str, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The mean preference loss of pairs, without an NLL of the chosen, which every one of them may add."""
+    """The mean preference loss of pairs, without the NLL of the chosen answers that these losses may add."""
     if task == "orpo":
         chosen, rejected = (x - torch.log1p(-x.exp()) for x in (chosen, rejected))
         return -BETA * torch.nn.functional.logsigmoid(chosen - rejected).mean()
@@ -155,7 +155,7 @@ def without_reference(task: str, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 class Exact(NamedTuple):
-    """float64: log-probs (or KLs) of some scored rows, the loss's gradient for them and for some rows of the head."""
+    """In float64: log-probs (or KLs) of some scored rows; the loss's gradient in them and in some rows of the head."""
 
     rows: Tensor
     values: Tensor
@@ -165,7 +165,7 @@ class Exact(NamedTuple):
 
 
 def exact(p: Problem, count: int = 64) -> Exact:
-    """The truth for `count` rows of hidden and of the head, in float64, a few rows of logits at a time."""
+    """The exact results for `count` rows of hidden and of the head, in float64, a few rows of logits at a time."""
     if p.case.task == "kl":
         return exact_kl(p, count)
     device = p.hidden.device
@@ -196,7 +196,7 @@ def exact(p: Problem, count: int = 64) -> Exact:
 
 
 def divergence(direction: str, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The definitions, of the policy's log-probs p and the reference's q. For the truth, not for speed."""
+    """The definitions, from the policy's log-probs p and the reference's q. Exact, not fast."""
     p, q, w = log_p.exp(), log_q.exp(), JS_WEIGHT
     if direction == "reverse":
         return (p * (log_p - log_q)).sum(-1)
@@ -207,7 +207,7 @@ def divergence(direction: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def kl_of_rows(p: Problem, rows: Tensor, weight: Tensor, ref_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float64: the KL of these rows, and its gradient in their logits. The weights are given in float64."""
+    """In float64: the KL of these rows, and its gradient in their logits. The weights are given in float64."""
     logits = (p.hidden.detach()[rows].double() @ weight.T).requires_grad_()
     reference = (p.ref_hidden[rows].double() @ ref_weight.T).log_softmax(-1)
     values = divergence(p.case.direction, logits.log_softmax(-1), reference)
@@ -230,7 +230,7 @@ def exact_kl(p: Problem, count: int) -> Exact:
 
 
 def kl_suite(name: str) -> list[Case]:
-    """The KL's cases of a suite."""
+    """The KL cases of a suite."""
     if name == "gpu":
         cases = []
         for vocabulary in (32000, 151936):
@@ -244,7 +244,7 @@ def kl_suite(name: str) -> list[Case]:
 
 
 def suite(name: str) -> list[Case]:
-    """The cases of a suite: "cpu", ten minutes on two cores; "gpu", under ten on one GPU; "tiny", seconds."""
+    """The cases of a suite: "cpu", ten minutes on two cores; "gpu", under ten minutes on one GPU; "tiny", seconds."""
     if name == "tiny":
         heads = [Case(96, 500, 32, head=head, prompt=share) for head in ("trainable", "frozen") for share in (0.0, 0.5)]
         others = [Case(96, 500, 32, task=task, prompt=0.5) for task in ("cpo", "simpo", "orpo", "grpo")]
@@ -273,8 +273,8 @@ def suite(name: str) -> list[Case]:
     return cases
 
 
-# Who runs beside us in a case of `evidence`: names of providers, or how they begin; in "rest" whoever else is there.
-# Those whose kernels take long to compile, or that could end the others' process, are apart.
+# The providers in a unit of `evidence`, by name or by the beginning of the name; "rest" has all others. Providers whose
+# kernels take long to compile, or that could crash the process, have units of their own.
 WHO = {
     "main": ("fused_po", "fused_po, all kept", "fused_po, none kept", "fused_po, bf16 tiles", "eager", "TRL"),
     "dpo": ("fused_po", "eager", "TRL", "Liger", "unsloth"),
@@ -286,7 +286,7 @@ WHO = {
 
 
 def evidence(name: str) -> list[tuple[Case, str]]:
-    """What `make gpu-evidence` measures of heads and KLs, in the order of its value, and by which of WHO."""
+    """The heads and KLs that `make gpu-evidence` measures, most valuable first, and with which of WHO."""
     if name == "tiny":
         main = Case(96, 500, 32)
         dpo = Case(96, 500, 32, prompt=0.5, task="dpo", reference="live")
@@ -314,5 +314,5 @@ def evidence(name: str) -> list[tuple[Case, str]]:
     ]  # fmt: skip
 
 
-# Tokens, width, vocabulary of the bare products that `make gpu-evidence` times as ceilings.
+# Tokens, width, vocabulary of the bare GEMMs that `make gpu-evidence` times as upper bounds.
 PRODUCTS = {"gpu": [(8192, 4096, 128256), (16384, 3584, 151936), (4096, 4096, 131072)], "tiny": [(96, 32, 500)]}

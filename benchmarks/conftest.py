@@ -1,4 +1,4 @@
-"""`--suite`, and which device it runs on."""
+"""The option `--suite`, and the device it runs on."""
 
 import contextlib
 import os
@@ -6,8 +6,8 @@ import platform
 import subprocess
 import sys
 
-# Fresh memory on a CPU comes in pages of 2 MiB, for everybody: with small pages their faults are a fifth of the time,
-# more after somebody has given gigabytes back. Read once, when torch first allocates.
+# Memory on a CPU comes in pages of 2 MiB, for all providers. With small pages, page faults take a fifth of the time,
+# more after a provider has freed gigabytes. torch reads this once, when it first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest
@@ -17,7 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--suite", choices=("cpu", "gpu", "tiny"), help="cases to measure; default: by the device")
+    parser.addoption(
+        "--suite", choices=("cpu", "gpu", "tiny"), help="cases to measure; the default depends on the device"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -40,7 +42,7 @@ def rounds(pytestconfig):
 
 @pytest.fixture(scope="session")
 def circumstances():
-    """What a figure cannot be read without: versions, machine, commit, command."""
+    """What is needed to interpret a figure: versions, machine, commit, command."""
     from providers import versions
 
     from fused_po.planner.devices import copy_bandwidth
@@ -49,7 +51,7 @@ def circumstances():
         machine = torch.cuda.get_device_name()
     else:
         machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    commit = ""  # of a tree without git
+    commit = ""  # without git
     with contextlib.suppress(OSError):
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -65,4 +67,4 @@ def circumstances():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # a machine's name says nothing about a figure
+    machine_info.pop("node", None)  # a machine's name does not matter

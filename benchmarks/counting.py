@@ -1,4 +1,4 @@
-"""What a call costs in figures that do not wobble: FLOPs of its matrix products, bytes at its peak."""
+"""Exact costs of a call: FLOPs of its matrix products, bytes at its peak."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# Where the two factors stand among the arguments, whatever the overload: out=, out_dtype=, in place.
+# The positions of the two factors among the arguments, in every overload: out=, out_dtype=, in place.
 FACTORS = {
     aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten._addmm_activation: (1, 2),
     aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten.baddbmm_: (1, 2), aten._scaled_mm: (0, 1),
-    aten.matmul: (0, 1),  # seen whole inside a custom operator, where autograd has not taken it apart
+    aten.matmul: (0, 1),  # not decomposed by autograd inside a custom operator
 }  # fmt: skip
 
 
 def run_inside(mode: TorchDispatchMode, func, args: tuple, kwargs: dict):
-    """Run an operator; the function behind a torch.library.custom_op under the mode, which would not see into it."""
+    """Run an operator. The function behind a torch.library.custom_op runs under the mode, which would not see it."""
     inside = OPDEFS.get(func._schema.name)
     if inside is None:
         return func(*args, **kwargs)
@@ -29,7 +29,7 @@ def run_inside(mode: TorchDispatchMode, func, args: tuple, kwargs: dict):
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the FLOPs of matrix products, those inside custom operators too.
+    """Adds up the FLOPs of matrix products, also inside custom operators.
 
     >>> with FlopCounter() as count:
     ...     loss(...).backward()
@@ -50,7 +50,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 class Collectives(TorchDispatchMode):
-    """What a rank says to others: a list of (operation, elements of its first tensor), inside custom operators too.
+    """The collectives of a rank: a list of (operation, elements of its first tensor), also inside custom operators.
 
     >>> with Collectives() as said:
     ...     fused_po.linear_logps(..., process_group=group)
@@ -70,7 +70,7 @@ class Collectives(TorchDispatchMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any one tensor that an operator returns, views apart, inside custom operators too."""
+    """The size of the largest tensor that an operator returns, except views; also inside custom operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ def flops(call: Callable[[], object]) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that tensors allocated by one call held at once, its results included."""
-    gc.collect()  # garbage of earlier calls, collected meanwhile, would count as memory given back
+    """The largest number of bytes that tensors allocated by one call, results included, hold at one time."""
+    gc.collect()  # garbage of earlier calls, collected during this one, would count as freed memory
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

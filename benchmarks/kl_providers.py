@@ -1,14 +1,13 @@
-"""Who is measured on the exact KL: fused_po, plain PyTorch and the peers, each on the divergence the case names.
+"""The providers of the exact KL: fused_po, plain PyTorch and the peers, each with the divergence of the case.
 
 The peers' beta is the weight of the teacher, our `js_weight` of the reference; 0 is KL(reference || policy), our
-"forward", and 1 is KL(policy || reference), our "reverse". What does not compare:
+"forward", and 1 is KL(policy || reference), our "reverse". Differences between them:
 
-- TRL's also returns the policy's entropy, always. We do with labels: "fused_po, with log-probs", which returns the
-  log-probs of the labels under both models besides. Nobody's gradients but the KL's are taken.
-- Liger's and unsloth's return a mean, no KL of each token: what is checked of them is the gradients. They compute the
-  gradients, of a frozen head too, in the forward, with or without a backward to come: their time for a forward is for
-  both.
-- Liger's chunked loss takes the softmax in the dtype of the projection, bf16 for bf16, as nobody else does.
+- TRL's always returns the policy's entropy too. We return it with labels: "fused_po, with log-probs" also returns the
+  log-probs of the labels under both models. Only the gradient of the KL is computed.
+- Liger's and unsloth's return a mean, not the KL of each token, so only their gradients are checked. They compute the
+  gradients in the forward, even of a frozen head and without a backward: their forward time is for both.
+- Liger's chunked loss computes the softmax in the dtype of the projection, bf16 for bf16. No other provider does.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def from_values(values) -> dict:
 
 
 def ours(name: str, labels: bool = False, **knobs) -> Provider:
-    """fused_po with a schedule; with labels their log-probs and the entropy come along."""
+    """fused_po with a schedule; with labels it also returns their log-probs and the entropy."""
 
     def values(p: Problem) -> Tensor:
         counted = {"labels": p.labels} if labels else {"mask": p.labels != IGNORE}
@@ -54,7 +53,7 @@ def ours(name: str, labels: bool = False, **knobs) -> Provider:
 def eager_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, direction: str
 ) -> Tensor:
-    """As one writes it: both matrices of logits in whole, and of log-probs in fp32."""
+    """The usual code: both whole matrices of logits, and of log-probs in fp32."""
     policy = (hidden @ weight.T).float().log_softmax(-1)
     reference = (ref_hidden @ ref_weight.T).float().log_softmax(-1)
 
@@ -75,12 +74,12 @@ compiled_eager_kl = torch.compile(eager_kl, dynamic=False)
 
 
 def plain(function) -> dict:
-    """`loss` and `values` by eager_kl, compiled or not."""
+    """`loss` and `values` from eager_kl, compiled or not."""
     return from_values(lambda p: function(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.labels, p.case.direction))
 
 
 def trl(p: Problem) -> Tensor:
-    """TRL's ChunkedDivergenceFunction as its trainer calls it: on a GPU the prompt is dropped first, on a CPU not."""
+    """TRL's ChunkedDivergenceFunction as its trainer calls it: it drops the prompt first on a GPU, not on a CPU."""
     function = peers.code("trl divergence").ChunkedDivergenceFunction
     scored = p.labels != IGNORE
     compact = p.hidden.is_cuda

@@ -1,12 +1,12 @@
-"""The exact KL against its estimates k1, k2, k3 over the same rollouts of the demo's policy.
+"""The exact KL beside its estimates k1, k2, k3, over the same rollouts of the demo's policy.
 
     python examples/dpo.py --output runs/kl        # minutes on a CPU: a policy and its reference
     python benchmarks/kl_variance.py runs/kl       # seconds
 
 Each rollout is a held-out prompt, drawn with replacement, and an answer that the policy samples at temperature 1. Its
-KL is the sum over the answer's tokens. The exact one knows the whole distribution of each token; the rest see the token
-that was drawn. The last column is the standard error that the draw of each token adds by itself: sums over the
-vocabulary at the states visited, not an estimate from what was drawn.
+KL is the sum over the answer's tokens. The exact KL uses the whole distribution of each token; the estimates use the
+sampled token. The last column is the standard error that comes from sampling the tokens alone, computed from sums over
+the vocabulary at the visited states.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ESTIMATES = ("k1", "k2", "k3")
 def load(run: Path, device: str):
     """(policy, reference, tokenizer, held-out rows, arguments) of a finished run of examples/dpo.py."""
     if not (run / "model").is_dir():
-        fail(f"{run}: holds no finished run; python examples/dpo.py --output {run} makes one")
+        fail(f"{run}: holds no finished run; make one with python examples/dpo.py --output {run}")
     args = argparse.Namespace(**json.loads((run / "arguments.json").read_text()), device=device)
     folders = run / "model", run / "sft" if args.sft_steps else args.model
     policy, reference = (models.load("AutoModelForCausalLM", folder, args).eval() for folder in folders)
@@ -45,7 +45,7 @@ def load(run: Path, device: str):
 def measure(
     policy, reference, rows: list[dict], pad: int, args
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """By estimator: the rollouts' KLs [B], and the variance that the draws of their tokens add [B]; float64."""
+    """By estimator: the KLs of the rollouts [B], and the variance from sampling their tokens [B]; float64."""
     batch = dataset.stack(rows, ("answer",), pad, args.device)
     labels = fused_po.shift_labels(batch["labels"])
     mask = labels != dataset.IGNORE
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--rollouts: got {args.rollouts}, expected at least 2")
     values, added, lengths = study(args.run, args.rollouts, args.seed)
     n, exact = args.rollouts, values["exact"]
-    print(f"{n} rollouts, seed {args.seed}, {lengths.mean():.1f} tokens each; nats a rollout\n")
-    print("| estimate | mean | standard error | variance / exact's | mean - exact's | of the draws alone |")
+    print(f"{n} rollouts, seed {args.seed}, {lengths.mean():.1f} tokens each; nats per rollout\n")
+    print("| estimate | mean | standard error | variance / exact's | mean - exact's | from sampling alone |")
     print("| --- | --- | --- | --- | --- | --- |")
     for kind, value in values.items():
         error = (value.var() / n).sqrt()

@@ -3,12 +3,12 @@
     python benchmarks/launch_shapes.py                          # every kernel: a table, and the entries to change
     python benchmarks/launch_shapes.py --kernel statistics kl   # these
     python benchmarks/launch_shapes.py --quick --json shapes.json
-    TRITON_INTERPRET=1 python benchmarks/launch_shapes.py --suite tiny --device cpu       # a dry run, in seconds
+    TRITON_INTERPRET=1 python benchmarks/launch_shapes.py --suite tiny --device cpu       # a trial run, in seconds
 
-Every candidate's result is held against float64 before it is timed. Candidates and a large copy run in turns, in one
-process; a time is the median of the turns. A candidate wins if it is faster than the table's entry by over 2%, over
-all problems together (geometric mean). Most of the time goes into compiling: about 90 compilations, or 45 with --quick.
-The suite "tiny" has two rows and two shapes a kernel. It checks results and this program; its times say nothing.
+Every candidate's result is compared with float64 before it is timed. Candidates and a large copy are timed in turns, in
+one process; a time is the median over the turns. A candidate wins if it is more than 2% faster than the table's entry
+over all problems (geometric mean). Most of the time is spent on compiling: about 90 compilations, or 45 with --quick.
+The suite "tiny" has two rows and two shapes per kernel. It tests the results and this program; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from evidence.timing import seconds_of
 from fused_po import kernels
 
 IGNORE = -100
-CHECKED = 64  # rows that are held against float64
-MARGIN = 0.02  # what a candidate must win by to be proposed
+CHECKED = 64  # rows that are compared with float64
+MARGIN = 0.02  # how much faster a candidate must be to be proposed
 # (rows, columns, dtype): scores of a training step, a large vocabulary, an fp32 tile.
 PROBLEMS = ((8192, 32000, torch.bfloat16), (2048, 128256, torch.bfloat16), (2048, 32000, torch.float32))
-TINY = ((2, 5003, torch.bfloat16),)  # several blocks of a row, and columns beside the last
-# (block, warps, turns) besides the table's own entry. turns: blocks that a program takes, 0 for all of a row.
+TINY = ((2, 5003, torch.bfloat16),)  # several blocks per row, and a last one that is not full
+# (block, warps, turns) besides the table's own entry. turns: blocks per program, 0 for a whole row.
 ROWS = ((2048, 4, 0), (4096, 8, 0), (8192, 8, 0), (8192, 16, 0))
 BLOCKS = ((2048, 4, 4), (4096, 8, 1), (4096, 8, 4), (8192, 8, 2))
 PAIRS = ((2048, 4, 0), (2048, 8, 0), (4096, 8, 0), (4096, 16, 0))
@@ -50,7 +50,7 @@ CANDIDATES = {
 
 
 class Problem(NamedTuple):
-    """call: launches the kernel. results: of the first CHECKED rows; truth: the same in float64. traffic: bytes."""
+    """call: launches the kernel. results: of the first CHECKED rows; truth: in float64. traffic: bytes moved."""
 
     call: Callable[[], object]
     results: Callable[[], torch.Tensor]
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
 
 def candidates(kernel: str, tiny: bool = False) -> list:
-    """Shapes to try: the table's entry first; for a dry run one other."""
+    """Shapes to try: the table's entry first; for a trial run one other."""
     launch = table()
     found = [launch.shape_for(kernel, here()), *(launch.Shape(*shape) for shape in CANDIDATES[kernel])]
     return list(dict.fromkeys(found))[: 2 if tiny else None]
@@ -75,7 +75,7 @@ def here() -> str | None:
 
 @contextmanager
 def entry(kernel: str, shape) -> Iterator[None]:
-    """The table with this shape for the kernel on every architecture."""
+    """The table, with this shape for the kernel on every architecture."""
     shapes = table().SHAPES
     kept = shapes[kernel]
     shapes[kernel] = {None: shape}
@@ -129,7 +129,7 @@ def row_problem(kernel: str, run, x: Given) -> Problem:
 
         truth = torch.stack([x.of_label(x.log_p), -(x.p * x.log_p).sum(-1)])
         return Problem(call, lambda: torch.stack(kept["results"][:2])[:, :CHECKED], truth, x.size)
-    if kernel == "policy":  # the gradient takes the logits' place: 2 reads, 1 write
+    if kernel == "policy":  # the gradient overwrites the logits: 2 reads, 1 write
         form = types.SimpleNamespace(
             kind="clip", low=0.8, high=1.2, bound=math.inf, kl=None, kl_coef=0.0, kl_times_ratio=False, entropy_coef=0.0
         )
@@ -158,7 +158,7 @@ def row_problem(kernel: str, run, x: Given) -> Problem:
 
 
 def pair_problem(kernel: str, run, x: Given) -> Problem:
-    """The kernels of policy and reference, and of the flagship: two sequences of n / 2 tokens."""
+    """The kernels over policy and reference, and of policy_loss_from_logits: two sequences of n / 2 tokens."""
     out, kept = torch.empty_like(x.logits), {}
     if kernel == "pair_statistics":
 
@@ -213,18 +213,18 @@ def problem(kernel: str, n: int, v: int, dtype: torch.dtype, device: str) -> Pro
 
 
 def wrong(one: Problem) -> str | None:
-    """Launches the kernel once; why its results are wrong, or None. A result has its dtype's rounding and fp32's."""
+    """Launch the kernel once; why its results are wrong, or None. Allowed is the rounding of the dtype and of fp32."""
     one.call()
     got, truth = one.results(), one.truth
     error = (got.double() - truth).abs()
     allowed = torch.finfo(got.dtype).eps * truth.abs() + 2e-5 * truth.abs().max()
-    if not (error <= allowed).all():  # NaN, too
+    if not (error <= allowed).all():  # also for NaN
         return f"off by up to {error.max():.1e}, of values up to {truth.abs().max():.1e}"
     return None
 
 
 def clock(calls: list[Callable[[], object]], turns: int, device: str) -> list[list[float]]:
-    """Milliseconds of every call in each of so many turns, one after another in every turn."""
+    """Milliseconds of every call in each turn; in a turn the calls run one after another."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for call, taken in zip(calls, times):
@@ -235,7 +235,7 @@ def clock(calls: list[Callable[[], object]], turns: int, device: str) -> list[li
 def measure(
     kernel: str, n: int, v: int, dtype: torch.dtype, turns: int, device: str = "cuda", tiny: bool = False
 ) -> list[dict]:
-    """A row a candidate: median milliseconds, share of the bandwidth of a large copy, or why there is none."""
+    """One row per candidate: median milliseconds, share of the bandwidth of a large copy, or why there is none."""
     one = problem(kernel, n, v, dtype, device)
     source = torch.empty(one.traffic // 2, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -263,7 +263,7 @@ def measure(
 
 
 def winners(rows: list[dict]) -> list[str]:
-    """A line a kernel: which shape takes the least time over all problems; the table's entry if it should change."""
+    """One line per kernel: the fastest shape over all problems, and the table's entry if it should change."""
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         taken: dict[tuple, list[float]] = {}
@@ -273,7 +273,7 @@ def winners(rows: list[dict]) -> list[str]:
         means = {shape: math.exp(statistics.fmean(map(math.log, ms))) for shape, ms in taken.items()}
         now, best = next(iter(means)), min(means, key=means.get)
         if math.isinf(means[best]):
-            lines.append(f"{kernel}: no shape gives right results")
+            lines.append(f"{kernel}: no shape gives correct results")
         elif means[best] * (1 + MARGIN) >= means[now]:
             lines.append(f"{kernel}: the table's Shape{now} stays")
         else:
@@ -291,20 +291,20 @@ def show(row: dict) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """Of the command line; ends the program where there is no device to run on."""
+    """The command line's options; exits if there is no device to run on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="*", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="the first problem alone, in fewer turns")
-    parser.add_argument("--suite", choices=("gpu", "tiny"), default="gpu", help="tiny: a dry run of two rows")
+    parser.add_argument("--quick", action="store_true", help="only the first problem, in fewer turns")
+    parser.add_argument("--suite", choices=("gpu", "tiny"), default="gpu", help="tiny: a trial run of two rows")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--json", metavar="FILE", help="write the rows here, after every kernel")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file after every kernel")
     args = parser.parse_args()
     if args.quick and args.suite == "tiny":
-        parser.error("--quick: goes with --suite gpu alone; --suite tiny is quicker")
+        parser.error("--quick: got it with --suite tiny, which is quicker; use it with --suite gpu only")
     if args.device == "cpu" and (args.suite != "tiny" or os.environ.get("TRITON_INTERPRET") != "1"):
-        parser.error("--device cpu: goes with --suite tiny and TRITON_INTERPRET=1 alone; shapes are timed on a GPU")
+        parser.error("--device cpu: works only with --suite tiny and TRITON_INTERPRET=1; shapes are timed on a GPU")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("launch_shapes: torch finds no CUDA GPU here, and shapes are timed on one.")
+        sys.exit("launch_shapes: torch finds no CUDA GPU, and shapes are timed on one.")
     return args
 
 
@@ -322,7 +322,7 @@ def main() -> None:
         for n, v, dtype in problems:
             try:
                 found = measure(kernel, n, v, dtype, turns, args.device, tiny)
-            except Exception as error:  # one kernel's failure, or too little memory, must not cost the others
+            except Exception as error:  # the other kernels still run if one fails or has too little memory
                 failed.append(f"{kernel}, {n} x {v} {dtype}: {type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
             failed += [show(row) for row in found if "wrong" in row]
@@ -331,7 +331,7 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"device": device, "arch": here(), "torch": torch.__version__, "rows": rows}, file, indent=1)
-    proposals = ["a dry run: no shape is proposed"] if tiny else winners(rows)
+    proposals = ["a trial run: no shape is proposed"] if tiny else winners(rows)
     print("\n".join(["", *proposals, f"{time.monotonic() - began:.0f} s"]))
     if failed:
         sys.exit("launch_shapes: failed\n" + "\n".join(failed))

@@ -1,7 +1,7 @@
-"""How the charts draw each provider: a colour for a family, a marker and a line style for each of its members.
+"""How the charts draw each provider: one colour per family, one marker and line style per member.
 
-A look belongs to a name, so a provider looks the same in every panel and chart. The colours are those of Okabe and Ito,
-which people with any colour vision can distinguish, a grey and a brown. A new provider needs an entry here.
+A provider looks the same in every panel and chart. The colours are those of Okabe and Ito, which people with any colour
+vision can distinguish, and grey and brown. A new provider needs an entry here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GREY, BROWN = "#999999", "#7F3C8D"
 
 
 class Look(NamedTuple):
-    """What matplotlib's `plot` takes."""
+    """Keyword arguments of matplotlib's `plot`."""
 
     color: str
     marker: str
@@ -24,7 +24,7 @@ class Look(NamedTuple):
     linewidth: float = 1.3
 
 
-# fused_po alone has its colour.
+# Only fused_po has this colour.
 LOOKS = {
     "fused_po": Look(OURS, "o", "-", 3),
     "fused_po, all kept": Look(SKY, "^", "--"),
@@ -47,10 +47,10 @@ LOOKS = {
     "verl": Look(YELLOW, "D", "-"),
     "quack": Look(BROWN, "P", "-."),
 }
-UNKNOWN = Look(GREY, "*", ":")  # a name that no provider of today has, in an older file
+UNKNOWN = Look(GREY, "*", ":")  # for a provider in an older file that no longer exists
 
 
 def look(name: str) -> dict:
-    """The keyword arguments for a provider's curve; fused_po lies over the others."""
+    """The keyword arguments for a provider's curve; fused_po is drawn above the others."""
     found = LOOKS.get(name, UNKNOWN)
     return found._asdict() | {"zorder": 3 if found.color == OURS else 2}

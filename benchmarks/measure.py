@@ -1,7 +1,7 @@
-"""One case, every provider: is it right, what does it compute and hold, how long does it take.
+"""One case with every provider: errors, counted GEMMs, peak memory, times.
 
-A provider is checked first: its log-probs (or KLs) may be 4 times as wrong as plain PyTorch's on the same rows at the
-same dtype, its gradients as well (relative, in norm). Beyond that it is reported wrong, with its error, and not timed.
+A provider is checked first: the error of its log-probs (or KLs) may be 4 times that of plain PyTorch on the same rows
+in the same dtype, and so may that of its gradients (relative, in norm). Otherwise it is reported as wrong, not timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = {"cpu": 4, "cuda": 9}
 
 
 def rounds_of(suite: str | None, device: str) -> int:
-    """Turns that are timed of each case. The tiny suite shows that everything runs: one turn."""
+    """The number of timed turns per case. The tiny suite only shows that everything runs: one turn."""
     return 1 if suite == "tiny" else ROUNDS[device]
 
 
@@ -40,7 +40,7 @@ class Errors(NamedTuple):
 
 
 def run(provider: Provider, p: Problem, mode: str) -> None:
-    """One forward, or one forward and backward, to its end."""
+    """One forward, or one forward and backward, until the device has finished."""
     for tensor in p.trained:
         tensor.grad = None
     if mode == "forward":
@@ -57,7 +57,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 
 
 def errors_of(provider: Provider, p: Problem, truth: Exact) -> tuple[Errors, int]:
-    """(what the provider's answers are off by, FLOPs of its forward and backward). Leaves its gradients in place."""
+    """(errors of the provider's results, FLOPs of its forward and backward). Leaves its gradients in place."""
     off = [None, None]
     if provider.values is not None:
         with torch.no_grad():
@@ -71,7 +71,7 @@ def errors_of(provider: Provider, p: Problem, truth: Exact) -> tuple[Errors, int
 
 
 def plain_errors(p: Problem, truth: Exact) -> Errors:
-    """Plain PyTorch's on the same rows, with all other rows left out."""
+    """Errors of plain PyTorch on the same rows, without all other rows."""
     hidden = p.hidden.detach().flatten(0, -2)[truth.rows].requires_grad_()
     labels, weight = p.labels.flatten()[truth.rows], p.weight.detach()
     if p.case.task == "kl":
@@ -85,13 +85,13 @@ def plain_errors(p: Problem, truth: Exact) -> Errors:
         values = eager(hidden, weight, labels)
         (grad,) = torch.autograd.grad(values.sum(), hidden)
         h, w = hidden.detach().double(), weight.double()
-        off = (relative(grad, w[labels] - (h @ w.T).softmax(-1) @ w),) * 2  # the head's as hidden's
+        off = (relative(grad, w[labels] - (h @ w.T).softmax(-1) @ w),) * 2  # the head's gradient like hidden's
     difference = values.detach().double() - truth.values
     return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item(), *off)
 
 
 def wrong(errors: Errors, plain: Errors, eps: float) -> str | None:
-    """Which of the errors is beyond its bound, or None. eps: one rounding of a result."""
+    """Which error exceeds its bound, or None. eps: one rounding of a result."""
     for name, error, theirs in zip(Errors._fields, errors, plain):
         bound = FACTOR * theirs + (eps if name.startswith("d_") else 1e-6)
         if error is not None and not error <= bound:
@@ -100,7 +100,7 @@ def wrong(errors: Errors, plain: Errors, eps: float) -> str | None:
 
 
 class Ceilings:
-    """The bare GEMMs of a case, one for each product over all scored rows, into buffers that are there already."""
+    """The bare GEMMs of a case, one for each product over all scored rows, into existing buffers."""
 
     def __init__(self, p: Problem) -> None:
         self.hidden = p.hidden.detach().flatten(0, -2)[: p.scored].contiguous()
@@ -110,7 +110,7 @@ class Ceilings:
         self.logits, self.d_hidden, self.d_weight = (self.hidden.new_empty(s) for s in ((n, v), (n, h), (v, h)))
 
     def __call__(self, count: int) -> None:
-        """The first `count` of: scores, the gradient of hidden, that of the head."""
+        """The first `count` of: scores, gradient of hidden, gradient of the head."""
         torch.mm(self.hidden, self.weight.T, out=self.logits)
         if count > 1:
             torch.mm(self.logits, self.weight, out=self.d_hidden)
@@ -123,7 +123,7 @@ class Ceilings:
 
 
 def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device: str) -> dict:
-    """What is known of a provider without a clock: why it is not run, or its errors, GEMMs, peak, and whether wrong."""
+    """A provider without times: why it is not run, or its errors, GEMMs, peak, and whether it is wrong."""
     reason = provider.absent() or provider.refuses(p.case, device)
     if reason is not None:
         return {"not run": reason}
@@ -134,7 +134,7 @@ def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device:
         for tensor in p.trained:
             tensor.grad = None
         peak = counting.peak_bytes(lambda: run(provider, p, "forward+backward"), device)
-    except Exception as error:  # one peer's failure must not take the case from the others
+    except Exception as error:  # the others still run if one peer fails
         return {"not run": f"failed: {first_line(error)}"}
     report = {"errors": errors._asdict(), "GEMMs": gemms, "peak bytes": peak}
     if provider.uncounted and device == "cuda":
@@ -146,8 +146,8 @@ def examine(provider: Provider, p: Problem, truth: Exact, plain: Errors, device:
 def prepare(
     case: Case, device: str, providers: list[Provider] = PROVIDERS
 ) -> tuple[Problem, dict[str, dict], list[Provider]]:
-    """(the problem, a report on each provider without times, those to be timed)."""
-    torch.compiler.reset()  # or, after a few shapes, torch.compile gives up and runs eager
+    """(the problem, a report on each provider without times, the providers to be timed)."""
+    torch.compiler.reset()  # otherwise torch.compile runs eagerly after a few shapes
     p = problem(case, device)
     truth = exact(p)
     plain = plain_errors(p, truth)
@@ -157,9 +157,9 @@ def prepare(
 
 
 class Turns:
-    """Everything that is timed on one case. Each call is one turn: everybody once, so that drift hits all alike.
+    """The calls that are timed on one case. In each turn every provider runs once, so that drift affects all equally.
 
-    In a new order each time: who runs after somebody that has just given back gigabytes pays for the page faults.
+    The order changes: a provider that runs after one that has just freed gigabytes pays for the page faults.
     """
 
     def __init__(self, p: Problem, able: list[Provider]) -> None:
@@ -194,7 +194,7 @@ class Turns:
 def compare(
     case: Case, device: str, providers: list[Provider], benchmark, circumstances: dict, rounds: int
 ) -> dict[str, dict]:
-    """One benchmark of pytest-benchmark: its rounds are turns in which everybody runs once. What came of it."""
+    """One benchmark of pytest-benchmark, in whose rounds every provider runs once. Returns the reports."""
     p, reports, able = prepare(case, device, providers)
     turns = Turns(p, able)
     benchmark.pedantic(turns, rounds=rounds, warmup_rounds=1)
@@ -204,7 +204,7 @@ def compare(
 
 
 def finish(reports: dict[str, dict], seconds: dict[str, dict[str, float]]) -> dict[str, dict]:
-    """The reports with times, and ratios to the bare GEMMs and of each to ours."""
+    """The reports with times, and their ratios to the bare GEMMs and to fused_po."""
     floor = seconds["bare GEMMs"]
     for name, times in seconds.items():
         report = reports.setdefault(name, {})

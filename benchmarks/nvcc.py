@@ -1,4 +1,4 @@
-"""What nvcc's assembler makes of kernels/cuda: registers and spills, for the table of aot.py. Needs nvcc, no GPU."""
+"""Registers and spills of kernels/cuda from nvcc's assembler, for the table of aot.py. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def library():
-    """kernels/cuda/library.py, without the package around it."""
+    """kernels/cuda/library.py, imported without the package."""
     spec = importlib.util.spec_from_file_location("cuda_library", ROOT / "kernels" / "cuda" / "library.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
@@ -30,7 +30,7 @@ def types_of(mangled: str) -> str:
 
 
 def rows_of(said: str) -> list[dict]:
-    """A row for each kernel of ptxas's report."""
+    """One row for each kernel in the report of ptxas."""
     rows = []
     for part in said.split("ptxas info    : Compiling entry")[1:]:
         kernel, types, arch = ENTRY.search("Compiling entry" + part).groups()

@@ -1,11 +1,11 @@
-"""What a call costs on the host: microseconds of every public op beside its eager writing, and counts.
+"""What a call costs on the host: microseconds of every public op beside eager code for the same, and counts.
 
     python benchmarks/overhead.py [--json FILE] [--device cpu|cuda] [--only TEXT] [--counts] [--profile OP]
 
-All sides are compared first, values and gradients, and then run in turns. A ratio is the median of the turns' ratios,
-with its quartiles. The floor is the same arithmetic without the package (overhead_floor.py). Counted of one call: ATen
-ops dispatched (inside custom ops too), Python functions called, and host syncs (a value or a size that Python reads
-from a tensor).
+The values and gradients of all variants are compared first; then they are timed in turns. A ratio is the median of the
+ratios of all turns, with its quartiles. The lower bound is the same arithmetic without the package (overhead_floor.py).
+Counted in one call: ATen ops dispatched (inside custom ops too), Python functions called, and host syncs (a value or a
+size that Python reads from a tensor).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SYNCS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equa
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the ATen ops of a call, and those that make the host wait for a device; inside custom operators too."""
+    """Counts the ATen ops of a call, also inside custom operators, and those that make the host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ def step(run: Callable, leaves: tuple, mode: str) -> Callable[[], None]:
 
 
 def modes_of(row: Row) -> tuple[str, ...]:
-    """Without anything that requires grad there is no backward."""
+    """There is no backward if nothing requires grad."""
     return MODES if row.leaves else MODES[:1]
 
 
 def python_calls(call: Callable[[], None]) -> int:
-    """How many Python functions a call runs through, in this thread."""
+    """The number of Python functions that a call runs in this thread."""
     count = 0
 
     def seen(frame, event, argument) -> None:
@@ -107,7 +107,7 @@ def counts(call: Callable[[], None]) -> Counts:
 
 
 def results(run: Callable, row: Row, backward: bool) -> list[torch.Tensor]:
-    """The loss, what else is compared, and the gradients."""
+    """The loss, the other results that are compared, and the gradients."""
     for leaf in row.leaves:
         leaf.grad = None
     loss, others = run()
@@ -118,7 +118,7 @@ def results(run: Callable, row: Row, backward: bool) -> list[torch.Tensor]:
 
 
 def verify(row: Row) -> None:
-    """All sides give the same numbers, to fp32's rounding."""
+    """All variants give the same numbers, up to the rounding of fp32."""
     truth = results(row.eager, row, True)
     for side in filter(None, (row.ours, row.floor)):
         for value, eager in zip(results(side, row, True), truth, strict=True):
@@ -126,7 +126,7 @@ def verify(row: Row) -> None:
 
 
 def timed(call: Callable[[], None], repeats: int, device: str) -> float:
-    """Microseconds per call; on a CPU of this process's own time, so that other programs cost nothing."""
+    """Microseconds per call; on a CPU the time of this process, so that other programs do not count."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()
@@ -139,7 +139,7 @@ def timed(call: Callable[[], None], repeats: int, device: str) -> float:
 
 
 def measure(row: Row, mode: str, device: str, turns: int, repeats: int) -> dict:
-    """One row and mode: medians of microseconds, and of the ratios to eager, ours with its quartiles."""
+    """One row and mode: medians of microseconds and of the ratios to eager, ours with quartiles."""
     runs = {"ours": row.ours, "eager": row.eager} | ({"floor": row.floor} if row.floor else {})
     sides = {name: step(run, row.leaves, mode) for name, run in runs.items()}
     for side in sides.values():
@@ -162,7 +162,7 @@ def measure(row: Row, mode: str, device: str, turns: int, repeats: int) -> dict:
 
 
 def report_row(row: Row, device: str, turns: int, repeats: int) -> list[dict]:
-    """All that is known of one row, by mode. No turns: counts alone."""
+    """The results of one row, by mode. Without turns only counts."""
     verify(row)
     found = []
     for mode in modes_of(row):
@@ -194,13 +194,13 @@ def line(entry: dict) -> str:
 
 
 HEADER = (
-    "| op | | ours, us | eager, us | ratio (quartiles) | floor's ratio | ATen ops | Python calls | syncs |\n"
+    "| op | | ours, us | eager, us | ratio (quartiles) | lower bound's ratio | ATen ops | Python calls | syncs |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def profile(row: Row, device: str, repeats: int = 300) -> None:
-    """Where the host's time goes: cProfile, then torch's profiler, of forward and backward."""
+    """Profile forward and backward on the host, with cProfile and with torch's profiler."""
     call = step(row.ours, row.leaves, modes_of(row)[-1])
     timed(call, repeats, device)
     watch = cProfile.Profile()
@@ -216,11 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="rows whose names contain this text")
+    parser.add_argument("--only", default="", help="only rows whose names contain this text")
     parser.add_argument("--turns", type=int, default=41)
     parser.add_argument("--repeats", type=int, default=10, help="calls of one turn")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--counts", action="store_true", help="counts alone, no times")
+    parser.add_argument("--counts", action="store_true", help="only counts, no times")
     parser.add_argument("--profile", metavar="OP", help="profile the row of this name instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,6 +1,6 @@
-"""What benchmarks/overhead.py times: every public op beside its eager writing, which gives the same numbers.
+"""What benchmarks/overhead.py times: every public op beside eager code that gives the same numbers.
 
-Small shapes: what is left to compare is what a call costs on the host, not how fast a kernel is.
+The shapes are small, so that the comparison is of the host's costs, not of kernels.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fused_po import losses, modules
 N, V, H = 64, 1000, 64
 B, T = 4, 8  # pairs; tokens of a sequence: 2 B T = N
 IGNORE = -100
-LIMITS = {"linear": 2.0, "logits": 1.5}  # times eager's, by kind; the other kinds are only reported
+LIMITS = {"linear": 2.0, "logits": 1.5}  # as a multiple of eager's time, by kind; other kinds have no limit
 
 Results = tuple[Tensor, tuple[Tensor, ...]]  # (loss, what else is compared)
 
 
 class Row(NamedTuple):
-    """One op, or loss: functions that return the same numbers, and the tensors that require grad."""
+    """One op or loss: functions that return the same numbers, and the tensors that require grad."""
 
     name: str
     kind: str
     ours: Callable[[], Results]
     eager: Callable[[], Results]
     leaves: tuple[Tensor, ...]
-    floor: Optional[Callable[[], Results]] = None  # ours without the package, see overhead_floor.py
+    floor: Optional[Callable[[], Results]] = None  # our arithmetic without the package: overhead_floor.py
 
 
 class Data(NamedTuple):
@@ -73,7 +73,7 @@ def data(device: str) -> Data:
                 random(2 * B, T), random(2 * B, T), labels >= 0)  # fmt: skip
 
 
-# The eager writings.
+# The eager code.
 
 
 def logps_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def logps_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Of the softmax, in nats."""
+    """Entropy of the softmax, in nats."""
     logp = F.log_softmax(logits, -1)
     return -(logp.exp() * logp).sum(-1)
 
@@ -297,7 +297,7 @@ def logits_rows(d: Data) -> list[Row]:
         return policy_results(out)
 
     def copied() -> Tensor:
-        return d.logits * 1.0  # a model's logits: no leaf, so that their gradient may be written over them
+        return d.logits * 1.0  # as from a model: not a leaf, so that the gradient may overwrite them
 
     penalty = {"ref_logps": d.ref_logps, "kl": "k3", "kl_coef": 0.1, "use_bias_correction_kl": False}
     return [

@@ -1,8 +1,8 @@
-"""The arithmetic of a log-prob as fused_po does it, in PyTorch calls and nothing else: a floor for what a call costs.
+"""The arithmetic of a log-prob as in fused_po, in PyTorch calls only: a lower bound for what a call costs.
 
-No options, no backends, no package. What stays is what every call has to do: labels out of range are an error, ignored
-rows give 0, a log-prob close to 0 keeps its relative precision (the label stays out of the sum of exponentials), and
-the backward reads what the forward kept. It is a floor for this arithmetic; another one may cost less.
+There are no options, no backends, no package, only what every call has to do: labels out of range are an error, ignored
+rows give 0, a log-prob close to 0 keeps its relative precision (the label is left out of the sum of exponentials), and
+the backward reads what the forward kept. It is a lower bound for this arithmetic; a different one may cost less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IGNORE = -100
 
 
 def none_ignored(labels: Tensor, n_cols: int) -> bool:
-    """Refuse labels out of range; whether none is ignored."""
+    """Raise for labels out of range; returns whether none is ignored."""
     least, most = torch.aminmax(labels)
     if least.item() >= 0 and most.item() < n_cols:
         return True
@@ -37,7 +37,7 @@ def statistics(z: Tensor, labels: Tensor, room: Tensor | None) -> tuple[Tensor, 
 
 
 class Logits(torch.autograd.Function):
-    """Log-probs of labels [N] from logits [N, V]; nothing but the row's statistics is kept."""
+    """Log-probs of labels [N] from logits [N, V]; keeps only the statistics of each row."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Logits(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """Log-probs of labels [N] from hidden [N, H] and the head [V, H]; D, the log-prob's gradient, is kept."""
+    """Log-probs of labels [N] from hidden [N, H] and the head [V, H]; keeps D, the gradient of the log-prob."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

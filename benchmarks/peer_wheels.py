@@ -1,12 +1,12 @@
-"""The peers' wheels, to be carried to a machine without a network: `make peer-wheels`.
+"""The peers' wheels for a machine without a network: `make peer-wheels`.
 
     python benchmarks/peer_wheels.py fetch         # downloads them into wheels/peers, which git ignores
     python benchmarks/peer_wheels.py unpack DIR    # extracts them into DIR, for PYTHONPATH; no pip, no network
 
-Only what peers.py calls is carried. Its modules need torch, Triton, packaging and, for TRL, transformers, which that
-machine has. verl and unsloth_zoo as whole packages need far more (ray, tensordict, datasets); their kernels do not.
-TRL's trainers need datasets, pandas and pyarrow: 68 MB, over the limit. quack and Liger's kernel for compute
-capability 9.0 need nvidia-cutlass-dsl: 92 MB for its compiler alone, over the limit too.
+Only what peers.py calls is included. These modules need torch, Triton, packaging and, for TRL, transformers, which must
+be installed on that machine. The whole packages verl and unsloth_zoo need far more (ray, tensordict, datasets); their
+kernels do not. TRL's trainers need datasets, pandas and pyarrow: 68 MB, over the limit. quack and Liger's kernel for
+compute capability 9.0 need nvidia-cutlass-dsl: 92 MB for its compiler alone, also over the limit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RELEASES = {
     "quack-kernels": "0.6.5",
 }
 NOT_CARRIED = {"quack-kernels": "needs nvidia-cutlass-dsl, which is over the limit"}
-# The machine that they are carried to, whatever the one that fetches them is.
+# The machine that they are for, which may differ from the one that downloads them.
 TARGET = (
     "--python-version", "3.12", "--implementation", "cp",
     "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64",
@@ -44,7 +44,7 @@ def fail(message: str) -> NoReturn:
 
 
 def wheels(folder: Path) -> dict[str, Path]:
-    """The wheels of a folder by project; ends the program where a project is there twice."""
+    """The wheels in a folder by project; exits if a project is there twice."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.whl")):
         project = re.sub(r"[-_.]+", "-", path.name.partition("-")[0]).lower()
@@ -55,7 +55,7 @@ def wheels(folder: Path) -> dict[str, Path]:
 
 
 def fetch(folder: Path = FOLDER) -> None:
-    """Download what is missing, print the sizes, and end with status 1 beyond LIMIT."""
+    """Download what is missing, print the sizes, and exit with status 1 beyond LIMIT."""
     for package in RELEASES.keys() - NOT_CARRIED.keys():
         wanted = f"{package}=={RELEASES[package]}"
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", *TARGET]
@@ -65,14 +65,14 @@ def fetch(folder: Path = FOLDER) -> None:
 
 
 def check(folder: Path) -> None:
-    """Print the sizes of the wheels and their sum; end with status 1 beyond LIMIT."""
+    """Print the sizes of the wheels and their sum; exit with status 1 beyond LIMIT."""
     sizes = {path.name: path.stat().st_size for path in wheels(folder).values()}
     for name, size in sorted(sizes.items()):
         print(f"{size / 2**20:7.2f} MiB  {name}")
     total = sum(sizes.values())
     print(f"{total / 2**20:7.2f} MiB  of {LIMIT >> 20} MiB")
     for package, reason in NOT_CARRIED.items():
-        print(f"not carried: {package} {reason}")
+        print(f"not included: {package} {reason}")
     if total > LIMIT:
         largest = max(sizes, key=sizes.get)
         fail(f"{folder} holds {total / 2**20:.2f} MiB, over {LIMIT >> 20} MiB; the largest is {largest}")
@@ -82,7 +82,7 @@ def unpack(target: Path, folder: Path = FOLDER) -> None:
     """Extract every wheel into `target`."""
     found = wheels(folder)
     if not found:
-        fail(f"{folder} holds no wheels; `make peer-wheels` fetches them")
+        fail(f"{folder} holds no wheels; `make peer-wheels` downloads them")
     for path in found.values():
         try:
             with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
-"""The peers' own code: found, imported under guard, and called with the signatures of the releases in peer_wheels.py.
+"""The peers' own code: finds and imports it, and calls it as the releases in peer_wheels.py require.
 
-A score takes (hidden [n, H], weight [V, H], labels [n]) and returns log-probs [n], 0 where the label is IGNORE. What
-differs between a peer's definition and this one is adapted here, and said in its docstring. A loss takes a Problem.
+A score takes (hidden [n, H], weight [V, H], labels [n]) and returns log-probs [n], 0 where the label is IGNORE. If a
+peer's definition differs, it is adapted here, and the docstring says how. A loss takes a Problem.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 
 class Peer(NamedTuple):
-    """Where the code of a peer is."""
+    """Where to find the code of a peer."""
 
-    package: str  # as a package index names it, and peer_wheels.RELEASES
+    package: str  # its name on a package index, and in peer_wheels.RELEASES
     module: str
-    bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports or patches what the kernels do not need
-    stand_ins: tuple[str, ...] = ()  # modules that the imports name and the kernels do not use
-    later: tuple[str, ...] = ()  # modules that are imported at the first call, brought forward to this import
+    bare: tuple[str, ...] = ()  # packages whose __init__ is skipped: it imports or patches more than the kernels need
+    stand_ins: tuple[str, ...] = ()  # modules that are imported, but that the kernels do not use
+    later: tuple[str, ...] = ()  # modules that would be imported at the first call; imported with the peer instead
 
 
 PEERS = {
@@ -49,7 +49,7 @@ PEERS = {
 
 
 def bare_package(name: str) -> None:
-    """Make `name` importable without running its __init__: its modules are found where they are."""
+    """Make `name` importable without running its __init__; its modules are found in their folder."""
     if name in sys.modules:
         return
     parent = name.rpartition(".")[0]
@@ -62,7 +62,7 @@ def bare_package(name: str) -> None:
 
 
 class StandIn(ModuleType):
-    """An empty module: every name in it is an empty class, which is enough for an annotation."""
+    """An empty module: every name in it is an empty class, enough for an annotation."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -72,7 +72,7 @@ class StandIn(ModuleType):
 
 @contextlib.contextmanager
 def standing_in(names: tuple[str, ...]) -> Iterator[None]:
-    """Stand-ins for those of `names` that are not installed, during an import."""
+    """Empty modules for those of `names` that are not installed, during an import."""
     missing = [n for n in names if n not in sys.modules and importlib.machinery.PathFinder.find_spec(n) is None]
     for name in missing:
         module = StandIn(name)
@@ -87,7 +87,7 @@ def standing_in(names: tuple[str, ...]) -> Iterator[None]:
 
 @functools.cache
 def imported(key: str) -> ModuleType | Exception:
-    """The module of PEERS[key], or what its import raised."""
+    """The module of PEERS[key], or the exception of its import."""
     peer = PEERS[key]
     try:
         for package in peer.bare:
@@ -97,12 +97,12 @@ def imported(key: str) -> ModuleType | Exception:
             for name in peer.later:
                 importlib.import_module(name)
         return module
-    except Exception as error:  # a peer's import may raise anything
+    except Exception as error:  # the import of a peer may raise anything
         return error
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line: its first, and the second where the first only announces it."""
+    """An exception in one line: its first line, and the second if the first only introduces it."""
     lines = str(error).strip().splitlines()
     words = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -116,11 +116,11 @@ def absent(name: str) -> str | None:
     top = peer.module.partition(".")[0]
     if isinstance(found, ModuleNotFoundError) and found.name == top:
         return f"{peer.package} is not installed"
-    return f"{peer.package} does not import: {first_line(found)}"
+    return f"{peer.package} cannot be imported: {first_line(found)}"
 
 
 def code(name: str) -> ModuleType:
-    """The module of PEERS[name]; raises what its import raised."""
+    """The module of PEERS[name]; raises the exception of its import."""
     found = imported(name)
     if isinstance(found, Exception):
         raise found
@@ -128,7 +128,7 @@ def code(name: str) -> ModuleType:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; 'unknown' where it can be imported but has no metadata; None if it is absent."""
+    """The version of a package; 'unknown' if it can be imported but has no metadata; None if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     tops = {peer.module.partition(".")[0] for peer in PEERS.values() if peer.package == package}
@@ -137,7 +137,7 @@ def version(package: str) -> str | None:
 
 
 def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """TRL's built-in head, as its models call it: on a GPU the prompt is dropped first, on a CPU it is not."""
+    """TRL's built-in head, as its models call it: it drops the prompt first on a GPU, not on a CPU."""
     scored = labels != IGNORE
     compact = hidden.is_cuda
     rows = (hidden[scored], labels[scored]) if compact else (hidden, labels.clamp(min=0))
@@ -146,31 +146,31 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """torch.nn.functional.linear_cross_entropy; in chunks where its documentation says that they pay."""
+    """torch.nn.functional.linear_cross_entropy; in chunks where its documentation recommends them."""
     options = torch.nn.LinearCrossEntropyOptions() if hidden.shape[0] >= hidden.shape[1] else None
     return -F.linear_cross_entropy(hidden, weight, labels, reduction="none", ignore_index=IGNORE, options=options)
 
 
 def torch_refuses(case: Case, device: str) -> str | None:
-    """Before LinearCrossEntropyOptions it always made all logits."""
+    """Without LinearCrossEntropyOptions it always computes all logits at once."""
     there = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
     return None if there else f"torch {torch.__version__} has no linear_cross_entropy with options"
 
 
 def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Liger's LigerFusedLinearScaledCrossEntropyFunction: -log p of every row; it computes the ignored ones too."""
+    """Liger's LigerFusedLinearScaledCrossEntropyFunction: -log p of every row, the ignored ones too."""
     return -code("liger").LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, 1.0, IGNORE)
 
 
 def liger_scaled_refuses(case: Case, device: str) -> str | None:
-    """On compute capability 9.0 it takes a kernel in CuTe DSL, for bf16; elsewhere chunks of 512 rows in PyTorch."""
+    """On compute capability 9.0 it uses a kernel in CuTe DSL, for bf16; otherwise chunks of 512 rows in PyTorch."""
     if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         return None
     if case.dtype != "bf16":
-        return "its kernel for compute capability 9.0 takes bf16 alone"
+        return "its kernel for compute capability 9.0 takes only bf16"
     try:
         importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
-    except Exception as error:  # absent, or of another release
+    except Exception as error:  # not installed, or another release
         return f"its kernel for compute capability 9.0 needs nvidia-cutlass-dsl: {first_line(error)}"
     return None
 
@@ -188,8 +188,8 @@ def liger_cross_entropy_values(p: Problem) -> Tensor:
 
 
 def liger_chunked(p: Problem) -> Tensor:
-    """Liger's chunked losses, one pair or answer at a time under torch.compile: DPO and KTO with their reference's
-    hidden states, those without a reference without the NLL of the chosen that they add by default."""
+    """Liger's chunked losses, one pair or answer at a time under torch.compile. DPO and KTO get the reference's hidden
+    states. The losses without a reference are called without the NLL of the chosen answers that they add by default."""
     losses = code("liger losses")
     if p.case.task == "grpo":
         return liger_grpo(losses, p)
@@ -212,7 +212,7 @@ def liger_chunked(p: Problem) -> Tensor:
 
 
 def liger_grpo(losses: ModuleType, p: Problem) -> Tensor:
-    """Liger's GRPO as "dapo" without a KL. It scores every row, and multiplies in fp32 in its backward."""
+    """Liger's GRPO as "dapo" without a KL. It scores every row, and its backward multiplies in fp32."""
     scored = p.labels != IGNORE
     options = {"epsilon_low": EPSILON, "epsilon_high": EPSILON, "loss_type": "dapo"}
     loss = losses.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, **options)
@@ -221,13 +221,13 @@ def liger_grpo(losses: ModuleType, p: Problem) -> Tensor:
 
 def liger_chunked_refuses(case: Case, device: str) -> str | None:
     if case.task not in SEQUENCES:
-        return "its chunked losses are of sequences"
+        return "its chunked losses are for sequences"
     cached = case.task == "dpo" and case.reference != "live"
-    return "its DPO takes no cached reference log-probs" if cached else None
+    return "its DPO does not take cached reference log-probs" if cached else None
 
 
 def cut(hidden: Tensor, weight: Tensor, labels: Tensor, filter_eps: str | None = "high") -> Tensor:
-    """Apple's cut-cross-entropy, per token; as it is by default, gradients below 2^-12 are left out."""
+    """Apple's cut-cross-entropy, per token. By default it drops gradients below 2^-12."""
     function = code("cce").linear_cross_entropy
     return -function(hidden, weight, labels, ignore_index=IGNORE, reduction="none", filter_eps=filter_eps)
 
@@ -240,17 +240,17 @@ def cut_unfiltered(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def cut_refuses(case: Case, device: str) -> str | None:
     if device != "cuda":
         return "cut-cross-entropy needs a GPU"
-    return None if case.dtype == "bf16" else "its backward takes bf16 and fp16 alone"
+    return None if case.dtype == "bf16" else "its backward takes only bf16 and fp16"
 
 
 def quack(p: Problem) -> Tensor:
-    """quack's chunked linear cross entropy: a mean; on compute capability 9.0 in bf16 by its scaled exponentials."""
+    """quack's chunked linear cross entropy: a mean; with scaled exponentials in bf16 on compute capability 9.0."""
     function = code("quack").chunked_linear_cross_entropy
     return function(p.hidden, p.weight, p.labels, chunk_size=4096, ignore_index=IGNORE, reduction="mean")
 
 
 def quack_refuses(case: Case, device: str) -> str | None:
-    """Its GEMMs copy tiles of 16 bytes: sizes are multiples of 8."""
+    """Its GEMMs copy tiles of 16 bytes, so sizes must be multiples of 8."""
     if device != "cuda":
         return "quack needs a GPU"
     if case.task != "logps":
@@ -260,7 +260,7 @@ def quack_refuses(case: Case, device: str) -> str | None:
 
 
 def unsloth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """unsloth_zoo's fused_linear_logprobs: prompt rows are dropped; a frozen head's gradient is made in the forward."""
+    """unsloth_zoo's fused_linear_logprobs: drops prompt rows; computes a frozen head's gradient in the forward."""
     return code("unsloth").fused_linear_logprobs(hidden, weight, labels, mask=labels != IGNORE)
 
 
@@ -272,7 +272,7 @@ def unsloth_cross_entropy(p: Problem) -> Tensor:
 
 
 def verl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """verl's log-probs, of every row: it knows no label to ignore. Its entropy comes along, without a gradient."""
+    """verl's log-probs of every row: it has no ignored label. It also returns the entropy, without a gradient."""
     logps, _ = code("verl").linear_cross_entropy(hidden, weight, labels.clamp(min=0), 1.0, "none")
     return logps * (labels != IGNORE)
 

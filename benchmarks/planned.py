@@ -1,6 +1,6 @@
-"""The plan beside what was measured, on this machine: `python benchmarks/planned.py`.
+"""The plan beside measurements on this machine: `python benchmarks/planned.py`.
 
-The plan knows a GEMM and a copy of this machine, timed first, and nothing else of it.
+A GEMM and a copy are timed first; the plan knows nothing else of the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cases import Case, Problem, problem
 from measure import run
 from providers import PROVIDERS, Provider, ours
 
-from fused_po.lm_head.gemm import gemm_dtype
+from fused_po.lm_head.plan import Dtypes
 from fused_po.planner import cost, peers
 from fused_po.planner.command import GEMM_COLUMNS, GEMM_ROWS, human, seconds
 from fused_po.planner.devices import STATED, Device, best_seconds, measured
@@ -28,7 +28,7 @@ NONE = ours("fused_po, none kept", logits_budget=0)
 
 
 def work_of(case: Case, p: Problem, device: torch.device, budget: int | None) -> Work:
-    """The plan's words for a case."""
+    """The plan's description of a case."""
     sizes = case.tokens, p.scored, case.vocabulary, case.width, case.width
     loss = "dpo" if p.ref_hidden is not None else "logps"
     needs, tile = (True, case.head == "trainable"), Schedule().tile_bytes_on(device)
@@ -37,21 +37,21 @@ def work_of(case: Case, p: Problem, device: torch.device, budget: int | None) ->
 
 
 def contenders(p: Problem) -> list[tuple[Provider, Callable[[Work], Cost], int | None]]:
-    """Who is run, who plans it, and the budget."""
+    """The provider, its name in the planner, and the budget."""
     found = [(ours("fused_po"), cost.ours, None), (EAGER, peers.eager, None)]
     return [*found, (NONE, cost.ours, 0)] if p.weight.requires_grad else found
 
 
 def better(one: Device, other: Device) -> Device:
-    """The higher ceilings of two measurements of one machine: what else ran meanwhile lowers them."""
+    """The higher limits of two measurements of one machine: other programs lower them."""
     rates = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
     return one._replace(flops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
 
 
 def line(case: Case, p: Problem, who: Provider, plan: Callable[[Work], Cost], work: Work) -> str:
-    """One row of the table. The ceilings and the step are measured in turns, and the best of each counts."""
+    """One row of the table. The machine's limits and the step are measured in turns, and the best of each counts."""
     shape = min(GEMM_ROWS, p.scored), case.width, min(case.vocabulary, GEMM_COLUMNS)
-    factor = gemm_dtype(work.device, p.hidden.dtype, torch.float32)
+    factor = Dtypes(p.hidden.dtype, torch.float32).gemm(work.device)
 
     def step() -> None:
         run(who, p, "forward+backward")
@@ -81,7 +81,11 @@ def main() -> None:
     dtype = "bf16" if kind.type == "cuda" else "fp32"
     cases = [Case(*shape, dtype, head) for shape in shapes for head in ("trainable", "frozen")]
     cases.append(Case(*shapes[0], dtype, prompt=0.5, task="dpo", reference="live"))
-    print("| case | who | planned | measured | x | planned peak | measured peak | FLOPs |\n" + "|---" * 8 + "|")
+    print(
+        "| case | who | planned | measured | measured / planned | planned peak | measured peak | FLOPs |\n"
+        + "|---" * 8
+        + "|"
+    )
     for case in cases:
         p = problem(case, kind.type)
         for who, plan, budget in contenders(p):

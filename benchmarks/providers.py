@@ -1,12 +1,12 @@
-"""Who is measured: fused_po, plain PyTorch, and the peers that are installed, behind one signature.
+"""The providers that are measured, behind one signature: fused_po, plain PyTorch and the installed peers.
 
-How each peer is imported and called is in peers.py. What the peers return differs:
+peers.py imports and calls each peer. They return different things:
 
 - Log-probs of tokens, from which any loss follows: TRL, torch, unsloth, cut-cross-entropy, verl, Liger's scaled cross
-  entropy. They serve every task.
-- One mean: "Liger, cross entropy", "unsloth, cross entropy", quack. They compute the gradients in the forward, with or
-  without a backward to come, so their forward's time is for both. quack and unsloth return no log-probs to check: what
-  is checked of them is the gradients.
+  entropy. They work for every task.
+- One mean: "Liger, cross entropy", "unsloth, cross entropy", quack. They compute the gradients in the forward, even
+  without a backward, so their forward time is for both. quack and unsloth return no log-probs, so only their gradients
+  are checked.
 - One loss of sequences: "Liger", its chunked DPO, CPO, SimPO, ORPO, GRPO and KTO.
 """
 
@@ -26,7 +26,7 @@ from fused_po.schedule import logits_budget
 
 
 def always(case: Case, device: str) -> str | None:
-    """Serves every case."""
+    """Works for every case."""
     return None
 
 
@@ -36,9 +36,9 @@ class Provider(NamedTuple):
     name: str
     loss: Callable[[Problem], Tensor]
     values: Callable[[Problem], Tensor] | None = None
-    peer: str | None = None  # of peers.PEERS; its module is imported when it is first asked for
+    peer: str | None = None  # of peers.PEERS; its module is imported on first use
     refuses: Callable[[Case, str], str | None] = always
-    uncounted: bool = False  # on a GPU its own kernels multiply, whose FLOPs no counter sees
+    uncounted: bool = False  # on a GPU it multiplies in its own kernels, whose FLOPs are not counted
 
     def absent(self) -> str | None:
         """Why its code cannot be called here, or None."""
@@ -101,7 +101,7 @@ def ours(name: str, **knobs) -> Provider:
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As one writes it: the whole matrix of logits, and of log-probs."""
+    """The usual code: the whole matrix of logits, and of log-probs."""
     logps = (hidden @ weight.T).float().log_softmax(-1)
     return logps.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1) * (labels != IGNORE)
 
@@ -160,6 +160,6 @@ PROVIDERS = [
 
 
 def versions() -> dict[str, str | None]:
-    """Of torch, Triton and the peers; None for what is absent."""
+    """Versions of torch, Triton and the peers; None for what is not installed."""
     packages = ("torch", "triton", *dict.fromkeys(peer.package for peer in peers.PEERS.values()))
     return {"fused_po": fused_po.__version__} | {package: peers.version(package) for package in packages}

@@ -2,12 +2,12 @@
 
     python benchmarks/report.py FILE [FILE ...] -o DIRECTORY
 
-writes report.md, and time.png and memory.png where the cases make a curve: against vocabulary, tokens, prompt share.
+writes report.md, and time.png and memory.png if cases differ only in vocabulary, tokens or prompt share.
 
     python benchmarks/report.py FOLDER
 
-writes benchmarks/results/<gpu>/ (the JSON as the machine wrote it, report.md, charts), and README.md's marked lines.
-With -o it writes a report there and nothing else: the way to read a rehearsal or a dry run.
+writes benchmarks/results/<gpu>/ (the unchanged JSON, report.md, charts), and the marked lines of README.md. With -o it
+writes a report there and nothing else; use it for a rehearsal or a trial run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ COLUMNS = (
     "provider",
     "forward",
     MODE,
-    "x bare GEMMs",
-    "x fused_po",
+    "over bare GEMMs",
+    "over fused_po",
     "GEMMs",
     "peak MB",
     "log-prob error",  # or of the KL
@@ -41,7 +41,7 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def row(name: str, report: dict) -> list[str]:
-    """One provider's line of a case's table."""
+    """The line of one provider in the table of a case."""
     if "not run" in report:
         return [name, *[""] * (len(COLUMNS) - 2), "not run: " + report["not run"]]
     seconds, errors = report.get("seconds", {}), report.get("errors", {})
@@ -57,14 +57,14 @@ def row(name: str, report: dict) -> list[str]:
 
 
 def case_table(reports: dict[str, dict], task: str = "logps") -> str:
-    """A Markdown table of one case; times in seconds, medians of turns in which everybody ran once."""
+    """A Markdown table of one case; times in seconds, medians over turns in which every provider ran once."""
     columns = [name.replace("log-prob", "KL") if task == "kl" else name for name in COLUMNS]
     rows = [columns, ["---"] * len(COLUMNS), *(row(name, report) for name, report in reports.items())]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def load(path: Path) -> list[dict]:
-    """The benchmarks' extra_info; ends the program with one line if there are none."""
+    """The benchmarks' extra_info; exits with one line if there are none."""
 
     def fail(message: str) -> NoReturn:
         print(f"report.py: {path}: {message}", file=sys.stderr)
@@ -83,7 +83,7 @@ def load(path: Path) -> list[dict]:
 
 
 def curves(found: list[dict], axis: str) -> list[dict]:
-    """The cases of the longest series in which `axis` alone differs."""
+    """The cases of the longest series in which only `axis` differs."""
     series: dict[tuple, list[dict]] = {}
     for info in found:
         rest = tuple(sorted((k, v) for k, v in info["case"].items() if k != axis))
@@ -93,7 +93,7 @@ def curves(found: list[dict], axis: str) -> list[dict]:
 
 
 def chart(found: list[dict], what: str):
-    """A figure: one panel an axis with a curve for every provider; None if no axis has two points."""
+    """A figure: one panel per axis, one curve per provider; None if no axis has two points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,7 +126,7 @@ def chart(found: list[dict], what: str):
 
 
 def draw(found: list[dict], what: str, path: Path) -> bool:
-    """The chart as a file; False if there is nothing to draw."""
+    """Write the chart to a file; False if there is nothing to draw."""
     figure = chart(found, what)
     if figure is None:
         return False
@@ -138,14 +138,14 @@ def draw(found: list[dict], what: str, path: Path) -> bool:
 
 
 def value(report: dict, what: str) -> float | None:
-    """A provider's figure for a plot."""
+    """The value of a provider in a plot."""
     if what == "time":
         return report.get("seconds", {}).get(MODE)
     return report["peak bytes"] / 1e6 if "peak bytes" in report and "wrong" not in report else None
 
 
 def title(case: dict) -> str:
-    """A case in words, without what it has no use for."""
+    """A case in words, without the fields that do not apply to it."""
     idle = {("task", "logps"), ("reference", "cached")}
     if case["task"] == "kl":
         idle = {("reference", "live")}
@@ -155,7 +155,7 @@ def title(case: dict) -> str:
 
 
 def markdown(found: list[dict]) -> str:
-    """All cases of a file, and the circumstances once."""
+    """All cases of a file, with machine and versions at the top."""
     about = found[0]["circumstances"]
     kinds = {"the exact KL" if info["case"]["task"] == "kl" else "the head": None for info in found}
     versions = ", ".join(f"{k} {v or '(absent)'}" for k, v in about["versions"].items())
@@ -163,10 +163,10 @@ def markdown(found: list[dict]) -> str:
         f"# Benchmark of {' and '.join(kinds)}", "",
         f"{about['machine']}; copy {about['copy GB/s']:.0f} GB/s; commit {about['commit']}; `{about['command']}`.",
         f"{versions}.", "",
-        "Times in seconds: medians of turns in which everybody ran once. `x bare GEMMs`: over the products that a head",
-        "cannot do without (3 trainable, 2 frozen; 1 more for a reference's scores), of the scored tokens. `GEMMs`:",
-        "counted, in units of one. Peak: beyond the inputs. Errors against float64: log-probs or KLs in nats, the",
-        "largest; gradients relative, in norm.",
+        "Times in seconds: medians over turns in which every provider ran once. `over bare GEMMs`: divided by the time",
+        "of the products that a head needs (3 trainable, 2 frozen; 1 more for a reference's scores) for the scored",
+        "tokens. `GEMMs`: counted, in units of one. Peak: beyond the inputs. Errors against float64: log-probs or KLs",
+        "in nats, the largest; gradients relative, in norm.",
     ]  # fmt: skip
     for info in found:
         head += ["", f"## {title(info['case'])}", "", case_table(info["providers"], info["case"]["task"])]
@@ -175,9 +175,9 @@ def markdown(found: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "what --benchmark-json wrote, or OUT of `make gpu-evidence`"
+    what = "a file of --benchmark-json, or OUT of `make gpu-evidence`"
     parser.add_argument("files", type=Path, nargs="+", metavar="file", help=what)
-    parser.add_argument("-o", "--output", type=Path, help="a directory; made if need be")
+    parser.add_argument("-o", "--output", type=Path, help="a directory; created if it does not exist")
     args = parser.parse_args()
     if all(map(publish.is_evidence, args.files)):
         try:
@@ -192,7 +192,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.md").write_text("\n".join(map(markdown, files)), encoding="utf-8")
     drawn = [name for name in ("time", "memory") if draw(found, name, args.output / f"{name}.png")]
-    plots = ", ".join(f"{name}.png" for name in drawn) or "no plots: no two cases make a curve"
+    plots = ", ".join(f"{name}.png" for name in drawn) or "no plots: no two cases differ in one quantity only"
     print(f"{args.output / 'report.md'}: {len(found)} cases; {plots}")
 
 

@@ -1,9 +1,9 @@
-"""The error of log-probs close to 0, and of their gradients, by how far the label is ahead: a table.
+"""A table of errors of log-probs close to 0, and of their gradients, by how far the label is ahead.
 
     python benchmarks/sure_tokens.py
 
-Relative to float64, the largest of 64 rows of 1000 logits in fp32: torch.log_softmax and each backend. Without a GPU
-the Triton kernels run in the interpreter.
+The largest relative error against float64 over 64 rows of 1000 logits in fp32: torch.log_softmax and each backend.
+Without a GPU the Triton kernels run in the interpreter.
 """
 
 import os
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def errors(logits: torch.Tensor, labels: torch.Tensor, logps_of) -> tuple[float, float]:
-    """The largest relative error of the labels' log-probs, and of their gradients at the labels."""
+    """The largest relative error of the log-probs of the labels, and of their gradients at the labels."""
     at = labels[:, None]
     wide = logits.double()
     ahead = wide.scatter(1, at, -torch.inf) - wide.gather(1, at)

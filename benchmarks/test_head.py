@@ -1,7 +1,7 @@
-"""Forward and backward of the head, ours and the peers'. `make bench`, or `pytest benchmarks --suite cpu`.
+"""Forward and backward of an LM head: fused_po and the peers. `make bench`, or `pytest benchmarks --suite cpu`.
 
-What came of a case is in the JSON's extra_info (`--benchmark-json=FILE`), of which `benchmarks/report.py` makes tables
-and plots.
+The results of a case are in the JSON's extra_info (`--benchmark-json=FILE`). `benchmarks/report.py` makes tables and
+plots of it.
 """
 
 import measure

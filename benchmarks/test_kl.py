@@ -1,4 +1,4 @@
-"""Forward and backward of the exact KL between policy and reference, ours and the peers'; else as test_head.py."""
+"""Forward and backward of the exact KL between policy and reference: fused_po and the peers. See test_head.py."""
 
 import measure
 from cases import kl_suite as suite  # noqa: F401 - conftest.py takes the cases from it

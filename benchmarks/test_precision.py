@@ -1,4 +1,4 @@
-"""How exact log-probs and gradients are at equal bf16 inputs, against float64: tables, kept in extra_info too."""
+"""Errors of log-probs and gradients against float64, for equal bf16 inputs: tables, also in extra_info."""
 
 import peers
 import providers
@@ -15,7 +15,7 @@ TARGETS = (0.01, 0.1, 0.3, 0.66, 0.9, 0.99, 0.999, 0.9999)
 
 
 def graded(score):
-    """(log-probs, their gradients in hidden) by score(hidden, weight, labels)."""
+    """(log-probs, their gradients in hidden) from score(hidden, weight, labels)."""
 
     def run(hidden, weight, labels):
         leaf = hidden.clone().requires_grad_()
@@ -31,7 +31,7 @@ def ours(logits_dtype):
 
 
 def liger(hidden, weight, labels):
-    """Liger's log-probs are of sequences: sequences of one token; the loss's own weights taken out of its gradient."""
+    """Liger's log-probs are of sequences, here of one token; its gradient is divided by the weights of the loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     leaf = hidden[:, None].clone().requires_grad_()
@@ -62,7 +62,7 @@ def head(device):
 
 
 def confident_rows(weight, p):
-    """(hidden, labels) of ROWS rows in bf16 whose labels have probability about p: noise and the label's row."""
+    """(hidden, labels) of ROWS rows in bf16 whose labels have a probability of about p: noise plus the label's row."""
     labels = torch.randint(0, VOCABULARY, (ROWS,), device=weight.device)
     noise, own = torch.randn(ROWS, WIDTH, device=weight.device), weight[labels].float()
     low, high = torch.zeros(ROWS, 1, device=weight.device), torch.full((ROWS, 1), 64.0, device=weight.device)
@@ -76,14 +76,14 @@ def confident_rows(weight, p):
 
 
 def truth(hidden, weight, labels):
-    """float64 (log-probs, their gradient in hidden)."""
+    """(log-probs, their gradient in hidden) in float64."""
     w = weight.double()
     logp = (hidden.double() @ w.T).log_softmax(-1)
     return logp.gather(1, labels[:, None]).squeeze(1), w[labels] - logp.exp() @ w
 
 
 def test_precision(head, device, circumstances, benchmark, capsys):
-    """Our log-probs with fp32 tiles within a quarter of TRL's error; gradients nowhere worse than plain PyTorch's."""
+    """Log-probs from fp32 tiles have at most a quarter of TRL's error, gradients at most plain PyTorch's."""
     table, absent = {}, dict(ABSENT)
     for p in TARGETS:
         hidden, labels = confident_rows(head, p)
@@ -91,7 +91,7 @@ def test_precision(head, device, circumstances, benchmark, capsys):
         for name in sorted(SCORERS.keys() - absent.keys()):
             try:
                 logps, grad = SCORERS[name](hidden, head, labels)
-            except Exception as error:  # one peer's failure must not take the table from the others
+            except Exception as error:  # the others still run if one peer fails
                 if name not in PEERS:
                     raise
                 absent[name] = f"failed: {peers.first_line(error)}"
@@ -114,6 +114,10 @@ def test_precision(head, device, circumstances, benchmark, capsys):
     mine, plain = table["fused_po, fp32 tiles"], table["eager"]
     for p in TARGETS:
         assert mine[p][0] <= plain[p][0] / 4, (p, mine[p], plain[p])
-        assert mine[p][1] <= plain[p][1] * 1.02, (p, mine[p], plain[p])  # 2%: the luck of 128 rows' last rounding
+        assert mine[p][1] <= plain[p][1] * 1.02, (
+            p,
+            mine[p],
+            plain[p],
+        )  # 2%: chance, from the last rounding of 128 rows
         if "TRL" in table:
             assert mine[p][0] <= table["TRL"][p][0] / 4, (p, mine[p], table["TRL"][p])

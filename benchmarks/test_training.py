@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer end to end, stock and patched. `pytest benchmarks/test_training.py --suite cpu`."""
+"""TRL's DPOTrainer end to end, with and without the patch. `pytest benchmarks/test_training.py --suite cpu`."""
 
 import pytest
 import training

@@ -1,4 +1,4 @@
-"""A step of TRL's DPOTrainer on a small Llama, stock and on our log-probs. No time is taken unless the losses agree."""
+"""A step of TRL's DPOTrainer on a small Llama, with and without the patch. It is timed only if the losses agree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 PROVIDERS = ("TRL", "fused_po", "fused_po, none kept")
 ROUNDS = 5
-GRAIN = 64  # tokens: how finely the longest sequence is looked for
-CHECKED = 512  # tokens a sequence of the steps in fp32 whose losses are compared before steps in bf16 are timed
+GRAIN = 64  # tokens: the step of the search for the longest sequence
+CHECKED = 512  # tokens per sequence in the fp32 steps whose losses are compared before steps in bf16 are timed
 
 
 class Training(NamedTuple):
@@ -26,14 +26,14 @@ class Training(NamedTuple):
     vocabulary: int
     width: int
     layers: int
-    length: int  # tokens a sequence, of which a step is timed
-    memory: int  # bytes a step may take beyond weights, for the longest sequence
-    adapters: bool = False  # LoRA: the head frozen, the reference the model without it
-    heads: tuple[int, int] = (4, 2)  # of attention, and of its keys and values
-    intermediate: int | None = None  # width of the MLP; 3 times the model's if left out
+    length: int  # tokens per sequence in the timed step
+    memory: int  # bytes that a step may use besides the weights, for the longest sequence
+    adapters: bool = False  # LoRA: the head is frozen, the reference is the model without adapters
+    heads: tuple[int, int] = (4, 2)  # attention heads, and key-value heads
+    intermediate: int | None = None  # width of the MLP; default: 3 times that of the model
     tied: bool = False  # the LM head is the embedding
     bf16: bool = False  # autocast
-    longest: int | None = None  # tokens: how long the longest sequence may be; 8 times the length if left out
+    longest: int | None = None  # tokens: the limit of the longest sequence; default: 8 times the length
     grain: int = GRAIN
     label: str | None = None
 
@@ -54,7 +54,7 @@ class Training(NamedTuple):
 
 
 def suite(name: str) -> list[Training]:
-    """tiny: for the tests; gpu: SmolLM2-135M's shape and that of a Llama with 1.2 billion weights."""
+    """tiny: for the tests; gpu: the shape of SmolLM2-135M and that of a Llama with 1.2 billion weights."""
     if name == "tiny":
         return [Training(500, 16, 1, 64, 3 << 20)]
     if name == "cpu":
@@ -77,7 +77,7 @@ def absent() -> str | None:
 
 @contextlib.contextmanager
 def provided(provider: str) -> Iterator[None]:
-    """TRL as it is, or on our log-probs."""
+    """TRL without or with the patch."""
     from fused_po import Schedule
     from fused_po.integrations.trl import patched
 
@@ -87,7 +87,7 @@ def provided(provider: str) -> Iterator[None]:
 
 
 def model(case: Training, device: str, seed: int):
-    """A Llama of the case's shape, made on the device."""
+    """A Llama of the case's shape, created on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -101,7 +101,7 @@ def model(case: Training, device: str, seed: int):
 
 
 def dpo_trainer(case: Training, device: str):
-    """The trainer, its weights the same in every call."""
+    """The trainer, with the same weights in every call."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -126,7 +126,7 @@ def dpo_trainer(case: Training, device: str):
 
 
 def batch(case: Training, length: int, device: str) -> dict[str, torch.Tensor]:
-    """What TRL's collator makes of a pair: chosen, then rejected."""
+    """A pair as from TRL's collator: chosen, then rejected."""
     draw = torch.Generator().manual_seed(length)
     ids = torch.randint(2, case.vocabulary, (2, length), generator=draw)
     ids[1, : length // 2] = ids[0, : length // 2]
@@ -136,7 +136,7 @@ def batch(case: Training, length: int, device: str) -> dict[str, torch.Tensor]:
 
 
 def step(trainer, inputs: dict[str, torch.Tensor]) -> float:
-    """Forward, backward and the optimizer, to their end; the loss."""
+    """Forward, backward and optimizer, until the device has finished; returns the loss."""
     trainer.model.train()
     loss = trainer.training_step(trainer.model, dict(inputs))
     trainer.optimizer.step()
@@ -145,7 +145,7 @@ def step(trainer, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def longest(fits: Callable[[int], bool], most: int, grain: int = GRAIN) -> int:
-    """The largest multiple of `grain` up to `most` that fits, 0 if none does; what fits is taken to be monotonic."""
+    """The largest multiple of `grain` up to `most` that fits, or 0. Assumes that shorter ones fit too."""
     low, high = 0, most // grain
     while low < high:
         middle = (low + high + 1) // 2
@@ -154,7 +154,7 @@ def longest(fits: Callable[[int], bool], most: int, grain: int = GRAIN) -> int:
 
 
 def peak_within(call: Callable[[], object], memory: int, device: str) -> bool:
-    """Whether a call takes at most so many bytes; a device that is full says no."""
+    """Whether a call uses at most so many bytes; False if it runs out of memory."""
     try:
         return counting.peak_bytes(call, device) <= memory
     except torch.OutOfMemoryError:
@@ -166,31 +166,31 @@ def peak_within(call: Callable[[], object], memory: int, device: str) -> bool:
 
 
 def losses(case: Training, device: str, provider: str) -> list[float]:
-    """Of two steps on fresh weights: the second knows the first's gradients."""
+    """The losses of two steps on fresh weights; the second depends on the first's gradients."""
     with provided(provider):
         trainer = dpo_trainer(case, device)
         return [step(trainer, batch(case, case.length, device)) for _ in range(2)]
 
 
 def rounding(case: Training) -> float:
-    """Of a loss: beta times four sums of log-probs near -log V, each rounded in fp32, over a loss near log 2."""
+    """The relative rounding of a loss near log 2, from beta times four sums of log-probs near -log V in fp32."""
     return 4 * 0.1 * torch.finfo(torch.float32).eps * case.length / 2 * math.log(case.vocabulary) / math.log(2)
 
 
 def checked(case: Training) -> Training:
-    """The case whose losses are compared: in fp32, and not longer than need be."""
+    """The case whose losses are compared: in fp32, and short."""
     return case._replace(bf16=False, length=min(case.length, CHECKED)) if case.bf16 else case
 
 
 def examine(case: Training, device: str, name: str, trainer, inputs: dict, stock: list[float]) -> dict:
-    """What is known of a provider without a clock: how far its losses are from TRL's, peak bytes, longest sequence."""
+    """A provider without times: how far its losses are from TRL's, peak bytes, longest sequence."""
     alike = checked(case)
     off = max(abs(a - b) / abs(b) for a, b in zip(losses(alike, device, name), stock))
     if not off <= rounding(alike):
         return {"loss off by": off, "wrong": f"losses differ from TRL's by {off:.1e}"}
 
     def fits(length: int) -> bool:
-        trainer.optimizer.zero_grad()  # a step that the memory did not allow leaves gradients
+        trainer.optimizer.zero_grad()  # a step that ran out of memory leaves gradients
         of = batch(case, length, device)
         return peak_within(lambda: step(trainer, of), case.memory, device)
 
@@ -200,7 +200,7 @@ def examine(case: Training, device: str, name: str, trainer, inputs: dict, stock
 
 
 def compare(case: Training, device: str) -> dict[str, dict]:
-    """By provider: how far its losses are from TRL's, seconds a step, peak bytes, longest sequence within memory."""
+    """By provider: how far its losses are from TRL's, seconds per step, peak bytes, longest sequence within memory."""
     stock = losses(checked(case), device, "TRL")
     trainer = dpo_trainer(case, device)
     inputs = batch(case, case.length, device)
@@ -208,11 +208,11 @@ def compare(case: Training, device: str) -> dict[str, dict]:
     for name in PROVIDERS:
         try:
             reports[name] = examine(case, device, name, trainer, inputs, stock)
-        except Exception as error:  # one provider's failure must not take the others' figures
+        except Exception as error:  # the others still run if one provider fails
             reports[name] = {"wrong": f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"}
     able = [name for name in PROVIDERS if "wrong" not in reports[name]]
     times: dict[str, list[float]] = {name: [] for name in able}
-    for _ in range(ROUNDS):  # in turns, so that drift hits all alike
+    for _ in range(ROUNDS):  # in turns, so that drift affects all equally
         for name in able:
             with provided(name):
                 begin = time.perf_counter()
@@ -226,7 +226,7 @@ def compare(case: Training, device: str) -> dict[str, dict]:
 def table(case: Training, reports: dict[str, dict]) -> str:
     """The reports in Markdown."""
     fits = f"longest sequence in {case.memory / 1e6:.0f} MB"
-    lines = [f"| {case.name} | s a step | peak MB | {fits} | loss off by |", "|---|---|---|---|---|"]
+    lines = [f"| {case.name} | s per step | peak MB | {fits} | loss differs by |", "|---|---|---|---|---|"]
     for name, report in reports.items():
         if "wrong" in report:
             lines.append(f"| {name} | | | | **wrong: {report['wrong']}** |")

@@ -1,10 +1,10 @@
-"""All that a GPU has to show, in a few calls: tests, selfcheck, benchmark, launch shapes, ncu, sanitizers, steps.
+"""All measurements on a GPU: tests, selfcheck, benchmark, launch shapes, ncu, sanitizers, training steps.
 
-    make gpu-evidence OUT=runs/evidence            # again and again, until the exit status is not 3
-    python benchmarks/evidence --plan H100         # what it is expected to take; needs no GPU
+    make gpu-evidence OUT=runs/evidence            # repeat until the exit status is not 3
+    python benchmarks/evidence --plan H100         # the expected time; needs no GPU
 
-Exit status: 0 all is done; 1 something failed or could not run, named in the last lines; 2 wrong usage; 3 the time is
-used and units are left: call it again. make turns each of them but 0 into 2; the last line says which it was.
+Exit status: 0 all is done; 1 something failed or could not run, see the last lines; 2 wrong usage; 3 the time is used
+up and units are left: call it again. make turns each of them except 0 into 2; the last line has the number.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from evidence.runner import Runner, Settings, environment
 from evidence.stages import ROOT, STAGES, plan_units
 from evidence.state import State, Unusable, open_folder, read_json
 
-PROBE_LIMIT = 180.0  # seconds until a machine has said what it is
-PATIENCE = 20.0  # of a rehearsal, in which kernels are interpreted
+PROBE_LIMIT = 180.0  # seconds in which torch must describe the machine
+PATIENCE = 20.0  # in a rehearsal, where kernels are interpreted
 EXIT_FAILED, EXIT_USAGE, EXIT_LEFT = 1, 2, 3
 
 
 def stages_of(text: str) -> tuple[str, ...]:
-    """Names with commas or spaces between, in any order."""
+    """Names separated by commas or spaces, in any order."""
     names = text.replace(",", " ").split()
     unknown = [name for name in names if name not in STAGES]
     if unknown:
@@ -56,19 +56,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python benchmarks/evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "runs" / "evidence", help="folder for results and logs; continued if there")
-    add("--from", dest="before", type=Path, help="OUT of an earlier call, copied into --out first")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "evidence",
+        help="folder for results and logs; continued if it exists",
+    )
+    add("--from", dest="before", type=Path, help="OUT of an earlier call, copied to --out first")
     add("--stages", type=stages_of, default=tuple(STAGES), help=f"some of {', '.join(STAGES)}")
-    add("--budget", type=positive, default=570.0, help="seconds of this call; 570 if left out")
-    add("--plan", metavar="GPU", choices=[*prices.MACHINES], help="print the expected seconds on H100 or H200 and end")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with --suite tiny, no evidence")
-    add("--suite", choices=("gpu", "tiny"), default="gpu", help="tiny: every stage at its smallest, no evidence")
-    add("--retry", action="store_true", help="run again what failed or was given up")
-    add("--keep-going", action="store_true", help="go on after a red test")
-    add("--jobs", type=int, default=max(1, min(12, 3 * (os.cpu_count() or 1) // 4)), help="test processes at once")
+    add("--budget", type=positive, default=570.0, help="seconds for this call; default: 570")
+    add("--plan", metavar="GPU", choices=[*prices.MACHINES], help="print the expected seconds on H100 or H200 and exit")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial run with --suite tiny, no evidence")
+    add("--suite", choices=("gpu", "tiny"), default="gpu", help="tiny: every stage at its smallest size, no evidence")
+    add("--retry", action="store_true", help="run failed and abandoned units again")
+    add("--keep-going", action="store_true", help="continue after a failed test")
+    add(
+        "--jobs",
+        type=int,
+        default=max(1, min(12, 3 * (os.cpu_count() or 1) // 4)),
+        help="number of test processes at once",
+    )
     args = parser.parse_args(argv)
     if args.device == "cpu" and args.suite != "tiny":
-        parser.error("argument --device: cpu goes with --suite tiny alone; nothing of it is evidence")
+        parser.error("argument --device: cpu works only with --suite tiny; its results are no evidence")
     return args
 
 
@@ -80,7 +90,7 @@ def git(*words: str) -> str | None:
 
 
 def probe(device: str) -> dict:
-    """What the device is, by a process of its own: {"device": name or None, "reason", "memory", "versions", ...}."""
+    """The device, asked in a process of its own: {"device": name or None, "reason", "memory", "versions", ...}."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "probe.json"
         words = [sys.executable, "-m", "evidence.unit", "probe", "--device", device, "--result", str(result)]
@@ -91,14 +101,14 @@ def probe(device: str) -> dict:
             )  # fmt: skip
             return read_json(result)
         except subprocess.TimeoutExpired:
-            return {"device": None, "reason": f"torch does not answer within {PROBE_LIMIT:.0f} s"}
+            return {"device": None, "reason": f"torch did not answer within {PROBE_LIMIT:.0f} s"}
         except (OSError, ValueError):
             said = done.stderr.strip().splitlines() or ["no output"]
-            return {"device": None, "reason": f"torch cannot be asked: {said[-1][:300]}"}
+            return {"device": None, "reason": f"torch could not be asked: {said[-1][:300]}"}
 
 
 def unpack_peers(limit: float = 60.0) -> tuple[Path | None, str | None]:
-    """(folder with the carried peers, what went wrong): of wheels/peers, where that is there."""
+    """(folder with the unpacked peers, what went wrong), from wheels/peers if it exists."""
     script, wheels = ROOT / "benchmarks" / "peer_wheels.py", ROOT / "wheels" / "peers"
     if not (script.exists() and wheels.is_dir()):
         return None, None
@@ -108,15 +118,15 @@ def unpack_peers(limit: float = 60.0) -> tuple[Path | None, str | None]:
         words = [sys.executable, str(script), "unpack", str(target)]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=limit)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"the peers' wheels are not unpacked: {error}"
+        return None, f"the peers' wheels could not be unpacked: {error}"
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        return None, f"the peers' wheels are not unpacked: {last[-1][:300]}"
+        return None, f"the peers' wheels could not be unpacked: {last[-1][:300]}"
     return target, None
 
 
 def about_of(found: dict, args: argparse.Namespace) -> dict:
-    """What figures cannot be read without; evidence: whether they say anything of a GPU."""
+    """What is needed to interpret the figures; evidence: whether they were measured on a GPU."""
     rehearsal = os.environ.get("FUSED_PO_REHEARSAL") == "1" or "rehearsal" in found["device"].lower()
     evidence = args.device == "cuda" and args.suite == "gpu" and not rehearsal
     commit = os.environ.get("COMMIT") or git("describe", "--always", "--dirty")
@@ -124,7 +134,7 @@ def about_of(found: dict, args: argparse.Namespace) -> dict:
 
 
 def no_device(args: argparse.Namespace, reason: str) -> int:
-    """Every stage says that it has no GPU: nothing runs on the CPU instead."""
+    """Report every stage as not run, because there is no GPU. Nothing runs on the CPU instead."""
     for name in args.stages:
         print(f"{name}: not run: {reason}")
     print(f"\nno evidence: {reason} (exit status {EXIT_FAILED})")
@@ -162,7 +172,7 @@ def run(args: argparse.Namespace, began: float) -> int:
     said = table.summary(units, state, runner.stopped)
     bad = table.troubles(units, state) + ([trouble] if trouble else [])
     if bad:
-        ending, code = f"{len(bad)} failed or not run, above" + (f"; {len(left)} left" if left else ""), EXIT_FAILED
+        ending, code = f"{len(bad)} failed or not run, see above" + (f"; {len(left)} left" if left else ""), EXIT_FAILED
     elif left:
         ending, code = f"{len(left)} left: call it again with the same OUT (or FROM=)", EXIT_LEFT
     else:

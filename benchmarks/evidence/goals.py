@@ -1,4 +1,4 @@
-"""The goals, and what was measured beside each. A goal without a measurement is "not measured", never met."""
+"""The goals, each beside its measurement. A goal without a measurement is "not measured", never met."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BOTH = "forward+backward"
-WIDE = 3584  # hidden width from which the goals for heads count
+WIDE = 3584  # the goals for heads hold from this hidden width
 
 
 class Goal(NamedTuple):
-    """`found` yields (where, value) of each measurement. The worst of them counts."""
+    """`found` yields (where, value) of each measurement. The worst value counts."""
 
     name: str
     bound: float
@@ -54,8 +54,8 @@ def cases(units: dict, **wanted) -> Iterator[tuple[str, dict, dict]]:
             yield name, case, result["providers"]
 
 
-def of_floor(head: str, provider: str) -> Callable:
-    """The bare GEMMs' time over a provider's."""
+def share_of_gemms(head: str, provider: str) -> Callable:
+    """The time of the bare GEMMs over that of a provider: its share of their speed."""
 
     def found(units: dict) -> Iterator[tuple[str, float]]:
         for name, case, reports in cases(units, task="logps", head=head, prompt=0.0):
@@ -67,7 +67,7 @@ def of_floor(head: str, provider: str) -> Callable:
 
 
 def over(*parts: str, **wanted) -> Callable:
-    """A peer's time over ours; the peer by parts of its name."""
+    """The time of a peer over ours. `parts` are parts of the peer's name."""
 
     def found(units: dict) -> Iterator[tuple[str, float]]:
         for name, _, reports in cases(units, **wanted):
@@ -80,7 +80,7 @@ def over(*parts: str, **wanted) -> Callable:
 
 
 def peak(units: dict) -> Iterator[tuple[str, float]]:
-    """Our peak over TRL's."""
+    """Our peak memory over TRL's."""
     for name, _, reports in cases(units):
         ours, theirs = (reports.get(who, {}).get("peak bytes") for who in ("fused_po", "TRL"))
         if ours and theirs:
@@ -104,25 +104,34 @@ def dirty(units: dict) -> Iterator[tuple[str, float]]:
 
 
 GOALS = (
-    Goal("statistics, of copy bandwidth", 0.90, kernel("statistics, log-probs")),
-    Goal("gradient, of copy bandwidth", 0.93, kernel("gradient")),
-    Goal("trainable head, of the 3G floor, bf16 tiles", 0.94, of_floor("trainable", "fused_po, bf16 tiles")),
-    Goal("trainable head, of the 3G floor, fp32 tiles", 0.91, of_floor("trainable", "fused_po")),
-    Goal("frozen head, of the 2G floor", 0.92, of_floor("frozen", "fused_po")),
-    Goal("TRL over ours, trainable", 1.30, over("TRL", task="logps", head="trainable"), form=".2f"),
-    Goal("TRL over ours, frozen", 1.45, over("TRL", task="logps", head="frozen"), form=".2f"),
+    Goal("statistics kernel, share of copy bandwidth", 0.90, kernel("statistics, log-probs")),
+    Goal("gradient kernel, share of copy bandwidth", 0.93, kernel("gradient")),
     Goal(
-        "Liger's DPO over ours, half prompt", 2.0, over("Liger", task="dpo", prompt=0.5, reference="live"), form=".2f"
+        "trainable head, bf16 tiles, share of the speed of 3 bare GEMMs",
+        0.94,
+        share_of_gemms("trainable", "fused_po, bf16 tiles"),
     ),
     Goal(
-        "Liger's scaled CE over ours",
+        "trainable head, fp32 tiles, share of the speed of 3 bare GEMMs", 0.91, share_of_gemms("trainable", "fused_po")
+    ),
+    Goal("frozen head, share of the speed of 2 bare GEMMs", 0.92, share_of_gemms("frozen", "fused_po")),
+    Goal("TRL's time over ours, trainable head", 1.30, over("TRL", task="logps", head="trainable"), form=".2f"),
+    Goal("TRL's time over ours, frozen head", 1.45, over("TRL", task="logps", head="frozen"), form=".2f"),
+    Goal(
+        "time of Liger's DPO over ours, half of each sequence prompt",
+        2.0,
+        over("Liger", task="dpo", prompt=0.5, reference="live"),
+        form=".2f",
+    ),
+    Goal(
+        "time of Liger's scaled cross entropy over ours",
         1.3,
         over("Liger", "scaled", tokens=4096, vocabulary=131072, width=4096),
         form=".2f",
     ),
-    Goal("peak memory over TRL's", 1.0, peak, at_most=True, form=".2f"),
-    Goal("one read, of copy bandwidth at 4 bytes a logit", 0.85, one_read),
-    Goal("errors by compute-sanitizer", 0, dirty, at_most=True, form=".0f"),
+    Goal("our peak memory over TRL's", 1.0, peak, at_most=True, form=".2f"),
+    Goal("one read, share of copy bandwidth at 4 bytes per logit", 0.85, one_read),
+    Goal("errors found by compute-sanitizer", 0, dirty, at_most=True, form=".0f"),
 )
 
 
@@ -141,7 +150,7 @@ def lines(units: dict) -> list[tuple[str, str, str, str]]:
 
 
 def steps(units: dict) -> list[tuple[str, str, str, str, str]]:
-    """(model, who, tokens a second, peak, longest sequence) of the training steps as text."""
+    """(model, who, tokens per second, peak, longest sequence) of the training steps as text."""
     found = []
     for key, unit in units.items():
         result = unit.get("result") or {}

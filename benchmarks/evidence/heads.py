@@ -1,4 +1,4 @@
-"""Heads and KLs of cases.py in all providers, and the ceilings of the machine: copies and bare products."""
+"""Heads and KLs of cases.py with all providers, and upper bounds of the machine: copies and bare GEMMs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def fp32_inputs(case: cases.Case, device: str) -> str | None:
 
 
 def named(provider: str, who: str) -> bool:
-    """Whether one of cases.WHO names a provider: as a whole, or, ours apart, by how its name begins."""
+    """Whether cases.WHO names a provider: by its whole name or, except for ours, by the beginning of its name."""
     names = cases.WHO[who]
     return provider in names or any(provider.startswith(name) for name in names if name != "fused_po")
 
 
 def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
-    """Of the case's providers those that `who` names; "rest": those that nobody names. A head has bf16 tiles too."""
+    """The providers of the case that `who` names; "rest" has all others. A head is also measured with bf16 tiles."""
     found = list(kl_providers.KL_PROVIDERS if case.task == "kl" else providers.PROVIDERS)
     if case.task != "kl" and not any("bf16 tiles" in p.name for p in found):
         tiles = providers.ours("fused_po, bf16 tiles", logits_dtype=torch.bfloat16)
@@ -37,7 +37,7 @@ def chosen(case: cases.Case, who: str) -> list[providers.Provider]:
 
 
 def case(args: argparse.Namespace) -> dict:
-    """One case: checked against float64, then timed in turns. As `measure.compare`, without pytest-benchmark."""
+    """One case, checked against float64 and timed in turns: `measure.compare` without pytest-benchmark."""
     wanted = next(c for c, _ in cases.evidence(args.suite) if c.name == args.words[0])
     p, reports, able = measure.prepare(wanted, args.device, chosen(wanted, args.who))
     timed = measure.Turns(p, able)
@@ -54,7 +54,7 @@ def case(args: argparse.Namespace) -> dict:
 
 
 def products(shape: tuple[int, int, int], device: str, out_dtype: torch.dtype) -> dict:
-    """The three products of a head of this shape, into buffers: scores, gradient of hidden, gradient of the head."""
+    """The three GEMMs of a head of this shape, into buffers: scores, gradient of hidden, gradient of the head."""
     n, h, v = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden, weight = (torch.randn(k, h, device=device).to(dtype) for k in (n, v))
@@ -66,7 +66,7 @@ def products(shape: tuple[int, int, int], device: str, out_dtype: torch.dtype) -
 
 
 def ceilings(args: argparse.Namespace) -> dict:
-    """A large copy, and FLOPs a second of bare products of the cases' shapes, into the factors' dtype and into fp32."""
+    """A large copy, and FLOPs per second of bare GEMMs in the cases' shapes, into the factors' dtype and fp32."""
     found = {"copy GB/s": copy_bandwidth(torch.device(args.device)) / 1e9, "products": {}}
     for shape in cases.PRODUCTS[args.suite]:
         for out in (torch.bfloat16, torch.float32) if args.device == "cuda" else (torch.float32,):

@@ -1,7 +1,7 @@
-"""A pytest plugin: writes each test down as it ends, leaves out those that have passed, and takes a share of a file.
+"""A pytest plugin: records each test when it ends, skips tests that have passed, and runs a share of a file.
 
-By variables of the environment: EVIDENCE_TESTS, the file of JSON lines [outcome, code, test]; EVIDENCE_CODE, the digest
-of the code that is tested; EVIDENCE_SHARD, "1/3" for the second of three shares.
+Environment variables: EVIDENCE_TESTS, the file of JSON lines [outcome, code, test]; EVIDENCE_CODE, the digest of the
+code that is tested; EVIDENCE_SHARD, "1/3" for the second of three shares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def in_shard(nodeid: str, shard: str) -> bool:
 
 
 def outcomes(path: Path, code: str) -> dict[str, str]:
-    """The last outcome of each test with this code. A line that was cut short counts for nothing."""
+    """The last outcome of each test with this code. A truncated line is ignored."""
     found: dict[str, str] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
@@ -32,7 +32,7 @@ def outcomes(path: Path, code: str) -> dict[str, str]:
 
 
 def counts(path: Path, files: list[str], shard: str, code: str) -> dict:
-    """{"passed": n, "skipped": n, "failed": names} of the tests of these files in this share."""
+    """{"passed": n, "skipped": n, "failed": names} for the tests of these files in this share."""
     mine = {
         nodeid: outcome
         for nodeid, outcome in outcomes(path, code).items()
@@ -59,7 +59,7 @@ _ends: dict[str, str] = {}
 
 
 def pytest_runtest_logreport(report):
-    """An outcome is known when the test's teardown has ended."""
+    """The outcome is known after the test's teardown."""
     known = _ends.get(report.nodeid, "passed")
     if report.failed:
         known = "failed"

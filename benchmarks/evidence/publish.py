@@ -1,6 +1,6 @@
-"""From the JSON of a GPU run to what is committed: benchmarks/results/<gpu>/ and the marked lines of README.md.
+"""From the JSON of a GPU run to the committed files: benchmarks/results/<gpu>/ and the marked lines of README.md.
 
-For `benchmarks/report.py`. The same input gives the same files again. What was not measured stays "not measured".
+Used by `benchmarks/report.py`. The same input gives the same files. What was not measured stays "not measured".
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from evidence.state import FORMAT, UNFINISHED, read_json, slug
 
 NAME = "evidence.json"
 COMPILES = "the kernels run in Triton's interpreter and compile for sm_80, sm_90, sm_100"
-NOTHING = {  # the marked lines of README.md while nothing was measured
-    "headline": "Nothing here has been measured on a GPU yet.",
+NOTHING = {  # the marked lines of README.md until something is measured
+    "headline": "",
     "status": f"**not measured on a GPU yet**: {COMPILES}",
     "one-read": "**it has not run on a GPU yet**",
     "chart": "",
@@ -26,7 +26,7 @@ NOTHING = {  # the marked lines of README.md while nothing was measured
 
 
 class Refused(Exception):
-    """What was given is not to be published; the message says why and what to do."""
+    """The input must not be published; the message says why and what to do."""
 
 
 def load(path: Path) -> dict:
@@ -43,7 +43,7 @@ def load(path: Path) -> dict:
 
 
 def is_evidence(path: Path) -> bool:
-    """Whether a path is of `make gpu-evidence`: its OUT, or a JSON of it."""
+    """Whether a path comes from `make gpu-evidence`: its OUT, or a JSON file in it."""
     if path.is_dir():
         return True
     try:
@@ -58,12 +58,12 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     found = sorted(p for p in path.glob("evidence*.json") if ".damaged" not in p.name)
     if not found:
-        raise Refused(f"{path}: holds no evidence-*.json; it is the OUT of `make gpu-evidence`")
+        raise Refused(f"{path}: holds no evidence-*.json; expected the OUT of `make gpu-evidence`")
     return found
 
 
 def markdown(rows: list[tuple]) -> str:
-    """A table, its first row the head."""
+    """A Markdown table; the first row is the header."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -95,12 +95,12 @@ def kernel_tables(units: dict) -> list[str]:
                     format(row[k], form) if k in row else "" for k, form in (("share", ".1%"), ("bytes a logit", ".0f"))
                 )
                 rows.append((what, f"{row['seconds'] * 1e3:.3f}", f"{row['GB/s']:.0f}", share, size))
-            parts += [f"## {name}: row passes beside a copy of the same logits, in turns", markdown(rows)]
+            parts += [f"## {name}: row passes beside a copy of the same logits, timed in turns", markdown(rows)]
     for _, result in goals.results(units, "benchmark/ceilings"):
         rows = [("shape", "scores", "d hidden", "d weight")]
         for shape, rates in result["products"].items():
             rows.append((shape, *(f"{rates['TFLOP/s'][n]:.0f}" for n in ("scores", "d hidden", "d weight"))))
-        parts += [f"## Ceilings: bare products in TFLOP/s; a copy: {result['copy GB/s']:.0f} GB/s", markdown(rows)]
+        parts += [f"## Upper bounds: bare GEMMs in TFLOP/s; a copy: {result['copy GB/s']:.0f} GB/s", markdown(rows)]
     return parts
 
 
@@ -128,7 +128,7 @@ def tool_tables(units: dict) -> list[str]:
     steps = goals.steps(units)
     if steps:
         head = ("model", "by", "tokens a second", "peak beyond weights", "longest sequence")
-        parts += ["## DPO steps: a pair a step, half of each sequence prompt", markdown([head, *steps])]
+        parts += ["## DPO steps: one pair per step, half of each sequence is prompt", markdown([head, *steps])]
     return parts
 
 
@@ -154,7 +154,7 @@ def report(found: dict) -> str:
 
 
 def bars(units: dict) -> dict[str, list[tuple[str, float, str]]]:
-    """(label, share of a ceiling, colour) by panel: row passes and heads. Ours have fused_po's colour."""
+    """(label, share of an upper bound, colour) by panel: row passes and heads. Ours have the colour of fused_po."""
     passes = [
         (name, row["share"], looks.OURS)
         for _, result in goals.results(units, "benchmark/rows-bf16")
@@ -169,12 +169,15 @@ def bars(units: dict) -> dict[str, list[tuple[str, float, str]]]:
             if times and who != "bare GEMMs":
                 colour = looks.OURS if "fused_po" in who else looks.GREY
                 heads.append((f"{who}: {about}", 1 / times[goals.BOTH], colour))
-    found = {"row passes in bf16, of copy bandwidth": passes, "heads, of their bare GEMMs": heads}
+    found = {
+        "row passes in bf16, share of copy bandwidth": passes,
+        "heads, share of the speed of their bare GEMMs": heads,
+    }
     return {title: rows for title, rows in found.items() if rows}
 
 
 def draw(units: dict, path: Path) -> bool:
-    """The bars; False without any."""
+    """Draw the bars; False if there are none."""
     panels = bars(units)
     if not panels:
         return False
@@ -198,7 +201,7 @@ def draw(units: dict, path: Path) -> bool:
 
 
 def write_folder(source: Path, found: dict, folder: Path) -> list[str]:
-    """The JSON as the machine wrote it, the report and the charts; what was drawn."""
+    """Write the unchanged JSON, the report and the charts; returns the names of the charts."""
     from report import draw as draw_curves
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +214,7 @@ def write_folder(source: Path, found: dict, folder: Path) -> list[str]:
 
 
 def readme_lines(results: Path) -> dict[str, str]:
-    """The marked lines, of all GPUs whose evidence is committed."""
+    """The marked lines, for all GPUs whose evidence is committed."""
     said = {name: [] for name in NOTHING}
     for path in sorted(results.glob(f"*/{NAME}")):
         found, where = load(path), f"benchmarks/results/{path.parent.name}"
@@ -229,7 +232,7 @@ def readme_lines(results: Path) -> dict[str, str]:
         if one:
             said["one-read"].append(f"{found['device']}: {one}")
         if (path.parent / "evidence.png").exists():
-            said["chart"].append(f"![Shares of the ceilings on {found['device']}]({where}/evidence.png)")
+            said["chart"].append(f"![Shares of the upper bounds on {found['device']}]({where}/evidence.png)")
     ends = {"headline": "\n", "status": "; ", "one-read": "; ", "chart": "\n"}
     return {name: ends[name].join(texts) or NOTHING[name] for name, texts in said.items()}
 
@@ -245,11 +248,11 @@ def marked(page: str, lines: dict[str, str]) -> str:
 
 
 def publish(paths: list[Path], output: Path | None, root: Path = ROOT) -> list[str]:
-    """Writes what is committed, or a report elsewhere in `output`; a line for each folder that was written."""
+    """Write the committed files, or a report in `output`; returns a line for each folder that was written."""
     sources = [(path, load(path)) for given in paths for path in files_of(given)]
     if output is not None and len(sources) > 1:
         names = ", ".join(path.name for path, _ in sources)
-        raise Refused(f"-o: one folder, but several GPUs: {names}; name one of the files")
+        raise Refused(f"-o: one folder for several GPUs: {names}; name one of the files")
     said = []
     for path, found in sources:
         if output is None and not found["evidence"]:
@@ -265,5 +268,5 @@ def publish(paths: list[Path], output: Path | None, root: Path = ROOT) -> list[s
         new = marked(old, readme_lines(root / "benchmarks" / "results"))
         if new != old:
             page.write_text(new, encoding="utf-8")
-        said.append(f"{page}: {'changed' if new != old else 'as it was'}")
+        said.append(f"{page}: {'changed' if new != old else 'unchanged'}")
     return said

@@ -1,4 +1,4 @@
-"""The kernels by themselves: row passes over large logits beside a copy, for ncu, and small for the sanitizers."""
+"""Single kernels: row passes over large logits beside a copy, for ncu, and over small ones for the sanitizers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fused_po.backend.interface import Form, TokenInputs
 
 IGNORE = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALL = {"gpu": 1 << 26, "tiny": 1 << 12}  # numbers in the logits under ncu
+SMALL = {"gpu": 1 << 26, "tiny": 1 << 12}  # size of the logits under ncu
 
 
 class Row(NamedTuple):
-    """A launch; bytes: those it must move. group: of NCU_GROUPS. restore: the logits are written over."""
+    """A launch. bytes: what it must move. group: one of NCU_GROUPS. restore: it overwrites the logits."""
 
     run: Callable[[], object]
     bytes: float
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Logits:
-    """Random logits [1, N, V] with a copy, labels, and results of the forward that the backward needs."""
+    """Random logits [1, N, V] with a copy, labels, and the results of the forward that the backward needs."""
 
     def __init__(self, n: int, v: int, dtype: torch.dtype, device: str, backend: str) -> None:
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ class Logits:
         return self.x.nbytes
 
     def on(self, backend: str) -> Logits:
-        """The same tensors for another backend's launches."""
+        """The same tensors, for launches of another backend."""
         other = copy.copy(self)
         other.of = backends.get(backend)
         return other
@@ -130,7 +130,7 @@ def backend_on(device: str) -> str:
 
 
 def timed(rows: dict[str, Row], t: Logits, device: str) -> dict[str, dict]:
-    """Seconds, and bytes a second as a share of a copy of the same logits, all in turns."""
+    """Seconds, and the share of the bandwidth of a copy of the same logits, timed in turns."""
     calls = {name: row.run for name, row in rows.items()} | {"copy": lambda: t.out.copy_(t.kept)}
     times = turns(calls, device, {name: t.restore for name, row in rows.items() if row.restore})
     of_copy = statistics.median(times["copy"])
@@ -157,7 +157,7 @@ def share(args: argparse.Namespace) -> dict:
 
 
 def one_read(args: argparse.Namespace) -> dict:
-    """kernels/cuda: one read against two passes, its own and Triton's, at the bytes that one read moves."""
+    """kernels/cuda: one read beside two passes, its own and Triton's, by the bytes that one read moves."""
     found = {}
     for v in (500,) if args.suite == "tiny" else (32000, 128256, 151936):
         n = max(8, (LOGITS if args.suite == "gpu" else 1 << 14) // v)
@@ -182,7 +182,7 @@ def one_read(args: argparse.Namespace) -> dict:
 
 
 def profile(args: argparse.Namespace) -> dict:
-    """Each kernel of a group once: under ncu, which looks at them."""
+    """Launch each kernel of a group once, under ncu."""
     v = 500 if args.suite == "tiny" else 128256
     t = Logits(max(8, SMALL[args.suite] // v), v, DTYPES[args.dtype], args.device, backend_on(args.device))
     ran = [name for name, row in kernels(t).items() if row.group == args.words[0] and (row.run(), True)]
@@ -192,12 +192,12 @@ def profile(args: argparse.Namespace) -> dict:
 
 
 def parts(args: argparse.Namespace) -> dict:
-    """Small, under the sanitizers, what selfcheck's sizes do not reach: rows in parts, vocabularies cut over ranks."""
+    """Small launches under the sanitizers that selfcheck does not reach: split rows, vocabularies split over ranks."""
     device, (r, n, v) = args.device, (4, 37, 40_001)
     of, scaling = backends.get(backend_on(device)), (1.0, None)
     x, y = (torch.randn(1, 3, v, device=device).bfloat16() for _ in range(2))
     labels = torch.randint(0, v, (3,), device=device)
-    for outputs in (1, 63):  # few long rows: parts of them, and their merge
+    for outputs in (1, 63):  # a few long rows: their parts, and the merge
         of.statistics(x, labels, 1.0, None, IGNORE, outputs)
     of.mixture(x, y, of.kl(x, y, labels, scaling, scaling, 0.25, True), scaling, scaling, 0.25)
     owner = torch.randint(-1, r, (n,), device=device)

@@ -1,7 +1,7 @@
-"""Runs units, each in a process, until all have run or the time is nearly used. Can be killed at any moment.
+"""Runs units, each in a process, until all have run or the time is nearly used up. It can be killed at any moment.
 
-A unit begins only if its expected seconds fit into what is left of the budget. It is recorded when it begins and when
-it ends. One that was killed while it ran is tried once more, with a higher price, then given up.
+A unit begins only if its expected seconds fit into the rest of the budget. It is recorded when it begins and when it
+ends. A unit that was killed while it ran is tried once more, with a higher price, and then given up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evidence import prices
 from evidence.stages import REAL, ROOT, STAGES, Stage, Unit
 from evidence.state import State, read_json
 
-GRACE = 8.0  # seconds past the budget after which what still runs is killed: the caller's own limit is near
+GRACE = 8.0  # seconds beyond the budget after which running units are killed, before the caller's own limit
 PAUSE = 0.05
 PR_SET_PDEATHSIG = 1
 TOOLS = {
@@ -34,20 +34,20 @@ TOOLS = {
 
 
 class Settings(NamedTuple):
-    """How a call of the runner goes. device: "cuda", or "cpu" for a dry run that is no evidence."""
+    """The options of one call of the runner. device: "cuda", or "cpu" for a trial run, which is no evidence."""
 
     machine: prices.Machine
     budget: float
     device: str = "cuda"
     keep_going: bool = False
-    jobs: int = 1  # at most, of the stages that allow several
+    jobs: int = 1  # at most, in stages that allow several
     memory: int = 1 << 60  # bytes of the GPU
     real: bool = True  # a GPU, not a rehearsal
-    patience: float = 1.0  # times a unit's limit: more where the GPU is not a real one
+    patience: float = 1.0  # factor on the limit of a unit: larger if the GPU is not real
 
 
 def die_with_parent() -> None:
-    """In a child before it starts: SIGTERM when the runner is killed. A unit then kills all that it has started."""
+    """Runs in a child before it starts: it gets SIGTERM if the runner is killed, and then kills its own children."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -65,7 +65,7 @@ def command(unit: Unit, settings: Settings, out: Path, result: Path) -> list[str
 
 
 def environment(stage: Stage, peers: Path | None) -> dict[str, str]:
-    """Variables of a unit's process."""
+    """Environment variables of a unit's process."""
     paths = [str(ROOT / "benchmarks"), str(ROOT)]
     if stage.peers and peers is not None:
         paths.append(str(peers))
@@ -74,7 +74,7 @@ def environment(stage: Stage, peers: Path | None) -> dict[str, str]:
 
 
 class Running:
-    """A unit in flight, its output in a file that nobody has to read meanwhile."""
+    """A running unit. Its output goes to a file, so that no pipe can fill up."""
 
     def __init__(self, unit: Unit, argv: list[str], result: Path, env: dict[str, str], limit: float) -> None:
         self.unit, self.result, self.began, self.limit = unit, result, time.monotonic(), limit
@@ -89,7 +89,7 @@ class Running:
         return time.monotonic() - self.began
 
     def kill(self) -> None:
-        """Ends it with all that it has started."""
+        """Ends it and everything that it has started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -100,7 +100,7 @@ class Running:
 
 
 class Runner:
-    """One call: `run()` until nothing is left that may begin."""
+    """One call: `run()` until no unit is left that may begin."""
 
     def __init__(
         self,
@@ -116,14 +116,14 @@ class Runner:
         self.units, self.state, self.settings, self.argv, self.peers = units, state, settings, argv, peers
         self.began, self.say = time.monotonic() if began is None else began, say
         self.running: list[Running] = []
-        self.stopped: str | None = None  # why no unit begins any more, apart from the budget
+        self.stopped: str | None = None  # why no more units begin, apart from the budget
         self.folder = Path(tempfile.mkdtemp(prefix="evidence-"))
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
     def price(self, unit: Unit) -> float:
-        """Expected seconds; at least half as long again as the unit ran when it was killed."""
+        """Expected seconds; at least 1.5 times as long as the unit ran when it was killed."""
         known = self.state.units.get(unit.key, {})
         return max(unit.price(self.settings.machine), known.get("at_least", 0.0))
 
@@ -131,7 +131,7 @@ class Runner:
         """Why a unit cannot run here, or None."""
         missing = [TOOLS[name] for name in unit.needs if name in TOOLS and find_tool(name) is None]
         if REAL in unit.needs and not self.settings.real:
-            missing.append("a rehearsal or a CPU runs no machine code of a GPU")
+            missing.append("a rehearsal or a CPU does not run machine code of a GPU")
         if missing:
             return "; ".join(missing)
         if unit.memory > self.settings.memory:
@@ -140,12 +140,12 @@ class Runner:
         return None
 
     def red(self, stage: str) -> list[str]:
-        """Units of a stage that ended badly."""
+        """Failed units of a stage."""
         keys = [key for key, unit in self.state.units.items() if unit["stage"] == stage]
         return [key for key in keys if self.state.units[key]["status"] == "failed" or self.state.given_up(key)]
 
     def open_units(self) -> list[Unit]:
-        """Those that may begin, in order: none behind a gate that is not through."""
+        """Units that may begin, in order: none after a stage that has to pass first."""
         flying = {r.unit.key for r in self.running}
         found: list[Unit] = []
         for stage in STAGES.values():
@@ -157,7 +157,7 @@ class Runner:
             busy = any(u.key in flying for u in mine)
             red = self.red(stage.name)
             if red and not (left or busy) and not self.settings.keep_going:
-                self.stopped = f"{stage.name} is red ({', '.join(red)}): fix it first, or KEEP_GOING=1"
+                self.stopped = f"{stage.name} failed ({', '.join(red)}): fix it first, or use KEEP_GOING=1"
             if left or busy or (red and not self.settings.keep_going):
                 break
         found += [u for u in self.units if u.stage not in STAGES and not self.done_with(u) and u.key not in flying]
@@ -172,7 +172,7 @@ class Runner:
         return len(self.state.calls)
 
     def choose(self) -> Unit | None:
-        """The next unit to begin now, or None."""
+        """The unit to begin now, or None."""
         left = self.settings.budget - self.elapsed()
         for unit in self.open_units():
             if self.running:
@@ -204,7 +204,7 @@ class Runner:
         self.running.append(Running(unit, argv, result, environment(stage, self.peers), limit))
 
     def end(self, r: Running, status: str | None = None, reason: str | None = None) -> None:
-        """Takes a process that has ended, or ends it, out of flight, and records what came of it."""
+        """Remove a process that has ended, or end it, and record its result."""
         if status is not None:
             r.kill()
         self.running.remove(r)
@@ -228,18 +228,18 @@ class Runner:
         self.say(f"[{self.elapsed():4.0f} s] {r.unit.key}: {status} in {r.seconds:.0f} s, expected {expected:.0f}{why}")
 
     def run(self) -> None:
-        """Until nothing may begin and nothing runs."""
+        """Run until no unit may begin and none is running."""
         try:
             while True:
                 for r in list(self.running):
                     if r.process.poll() is not None:
                         self.end(r)
                     elif r.seconds > r.limit:
-                        # tests go on where they were stopped; others would only take as long again
+                        # tests continue where they were stopped; other units would only take as long again
                         again = r.unit.stage in STAGES and STAGES[r.unit.stage].gate
                         self.end(r, "interrupted" if again else "failed", f"stopped after {r.limit:.0f} s, its limit")
                     elif self.elapsed() > self.settings.budget + GRACE:
-                        self.end(r, "interrupted", "stopped with the call's time")
+                        self.end(r, "interrupted", "stopped because the time of the call was used up")
                 unit = self.choose()
                 if unit is not None:
                     self.begin(unit)
@@ -255,5 +255,5 @@ class Runner:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def unfinished(self) -> list[Unit]:
-        """Those that a further call would run."""
+        """Units that a further call would run."""
         return [u for u in self.units if not self.done_with(u)]

@@ -1,6 +1,6 @@
-"""What is run, in order: stages, and the units that each is made of. A unit is one process; what it finds is kept.
+"""What is run, in order: stages, and their units. A unit is one process; its result is kept.
 
-The order is that of value for the minute: is it right, how fast is it, why, is it clean, what does a step gain.
+The most valuable comes first: is it correct, how fast is it and why, is it free of races, what does a step gain.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from evidence import prices  # noqa: E402
 class Stage(NamedTuple):
     """A part of the evidence.
 
-    gate: later stages wait for it, and do not run while one of its units is red. jobs: how many of its units run at
-    once: more than one only where nothing is timed. log: the file of OUT that its output goes to.
+    gate: later stages wait for it, and do not run if one of its units failed. jobs: how many of its units run at once;
+    more than one only if nothing is timed. log: the file in OUT for its output.
     """
 
     name: str
@@ -37,24 +37,24 @@ STAGES = {
     for stage in (
         Stage("tests", "the tests that run on the GPU", "tests.log", gate=True, jobs=12),
         Stage("selfcheck", "every op against float64", "tests.log", gate=True, jobs=3),
-        Stage("benchmark", "kernels, heads and peers beside their ceilings", "benchmark.log", peers=True),
+        Stage("benchmark", "kernels, heads and peers beside their upper bounds", "benchmark.log", peers=True),
         Stage("shapes", "launch shapes of the kernels", "benchmark.log"),
         Stage("ncu", "where bytes and instructions go", "ncu.log"),
         Stage("sanitizer", "memcheck and racecheck", "sanitizer.log", jobs=2),
-        Stage("cuda", "kernels/cuda: build, check, one read against two passes", "benchmark.log"),
+        Stage("cuda", "kernels/cuda: build, check, one read beside two passes", "benchmark.log"),
         Stage("step", "DPO steps of whole models", "benchmark.log", peers=True),
     )
 }
 
 
-REAL = "GPU"  # among what a unit needs: a GPU that runs machine code; a rehearsal or a CPU does not
+REAL = "GPU"  # a unit's need: a GPU that runs machine code, unlike a rehearsal or a CPU
 
 
 class Unit(NamedTuple):
-    """One process. Its result is what it writes as JSON; it is not run again once it has ended well.
+    """One process. It writes its result as JSON, and is not run again once it has succeeded.
 
-    arguments: of `python -m evidence.unit`. price: seconds expected on a machine. needs: programs of the CUDA toolkit
-    without which it cannot run, and REAL. memory: bytes of the GPU. alone: nothing else runs meanwhile.
+    arguments: of `python -m evidence.unit`. price: expected seconds on a machine. needs: programs of the CUDA toolkit
+    without which it cannot run, and REAL. memory: bytes on the GPU. alone: nothing else runs at the same time.
     """
 
     stage: str
@@ -70,8 +70,7 @@ class Unit(NamedTuple):
         return f"{self.stage}/{self.name}"
 
 
-# Files of tests that compute on numerics.DEVICE, and how many tests each has: those first that decide whether the
-# numbers are right.
+# Files of tests that compute on numerics.DEVICE, and how many tests each has. The tests of the numbers come first.
 TESTS = {
     "logps": 378,
     "schedules": 218,
@@ -102,7 +101,7 @@ TESTS = {
     "planned_peers": 36,
     "benchmark_suite": 27,
 }
-ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another stage
+ELSEWHERE = {  # they use DEVICE too, but do not need a GPU, or run in another stage
     "cuda_host": "in the stage cuda",
     "fuzz_reduce": "in make fuzz",
     "threads_and_forks": "processes",
@@ -113,7 +112,7 @@ ELSEWHERE = {  # they use DEVICE too, but for what no GPU decides, or in another
 }
 UNCOUNTED = 40  # tests of a file that is not in TESTS yet
 LARGE = ("extreme_sizes", 28)  # tensors of more than 2^31 elements: alone
-SHARD = 120  # tests of a unit at most, so that units end within a minute
+SHARD = 120  # at most so many tests per unit, so that units end within a minute
 TINY_TESTS = {"confident_labels": 59, "chunked_loss": 40}
 
 
@@ -124,7 +123,7 @@ def test_files() -> dict[str, str]:
 
 
 def device_tests() -> dict[str, int]:
-    """TESTS, and after them every other file of tests that imports DEVICE from numerics."""
+    """TESTS, then every other file of tests that imports DEVICE from numerics."""
     others = []
     for name, path in test_files().items():
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -183,7 +182,7 @@ def case_units(tiny: bool) -> list[Unit]:
 
 ROW_FORMS = 14  # kernels that rows.py times for each vocabulary
 VOCABULARIES = (128256, 50257, 32000)
-LOGITS = 1 << 30  # numbers in the logits of a row pass: 2 GiB in bf16, far more than any cache
+LOGITS = 1 << 30  # size of the logits of a row pass: 2 GiB in bf16, far more than any cache
 
 
 def benchmark_units(tiny: bool) -> list[Unit]:
@@ -209,8 +208,8 @@ def shapes_units(tiny: bool) -> list[Unit]:
     return [Unit("shapes", "all", words, lambda m: prices.START + 50 * prices.FORM, memory=8 * prices.GIB)]
 
 
-NCU_GROUPS = {"statistics": 5, "gradient": 6, "kl": 6, "policy": 2}  # and how many launches ncu sees of each
-SANITIZED = {"from_logits": 10, "linear": 8, "parts": 6}  # and how many checks each has
+NCU_GROUPS = {"statistics": 5, "gradient": 6, "kl": 6, "policy": 2}  # and the number of launches of each under ncu
+SANITIZED = {"from_logits": 10, "linear": 8, "parts": 6}  # and the number of checks in each
 
 
 def sanitized(stage: str, group: str, checks: int, size: tuple[str, ...], *needs: str) -> list[Unit]:
@@ -236,7 +235,7 @@ def tool_units(stage: str, tiny: bool) -> list[Unit]:
 
 def cuda_units(tiny: bool) -> list[Unit]:
     size = ("--suite", "tiny") if tiny else ()
-    timed = 3 * 8  # vocabularies, ways
+    timed = 3 * 8  # vocabularies, variants
     return [
         Unit("cuda", "build", ("cuda-build",), lambda m: prices.START + prices.NVCC, (REAL, "nvcc")),
         Unit("cuda", "tests", ("tests", test_files()["cuda_host"]), lambda m: prices.tests(m, 110) / 2, (REAL, "nvcc")),
@@ -249,7 +248,7 @@ def cuda_units(tiny: bool) -> list[Unit]:
     ]  # fmt: skip
 
 
-STEP_LENGTHS = 6  # lengths that are tried for the longest sequence
+STEP_LENGTHS = 6  # lengths to try for the longest sequence
 
 
 def step_units(tiny: bool) -> list[Unit]:

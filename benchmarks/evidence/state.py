@@ -1,7 +1,7 @@
-"""The files under OUT: one JSON of all units a GPU, logs, and the tests that have passed. At most 8, of 16 MiB each.
+"""The files in OUT: one JSON per GPU with all units, logs, and the tests that passed. At most 8, of 16 MiB each.
 
-A file of JSON is replaced whole, and a line is appended in one write: whenever the run is killed, what was finished is
-there.
+A JSON file is replaced atomically, and a line is appended in one write. So everything that was finished is kept if the
+run is killed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from evidence.stages import ROOT, STAGES
 
 FORMAT = "fused_po evidence 1"
 LARGEST = 15 << 20  # bytes of a log
-OF_A_UNIT = 256 << 10  # bytes that one unit may add to it: the first and the last half of them
+OF_A_UNIT = 256 << 10  # bytes that one unit may add: half from its beginning, half from its end
 TESTS = "tests-ended.jsonl"
 UNFINISHED = ("running", "interrupted")
-TRIES = 2  # of a unit that is killed while it runs
+TRIES = 2  # tries of a unit that is killed while it runs
 
 
 class Unusable(Exception):
@@ -31,7 +31,7 @@ class Unusable(Exception):
 
 
 def strict(value):
-    """The same without NaN and infinities, which JSON has not: None."""
+    """The same with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -42,7 +42,7 @@ def strict(value):
 
 
 def write_json(path: Path, value) -> None:
-    """Replaces a file by this value, whole or not at all."""
+    """Replace a file with this value atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(strict(value), file, indent=1, allow_nan=False)
@@ -57,12 +57,12 @@ def refuse_constant(name: str):
 
 
 def read_json(path: Path):
-    """A file of strict JSON."""
+    """The content of a file of strict JSON."""
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
 
 
 def code_digest() -> str:
-    """A name for the code that is measured: fused_po/ and kernels/."""
+    """A digest of the measured code: fused_po/ and kernels/."""
     found = hashlib.sha256()
     for folder in ("fused_po", "kernels"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -72,14 +72,14 @@ def code_digest() -> str:
 
 
 def slug(name: str) -> str:
-    """A GPU's name as part of a file's: h100, h200, or the whole name."""
+    """The name of a GPU in file names: h100, h200, or the whole name."""
     known = re.search(r"\b([abhl]\d{2,3}s?|gh200|gb200)\b", name, re.IGNORECASE)
     short = known[1] if known and "rehearsal" not in name else name
     return re.sub(r"[^a-z0-9]+", "-", short.lower()).strip("-")
 
 
 def open_folder(out: Path, before: Path | None) -> None:
-    """Makes OUT and tries to write in it; takes over what an earlier call left in the folder `before`."""
+    """Create OUT and try to write in it; copy the results of an earlier call from the folder `before`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe.tmp"
@@ -92,7 +92,7 @@ def open_folder(out: Path, before: Path | None) -> None:
     if before is None or before.resolve() == out.resolve():
         return
     if not before.is_dir():
-        raise Unusable(f"FROM: {before} is no folder; it names the OUT of an earlier call, or leave it out")
+        raise Unusable(f"FROM: {before} is not a folder; expected the OUT of an earlier call, or leave it out")
     for path in before.iterdir():
         if path.is_file() and not path.name.startswith(".") and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
@@ -101,8 +101,8 @@ def open_folder(out: Path, before: Path | None) -> None:
 class State:
     """Units by key, for one GPU: {"status", "attempts", "seconds", "reason", "result", "code", ...}.
 
-    status: done, failed (it ended badly, or took too long), cannot (something it needs is not here), running (in
-    flight, or killed with the runner), interrupted (killed by the runner when its time was up).
+    status: done, failed (it failed, or took too long), cannot (something that it needs is missing), running (it is
+    running, or was killed with the runner), interrupted (killed by the runner when the time was used up).
     """
 
     def __init__(self, out: Path, about: dict) -> None:
@@ -129,7 +129,9 @@ class State:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             aside = self.path.with_name(f"{self.path.stem}.damaged.json")
             os.replace(self.path, aside)
-            self.notes.append(f"{self.path.name} cannot be read ({error}); kept as {aside.name}, all units run again")
+            self.notes.append(
+                f"{self.path.name} cannot be read ({error}); it is kept as {aside.name}, and all units run again"
+            )
             return {}
 
     def begin_call(self, command: str, budget: float) -> None:
@@ -140,12 +142,12 @@ class State:
         write_json(self.path, {"format": FORMAT, **self.about, "calls": self.calls, "units": self.units})
 
     def record(self, key: str, **values) -> None:
-        """Changes a unit's record, on disk before this returns."""
+        """Change the record of a unit; it is on disk when this returns."""
         self.units.setdefault(key, {"attempts": 0}).update(values)
         self.save()
 
     def forget_failures(self) -> None:
-        """RETRY=1: what failed or was given up runs again."""
+        """RETRY=1: units that failed or were given up run again."""
         self.units = {key: unit for key, unit in self.units.items() if unit["status"] in ("done", "cannot")}
 
     def given_up(self, key: str) -> bool:
@@ -153,18 +155,18 @@ class State:
         return unit.get("status") in UNFINISHED and unit["attempts"] >= TRIES
 
     def finished(self, key: str) -> bool:
-        """Whether it is not run again without RETRY=1."""
+        """Whether a unit runs again only with RETRY=1."""
         return self.units.get(key, {}).get("status") in ("done", "failed") or self.given_up(key)
 
     def log(self, stage: str, title: str, text: str) -> None:
-        """Appends a unit's output to its stage's log."""
+        """Append the output of a unit to the log of its stage."""
         path = self.out / (STAGES[stage].log if stage in STAGES else f"{stage}.log")
         raw = text.encode("utf-8", "replace")
         if len(raw) > OF_A_UNIT:
             half, left = OF_A_UNIT // 2, len(raw) - OF_A_UNIT
             raw = raw[:half] + f"\n... {left} bytes left out ...\n".encode() + raw[-half:]
         block = f"==== {title} ====\n".encode() + raw + b"\n"
-        with contextlib.suppress(OSError):  # a log is not worth the run
+        with contextlib.suppress(OSError):  # a log must not stop the run
             size = path.stat().st_size if path.exists() else 0
             if size + len(block) > LARGEST:
                 block = f"==== {title} ====\n... left out: this log is full ...\n".encode()

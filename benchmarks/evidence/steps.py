@@ -1,4 +1,4 @@
-"""DPO steps of whole models: TRL's trainer stock and on our log-probs, and examples/dpo.py's own step."""
+"""DPO steps of whole models: TRL's trainer with and without the patch, and the step of examples/dpo.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wanted(args: argparse.Namespace) -> training.Training:
 
 
 def trl(args: argparse.Namespace) -> dict:
-    """Tokens a second, peak and longest sequence in TRL's DPOTrainer, stock and patched."""
+    """Tokens per second, peak and longest sequence in TRL's DPOTrainer, with and without the patch."""
     reason = training.absent()
     if reason is not None:
         return {"reason": reason}
@@ -38,7 +38,7 @@ def trl(args: argparse.Namespace) -> dict:
 
 
 class Example:
-    """The step of examples/dpo.py on a model from a config: its loss, its reference, its optimizer."""
+    """The step of examples/dpo.py on a model from a config, with its loss, reference and optimizer."""
 
     def __init__(self, case: training.Training, device: str) -> None:
         sys.path.insert(0, str(ROOT / "examples"))
@@ -75,7 +75,7 @@ class Example:
 
 
 def example(args: argparse.Namespace) -> dict:
-    """Tokens a second, peak and longest sequence of examples/dpo.py's step."""
+    """Tokens per second, peak and longest sequence in the step of examples/dpo.py."""
     case, device = wanted(args), args.device
     ran = Example(case, device)
     losses = [ran.step(case.length) for _ in range(WARM)]

@@ -8,11 +8,11 @@ from evidence import goals, prices
 from evidence.stages import STAGES, Unit
 from evidence.state import State
 
-CALLS = 3  # of BUDGET seconds each, that a machine is lent for
+CALLS = 3  # number of calls, of BUDGET seconds each, for which a machine is available
 
 
 def columns(rows: Iterable[tuple]) -> str:
-    """Rows of text under one another; numbers to the right."""
+    """Rows of text in aligned columns, numbers to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
 
@@ -23,7 +23,7 @@ def columns(rows: Iterable[tuple]) -> str:
 
 
 def pack(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -> list[float]:
-    """Seconds of each call, if every unit takes as long as expected: what the runner would do."""
+    """Seconds of each call as the runner would make them, if every unit takes as long as expected."""
     calls, now = [prices.CALL], 0
     waves: list[tuple[float, list[Unit]]] = []
     for stage in STAGES.values():
@@ -31,7 +31,7 @@ def pack(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -
         for alone in (False, True):
             some = [u for u in mine if u.alone == alone]
             width = 1 if alone else max(1, min(stage.jobs, jobs))
-            # side by side: none is through before its longest, all take the sum over the places
+            # in parallel: at least the longest, and the sum divided by the number of jobs
             for at in range(0, len(some), width):
                 part = some[at : at + width]
                 waves.append((max(u.price(machine) for u in part), part))
@@ -44,7 +44,7 @@ def pack(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -
 
 
 def plan(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -> str:
-    """Seconds a unit and a stage, and how they fit into calls."""
+    """Expected seconds per unit and stage, and how they fit into calls."""
     rows: list[tuple] = [("unit", "seconds", "GiB", "needs")]
     sums: list[tuple] = [("stage", "units", "seconds", "minutes", "what")]
     for stage in STAGES.values():
@@ -67,7 +67,7 @@ def plan(units: list[Unit], machine: prices.Machine, budget: float, jobs: int) -
 
 
 def counts(units: list[Unit], state: State) -> list[tuple]:
-    """A row for each stage: done, failed, not run, left; seconds measured and expected of what is done."""
+    """One row per stage: done, failed, not run, left; seconds measured and expected for what is done."""
     rows: list[tuple] = [("stage", "done", "failed", "not run", "left", "seconds", "expected")]
     for stage in dict.fromkeys(u.stage for u in units):
         mine = [state.units.get(u.key, {}) | {"key": u.key} for u in units if u.stage == stage]
@@ -82,7 +82,7 @@ def counts(units: list[Unit], state: State) -> list[tuple]:
 
 
 def peers_that_failed(units: dict) -> dict[str, str]:
-    """Providers that are here but raised, with the reason of the first time; too little memory apart."""
+    """Installed providers that raised, with the first reason, except for too little memory."""
     found: dict[str, str] = {}
     for _, result in goals.results(units, "benchmark/"):
         for name, report in result.get("providers", {}).items():
@@ -93,7 +93,7 @@ def peers_that_failed(units: dict) -> dict[str, str]:
 
 
 def troubles(units: list[Unit], state: State) -> list[str]:
-    """A line for each reason why units failed or cannot run, and for each peer that raised."""
+    """One line per reason why units failed or cannot run, and per peer that raised."""
     found: dict[str, list[str]] = {}
     for unit in units:
         known = state.units.get(unit.key, {})
@@ -107,7 +107,7 @@ def troubles(units: list[Unit], state: State) -> list[str]:
 
 
 def summary(units: list[Unit], state: State, stopped: str | None) -> str:
-    """The table, the goals, and what went wrong last."""
+    """The table, the goals, and at the end what went wrong."""
     about = state.about
     kind = ", a rehearsal: no evidence" if about["rehearsal"] else "" if about["evidence"] else ": no evidence"
     parts = [f"{about['device']}{kind}; code {state.code}", columns(counts(units, state))]
@@ -118,6 +118,6 @@ def summary(units: list[Unit], state: State, stopped: str | None) -> str:
         parts.append(columns([("step", "by", "tokens a second", "peak beyond weights", "longest sequence"), *steps]))
     old = [key for key, unit in state.units.items() if unit.get("code") not in (None, state.code)]
     if old:
-        parts.append(f"with other code than today's: {', '.join(old)}")
+        parts.append(f"measured with other code than the current: {', '.join(old)}")
     said = state.notes + ([stopped] if stopped else []) + troubles(units, state)
     return "\n\n".join([*parts, *(["\n".join(said)] if said else [])])

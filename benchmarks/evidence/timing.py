@@ -1,4 +1,4 @@
-"""Calls timed in turns: everybody once, in a new order each time, so that drift hits all alike."""
+"""Calls timed in turns: in each turn all run once, in a new order, so that drift affects all equally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def turns(
     before: dict[str, Callable[[], object]] | None = None,
     rounds: int = ROUNDS,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, by the GPU's own clock. before: what is run first and not timed."""
+    """Seconds of each call in each round, by the clock of the GPU. before: runs first and is not timed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     for round_number in range(WARM + rounds):
@@ -32,7 +32,7 @@ def turns(
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """One call's time: between two events on a GPU, by the host's clock elsewhere, and where events have no time."""
+    """The time of one call: between two events on a GPU; otherwise, or if events have no time, by the host's clock."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The CUDA toolkit's programs on small problems: ncu, compute-sanitizer, nvcc."""
+"""Programs of the CUDA toolkit on small problems: ncu, compute-sanitizer, nvcc."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from evidence.stages import ROOT
 SECTIONS = (
     "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats",
 )  # fmt: skip
-KERNELS = {  # by group, which kernels of the process ncu looks at
+KERNELS = {  # by group, the kernels that ncu profiles
     "statistics": "statistics_kernel", "gradient": "gradient_kernel|from_basis_kernel", "kl": "kl_.*kernel",
     "policy": "policy_kernel",
 }  # fmt: skip
-KEPT = (  # metrics of the details page that go into the JSON; the log has all
+KEPT = (  # metrics of the details page for the JSON; the log has all of them
     "Duration", "DRAM Throughput", "Memory Throughput", "Compute (SM) Throughput", "L2 Hit Rate", "Achieved Occupancy",
     "Theoretical Occupancy", "Registers Per Thread", "Executed Ipc Active", "Max Bandwidth",
     "Warp Cycles Per Issued Instruction", "Block Limit Registers", "Block Limit Shared Mem", "Grid Size", "Block Size",
 )  # fmt: skip
-SERVED = (  # checks of selfcheck whose every launch the CUDA backend has
+SERVED = (  # checks of selfcheck that launch only kernels that the CUDA backend has
     "policy_loss_from_logits", "policy_loss_from_logits, in place", "logps_from_logits", "logps_from_logits, in place",
     "linear_logps, none kept", "linear_logps, head frozen", "linear_logps, low rank", "chunked_loss",
 )  # fmt: skip
 FORBIDDEN = "ERR_NVGPUCTRPERM"
-FOUND = 77  # the sanitizers' exit status if they found errors
+FOUND = 77  # exit status of the sanitizers if they found errors
 LIMIT = 280.0
 
 
@@ -42,7 +42,7 @@ def unit(*words: str) -> list[str]:
 
 
 def metrics(text: str) -> list[dict]:
-    """A row for each profiled kernel, of ncu's CSV: {"kernel", and of KEPT what is there, with units}."""
+    """One row per profiled kernel, from ncu's CSV: {"kernel", and the metrics of KEPT that it has, with units}."""
     begin = next((i for i, line in enumerate(text.splitlines()) if line.startswith('"ID"')), None)
     if begin is None:
         return []
@@ -55,7 +55,7 @@ def metrics(text: str) -> list[dict]:
 
 
 def ncu(args: argparse.Namespace) -> dict:
-    """One group of kernels under ncu: its whole report on stdout, some metrics as the result."""
+    """Profile one group of kernels with ncu: the whole report goes to stdout, some metrics are the result."""
     group = args.words[0]
     program = find_tool("ncu")
     if program is None:
@@ -71,7 +71,7 @@ def ncu(args: argparse.Namespace) -> dict:
     print(text)
     if FORBIDDEN in text:
         return {
-            "reason": f"ncu: {FORBIDDEN}: this user may not read the GPU's counters (the administrator can allow it)"
+            "reason": f"ncu: {FORBIDDEN}: this user may not read the GPU's counters; the administrator can allow it"
         }
     found = metrics(text)
     if done.returncode or not found:
@@ -80,13 +80,13 @@ def ncu(args: argparse.Namespace) -> dict:
 
 
 def errors_in(text: str) -> int | None:
-    """Errors and hazards that compute-sanitizer counted, or None if it has not come so far."""
+    """Errors and hazards that compute-sanitizer counted, or None if it stopped before its summary."""
     found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:error|hazard)", text)
     return sum(map(int, found)) if found else None
 
 
 def sanitizer(args: argparse.Namespace) -> dict:
-    """memcheck or racecheck on small problems of a group of ops, which must be right besides."""
+    """memcheck or racecheck on small problems of a group of ops, whose results are checked too."""
     tool, group = args.words
     program = find_tool("compute-sanitizer")
     if program is None:
@@ -102,7 +102,7 @@ def sanitizer(args: argparse.Namespace) -> dict:
     words = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     if tool == "memcheck":
         words += ["--padding", "64"]
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor ends where its allocation does
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor ends where its allocation ends
     done = subprocess.run([*words, *inside], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
     text = done.stdout + done.stderr
     print(text)
@@ -113,11 +113,13 @@ def sanitizer(args: argparse.Namespace) -> dict:
     found = {"errors": counted}
     if counted:
         return found | {"reason": f"{tool} found {counted} errors"}
-    return found | ({"reason": f"clean, but the checks ended with status {done.returncode}"} if done.returncode else {})
+    return found | (
+        {"reason": f"no errors, but the checks ended with status {done.returncode}"} if done.returncode else {}
+    )
 
 
 def build(args: argparse.Namespace) -> dict:
-    """kernels/cuda for the GPU that is here: seconds, and the architecture."""
+    """Build kernels/cuda for this GPU: seconds, and the architecture."""
     code = (
         "from fused_po.kernels import load\n"
         "library = load('cuda').build\n"
@@ -135,7 +137,7 @@ def build(args: argparse.Namespace) -> dict:
 
 
 def check(args: argparse.Namespace) -> dict:
-    """The ops that backend 'cuda' serves against float64."""
+    """Check the ops of backend 'cuda' against float64."""
     from fused_po import selfcheck
     from fused_po.__main__ import QUICK
 

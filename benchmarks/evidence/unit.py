@@ -1,6 +1,6 @@
 """One unit in its own process: `python -m evidence.unit KIND ... --device cuda --result FILE`.
 
-Its result goes into FILE as JSON. It exits with 0 if all is well; else the result's "reason" says what is not.
+Its result goes to FILE as JSON. It exits with 0 if it succeeded; otherwise the result's "reason" says why not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def probe(args: argparse.Namespace) -> dict:
-    """What the device is; "device" is None, with a reason, if there is none."""
+    """The device; "device" is None, with a reason, if there is none."""
     import torch
 
     found = {"device": None, "reason": None, "memory": None, "capability": None, "versions": versions()}
@@ -45,7 +45,7 @@ def probe(args: argparse.Namespace) -> dict:
         return found | {"device": "CPU"}
     if not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} finds none"
-        return found | {"reason": f"no CUDA GPU here: torch {torch.__version__} {built}"}
+        return found | {"reason": f"no CUDA GPU: torch {torch.__version__} {built}"}
     about = torch.cuda.get_device_properties(0)
     return found | {
         "device": about.name, "memory": about.total_memory, "capability": [about.major, about.minor],
@@ -54,7 +54,7 @@ def probe(args: argparse.Namespace) -> dict:
 
 
 def tests(args: argparse.Namespace) -> dict:
-    """pytest on a file, or on a share of its tests. Each that has passed is written down, and not run again."""
+    """Run pytest on a file, or on a share of its tests. Tests that passed are recorded and not run again."""
     ended = args.out / TESTS
     environ = os.environ | {
         "EVIDENCE_TESTS": str(ended), "EVIDENCE_CODE": code_digest(), "EVIDENCE_SHARD": args.shard, "CI": "true",
@@ -68,12 +68,12 @@ def tests(args: argparse.Namespace) -> dict:
     if done.returncode == 0 or nothing_left:
         return found
     red = found["failed"]
-    said = f"{len(red)} red: {', '.join(red[:5])}" if red else f"pytest ended with status {done.returncode}"
+    said = f"{len(red)} failed: {', '.join(red[:5])}" if red else f"pytest ended with status {done.returncode}"
     return found | {"reason": said}
 
 
 def fused_po_selfcheck(device: str, *words: str) -> dict:
-    """The command's own JSON, and a reason if an op failed."""
+    """The JSON of the command, and a reason if an op failed."""
     command = [sys.executable, "-m", "fused_po", "selfcheck", "--json", "--device", device, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     sys.stderr.write(done.stderr[-20000:])
@@ -95,12 +95,12 @@ def selfcheck(args: argparse.Namespace) -> dict:
 
 
 def shapes(args: argparse.Namespace) -> dict:
-    """benchmarks/launch_shapes.py, which times some launch shapes of each kernel."""
+    """Run benchmarks/launch_shapes.py, which times some launch shapes of each kernel."""
     script = ROOT / "benchmarks" / "launch_shapes.py"
     size = ("--suite", "tiny") if args.suite == "tiny" else ("--quick",)
     environ = os.environ | ({"TRITON_INTERPRET": "1"} if args.device == "cpu" else {})
     if not script.exists():
-        return {"reason": "benchmarks/launch_shapes.py is not here"}
+        return {"reason": "benchmarks/launch_shapes.py does not exist"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shapes.json"
         words = [sys.executable, str(script), *size, "--device", args.device, "--json", str(path)]
@@ -111,7 +111,7 @@ def shapes(args: argparse.Namespace) -> dict:
 
 
 def measured(kind: str, args: argparse.Namespace) -> dict:
-    """The units that need torch in this process."""
+    """The units that use torch in this process."""
     if kind in ("case", "ceilings"):
         from evidence import heads
 
@@ -138,7 +138,7 @@ TOOLKIT = ("ncu", "sanitizer", "cuda-build", "cuda-check")
 
 
 def end_all(*_) -> None:
-    """At SIGTERM: ends this process with all that it has started, if it leads a group, as the runner's units do."""
+    """On SIGTERM, end this process and all that it has started. Needs a process group of its own, as units have."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     sys.exit(128 + signal.SIGTERM)

@@ -11,7 +11,7 @@ z = outer * tanh(inner * logits), or outer * logits where inner is None, are the
 
 from __future__ import annotations
 
-import functools
+import itertools
 from typing import NamedTuple, Optional, Protocol, Union
 
 import torch
@@ -36,15 +36,16 @@ class Outputs(NamedTuple):
     @property
     def bits(self) -> int:
         """As a backend takes them: the i-th bit stands for the i-th field."""
-        return sum(asked << i for i, asked in enumerate(self))
+        return BITS[self]
 
     @staticmethod
-    @functools.cache
     def of(bits: int) -> Outputs:
         """The inverse of `bits`."""
-        return Outputs(*(bool(bits >> i & 1) for i in range(len(Outputs._fields))))
+        return OUTPUTS[bits]
 
 
+OUTPUTS = [Outputs(*flags[::-1]) for flags in itertools.product((False, True), repeat=len(Outputs._fields))]
+BITS = {outputs: bits for bits, outputs in enumerate(OUTPUTS)}
 LOGPS, LOGPS_AND_ENTROPY = Outputs(logps=True).bits, Outputs(logps=True, entropy=True).bits
 
 

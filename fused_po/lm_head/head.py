@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, Optional
@@ -34,7 +33,7 @@ class Head(NamedTuple):
 
     def plan(self, device: torch.device) -> HeadPlan:
         """The sizes of its tiles."""
-        return HeadPlan(self.keep, self.tile_bytes, self.budget, self.dtypes, device)
+        return HeadPlan(self.keep, self.tile_bytes, self.budget, self.dtypes, self.dtypes.gemm(device))
 
     @property
     def row_passes(self) -> WholeRows:
@@ -54,18 +53,18 @@ class Operands(NamedTuple):
     bias: Optional[Tensor] = None  # [V]
     low: Optional[Tensor] = None  # [V, r]
 
-    def ready(self, rows: Optional[Tensor], dtypes: Dtypes) -> Operands:
+    def ready(self, rows: Optional[Tensor], compute: torch.dtype, gemm: torch.dtype) -> Operands:
         """Some rows of hidden, and low, in the GEMMs' dtype; the weight is cast block by block when it is used."""
-        factor = dtypes.gemm(self.hidden.device)
-        hidden = operand(take_rows(self.hidden, rows), dtypes.compute, factor)
-        low = None if self.low is None else operand(self.low, dtypes.compute, factor)
-        return self._replace(hidden=hidden, low=low)
+        hidden = operand(take_rows(self.hidden, rows), compute, gemm)
+        low = None if self.low is None else operand(self.low, compute, gemm)
+        return Operands(hidden, self.weight, self.bias, low)
 
     def project(
         self, rows: slice, columns: slice, weight: Tensor, compute_dtype: torch.dtype, out: Tensor, block: int
     ) -> None:
         """Write logits [rows, columns]; weight: those columns' rows of the head, in compute_dtype or to be cast."""
-        bias, low = (None if v is None else take(v, columns) for v in (self.bias, self.low))
+        bias = None if self.bias is None else take(self.bias, columns)
+        low = None if self.low is None else take(self.low, columns)
         project(take(self.hidden, rows), weight, bias, compute_dtype, out, block, low)
 
 
@@ -75,14 +74,14 @@ def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype autocast would give the projection, or hidden's: a head of lower precision is cast to it in blocks."""
+    """The dtype of the projection: autocast's, or that of hidden. A lower-precision head is cast to it in blocks."""
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if weight.dtype != hidden.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise TypeError(
-            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, hidden's, or a lower precision; cast one of "
-            "them, or run under torch.autocast"
+            f"weight: got dtype {weight.dtype}, expected {hidden.dtype}, the dtype of hidden, or a lower "
+            "precision; cast one of them, or run under torch.autocast"
         )
     return hidden.dtype
 
@@ -143,16 +142,18 @@ def without_autocast(run: Callable) -> Callable:
         device = operands.hidden.device.type
         cast = device != "meta" and torch.is_autocast_enabled(device)
         try:
-            with torch.autocast(device, enabled=False) if cast else contextlib.nullcontext():
+            if not cast:
+                return run(head, operands, *arguments, **options)
+            with torch.autocast(device, enabled=False):
                 return run(head, operands, *arguments, **options)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             message = str(error)
-        # Raised out here, when the first error is gone, and with it the frames that held the tiles.
+        # Raised outside the handler: the first error refers to frames that hold the tiles.
         raise torch.OutOfMemoryError(
             f"fused_po: out of memory in the LM head. Lower Schedule.logits_budget (now {head.budget} bytes kept from "
-            f"forward to backward) or Schedule.tile_bytes (now {head.tile_bytes} bytes a tile). {message}"
+            f"forward to backward) or Schedule.tile_bytes (now {head.tile_bytes} bytes per tile). {message}"
         )
 
     return guarded

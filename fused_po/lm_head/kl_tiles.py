@@ -27,7 +27,14 @@ class KLHead(NamedTuple):
     def plan(self, device: torch.device) -> HeadPlan:
         """The sizes of both heads' tiles."""
         bases = 1 + self.divergence.with_labels
-        return self.head.plan(device)._replace(ref_logits=self.ref_dtypes.logits, bases=bases)
+        return self.head.plan(device).beside(self.ref_dtypes, device, bases)
+
+    def ready(self, policy: Operands, reference: Operands, rows: Optional[Tensor]) -> tuple[Operands, Operands]:
+        """Both heads' operands in the dtype of their GEMMs, of some rows."""
+        device = policy.hidden.device
+        sides = (policy, self.head.dtypes), (reference, self.ref_dtypes)
+        own, theirs = (side.ready(rows, dtypes.compute, dtypes.gemm(device)) for side, dtypes in sides)
+        return own, theirs
 
 
 def saved_of(tokens: Tensor) -> Tensor:
@@ -59,11 +66,11 @@ class Logits(NamedTuple):
 class _KLTiles:
     """What forward and backward have in common: both projections, and both bases."""
 
-    def __init__(self, settings: KLHead, policy: Operands, reference: Operands, labels: Tensor) -> None:
+    def __init__(self, settings: KLHead, plan: HeadPlan, policy: Operands, reference: Operands, labels: Tensor) -> None:
         """Operands and labels of the rows that count."""
         self.settings, self.policy, self.reference, self.labels = settings, policy, reference, labels
         self.head, self.divergence = settings.head, settings.divergence
-        self.plan, self.run = settings.plan(labels.device), settings.head.row_passes
+        self.plan, self.run = plan, settings.head.row_passes
 
     def buffers(self, n_rows: int, n_cols: int) -> Memory:
         """Memory for a tile."""
@@ -141,6 +148,7 @@ class KLBackward(_KLTiles):
     def __init__(
         self,
         settings: KLHead,
+        plan: HeadPlan,
         policy: Operands,
         reference: Operands,
         labels: Tensor,
@@ -150,7 +158,7 @@ class KLBackward(_KLTiles):
         kept: Kept,
     ) -> None:
         """grads [3, N], of which `active` come in at all; labels [N], tokens [KLRow.COUNT, N] like it."""
-        super().__init__(settings, policy, reference, labels)
+        super().__init__(settings, plan, policy, reference, labels)
         self.tokens, self.grads, self.active, self.kept = tokens, grads, active, kept
         self.which = active.index(True)
         one_basis = sum(active) == 1 and not active[OF_ENTROPY]

@@ -11,12 +11,13 @@ from torch import Tensor
 from fused_po.backend.interface import Grads, Outputs, RowStats, SavedRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
+from fused_po.lm_head.plan import HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
 from fused_po.ops.outputs import empty_stats
 
 
 class Incoming(NamedTuple):
-    """Rows of the backward: their labels, what the forward left of them, and the incoming gradients, each [N]."""
+    """Rows of the backward: labels, what the forward saved, and incoming gradients, each [N]."""
 
     labels: Tensor
     saved: Tensor  # [SavedRow.COUNT, N]
@@ -42,7 +43,7 @@ class Incoming(NamedTuple):
         return scored.logical_and_(nonzero)
 
     def masked(self, live: Tensor, ignore_index: int) -> Incoming:
-        """These rows; those that are not live become ignored rows, and nothing reads them."""
+        """The rows with those that are not live turned into ignored rows, which are not read."""
         grads = Grads(*(None if g is None else torch.where(live, g, 0) for g in self.grads))
         shift, norm, logp = self.saved
         saved = torch.stack([shift, norm.masked_fill(~live, torch.inf), logp])
@@ -52,10 +53,10 @@ class Incoming(NamedTuple):
 class LogpForward:
     """Scores tiles; see `ForwardTiles`."""
 
-    def __init__(self, head: Head, operands: Operands, labels: Tensor) -> None:
+    def __init__(self, head: Head, plan: HeadPlan, operands: Operands, labels: Tensor) -> None:
         """operands and labels of the scored rows."""
         self.head, self.operands, self.labels = head, operands, labels
-        self.plan, self.run = head.plan(labels.device), head.row_passes
+        self.plan, self.run = plan, head.row_passes
         self.n_cols = operands.weight.shape[0]
         self.block = self.plan.head_block(labels.numel(), *operands.weight.shape)
 
@@ -75,19 +76,20 @@ class LogpForward:
     def begin(self, rows: slice, memory: Buffers, kept: Optional[Tensor]) -> Callable[[], Scored]:
         """Project, and begin to score; whole tiles of bases come from the same row pass."""
         shape = n_rows, n_cols = rows.stop - rows.start, self.n_cols
-        d = memory.basis(*shape) if kept is None else kept[0]
-        logits = d if self.plan.in_place(len(d), n_rows) else memory.logits(*shape)
+        n_formed = n_rows if kept is None else kept.shape[1]
+        d = memory.basis(*shape) if kept is None else kept[0] if n_formed else None
+        logits = d if self.plan.in_place(n_formed, n_rows) else memory.logits(*shape)
         weight = self.operands.weight
         self.operands.project(rows, slice(0, n_cols), weight, self.head.dtypes.compute, logits, self.block)
         scored, labels = logits[None], take(self.labels, rows)
-        basis = None if len(d) != n_rows else scored if d is logits else d[None]
+        basis = None if n_formed != n_rows else scored if d is logits else d[None]
         stats = self.run.begin_score(
             scored, labels, self.head.scaling, self.head.ignore_index, self.head.outputs, basis
         )
 
         def finish() -> Scored:
             results = stats()
-            if 0 < len(d) < n_rows:  # the budget ends within this tile
+            if 0 < n_formed < n_rows:  # the budget ends within this tile
                 self.form_first(logits, labels, results, d)
             return Scored(results, [d])
 
@@ -103,9 +105,9 @@ class LogpForward:
 class LogpBackward:
     """Forms gradients of tiles; see `BackwardTiles`."""
 
-    def __init__(self, head: Head, operands: Operands, incoming: Incoming, kept: Kept) -> None:
+    def __init__(self, head: Head, plan: HeadPlan, operands: Operands, incoming: Incoming, kept: Kept) -> None:
         self.head, self.operands, self.rows, self.kept = head, operands, incoming, kept
-        self.plan, self.run = head.plan(incoming.labels.device), head.row_passes
+        self.plan, self.run = plan, head.row_passes
         self.factors = incoming.grads.logps if incoming.grads.only_logps else None
         self.block = self.plan.head_block(len(operands.hidden), *operands.weight.shape)
 

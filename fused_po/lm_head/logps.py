@@ -5,7 +5,7 @@ The ops around forward.py and backward.py: what the forward keeps for the backwa
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from fused_po.ops.outputs import (
 from fused_po.ops.register import custom_op, differentiable
 from fused_po.parallel.vocab import WHOLE, ProcessGroupLike, Shards, local_head
 from fused_po.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fused_po.ops.outputs import EntropyStats, LogpsEntropy, LogpsFirst, LogpsStats
 
 
 class Results(NamedTuple):
@@ -72,8 +75,8 @@ def forward(
     kept = empty_kept(plan, operands.hidden, weight, n_kept, widest)
     n_scored = n_all if rows is None else rows.numel()
     zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
-    operands = operands.ready(rows, head.dtypes)
-    tiles = LogpForward(head, operands, take_rows(labels, rows))
+    operands = operands.ready(rows, plan.dtypes.compute, plan.gemm)
+    tiles = LogpForward(head, plan, operands, take_rows(labels, rows))
     run = Forward(plan, tiles, operands, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest)), kept
 
@@ -106,12 +109,12 @@ def backward(
     else:
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
-    ready = operands.ready(chosen.rows, head.dtypes)
+    ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
     out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
     where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, LogpBackward(head, ready, incoming, kept), ready, where, needs, add).run()
+    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, where, needs, add).run()
     return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
 
 
@@ -207,6 +210,63 @@ def _autograd(ctx, g_logps, g_entropy, g_lse, *g_others):
 _score = differentiable(_forward, _autograd, _setup_context)
 
 
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsEntropy,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> EntropyStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: LogpsFirst = ...,
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> LogpsStats: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Optional[Tensor] = ...,
+    *,
+    temperature: float = ...,
+    logit_scale: float = ...,
+    softcap: Optional[float] = ...,
+    ignore_index: int = ...,
+    outputs: tuple[str, ...],
+    low_rank: Optional[tuple[Tensor, Tensor]] = ...,
+    process_group: ProcessGroupLike = ...,
+    backend: Optional[str] = ...,
+    schedule: Optional[Schedule] = ...,
+) -> TokenStats: ...
+
+
 @public
 def linear_logps(
     hidden: Tensor,
@@ -224,30 +284,38 @@ def linear_logps(
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> TokenStats:
-    """Log-probs of labels, and other statistics, from hidden states and the LM head; the logits exist a tile at a time.
+    """Log-probs of labels, and other statistics, from hidden states and the LM head. Logits are computed in tiles.
 
     raw = hidden @ weight.T + bias; the softmax is over z = softcap * tanh(raw * logit_scale / softcap) / temperature,
-    or without the softcap z = raw * logit_scale / temperature. Under torch.autocast the head is cast block by block.
-    With equal weights, labels and schedule two calls give bitwise equal results, whatever requires gradients.
-    In another batch a token's may differ in the last bits: GEMMs, and rows that a GPU splits, sum in another order.
+    or without a softcap over z = raw * logit_scale / temperature. Under torch.autocast the head is cast in blocks.
+
+    Memory: with a frozen head, without gradients, and for tokens beyond the budget, no [tokens, V] matrix exists. With
+    a trainable head, each token within `Schedule.logits_budget` keeps a row of V numbers for the backward, which saves
+    one GEMM. Schedule(logits_budget=0) keeps none.
+
+    Two calls with equal weights, labels and schedule give bitwise equal results, whichever inputs require gradients. In
+    another batch, the result for a token may differ in the last bits, because GEMMs, and rows that a GPU splits, sum in
+    another order.
 
     Args:
-        hidden: [..., H], the input of the head, of the head's dtype or wider (or under autocast).
+        hidden: [..., H], the input of the head. Its dtype must be that of the head or wider, unless under autocast.
         weight: [V, H], the head. bias: [V], of any floating dtype.
-        labels: [...], integers in [0, V) or ignore_index, aligned with hidden: see `shift_labels`. On a GPU they are
-            checked under FUSED_PO_DEBUG=1 only.
+        labels: [...], integers in [0, V) or ignore_index, aligned with hidden: see `shift_labels`. On a GPU the range
+            is checked only with FUSED_PO_DEBUG=1.
         temperature, logit_scale, softcap: finite and > 0.
-        ignore_index: label of positions that cost nothing and give exactly 0.
-        outputs: names of TokenStats' fields.
-        low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw: LoRA on the head, with u = scaling * hidden @ A.T and
-            low = B, without the merged head. Of hidden's dtype; gradients flow to both. Costs r / H of each GEMM.
-        process_group: the vocabulary is cut over its ranks (Megatron's tensor parallelism): weight, bias and low_rank's
-            low are this rank's rows, rank 0's first; hidden and labels are the same on all. A torch.distributed
-            ProcessGroup for rows in equal number, else `VocabParallel`. Every rank gets all results, bitwise equal, and
-            the whole gradient of hidden. A DTensor weight with Shard(0) needs none.
-        backend: "triton", "cuda" (log-probs, entropy and lse without a softcap) or "reference"; None chooses by device.
-            See `backends`.
-        schedule: how to compute it, see `Schedule`.
+        ignore_index: the label of positions that are not computed and give exactly 0.
+        outputs: the fields of TokenStats to compute.
+        low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw. This is LoRA on the head without a merged weight, with
+            u = scaling * hidden @ A.T and low = B. Both have the dtype of hidden and get gradients. It adds r / H to
+            the cost of each GEMM.
+        process_group: the ranks over which the vocabulary is sharded (Megatron's tensor parallelism). weight, bias and
+            low_rank's low are the rows of this rank, in rank order; hidden and labels are the same on all ranks. Pass a
+            torch.distributed ProcessGroup if all ranks have the same number of rows, else a `VocabParallel`. Every rank
+            gets the same results, bitwise, and the full gradient of hidden. Not needed with a DTensor weight
+            (Shard(0)).
+        backend: "triton", "cuda" (only log-probs, entropy and lse, and no softcap) or "reference"; None selects one by
+            device. See `backends`.
+        schedule: how to use memory and compute, see `Schedule`.
 
     Returns:
         TokenStats, fp32 (float64 for float64); gradients flow through logps, entropy and lse.
@@ -258,7 +326,7 @@ def linear_logps(
     hidden, weight, bias, shards = local_head(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
     schedule = Schedule.of(schedule)
-    checks.whole("ignore_index", ignore_index)
+    checks.whole_number("ignore_index", ignore_index)
     asked, low = outputs_of(outputs), None
     if low_rank is not None:
         u, low = check_low_rank(low_rank, hidden, weight)
@@ -270,7 +338,7 @@ def linear_logps(
     states = hidden.reshape(flat.numel(), hidden.shape[-1])
     dropping = Dropping(tokens.find, schedule.skip_zero_rows)
     results = _score(states, weight, bias, low, flat, tokens.rows, head, dropping)
-    stats = token_stats(RowStats(*tokens.checked(results[:4]), results.saved), asked, labels.shape)
+    stats = token_stats(tokens.checked(results), asked, labels.shape)
     if stats.entropy is not None and not schedule.entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
     return stats
@@ -279,37 +347,37 @@ def linear_logps(
 def check_operands(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor], shards: Shards = WHOLE
 ) -> Tensor:
-    """The labels as int64, once all shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices, and return the labels as int64."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     empty = weight.ndim == 2 and shards.n_cols(weight.shape[0]) == 0
     if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V >= 1 and H = {hidden.shape[-1:]} of "
-            f"hidden {tuple(hidden.shape)}"
+            f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V >= 1 and the H of hidden "
+            f"{tuple(hidden.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
     if bias is not None:
         checks.same_device("bias", checks.floating("bias", bias), hidden.device)
         if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the vocabulary")
-    why = "hidden's shape without its width"
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the vocabulary size")
+    why = "the shape of hidden without its last dimension"
     return checks.integer("labels", labels, hidden.shape[:-1], hidden.device, why)
 
 
 def check_low_rank(low_rank: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(u, low) once they fit hidden [..., H] and weight [V, H]."""
+    """Check (u, low) against hidden [..., H] and weight [V, H], and return them."""
     if not isinstance(low_rank, tuple) or len(low_rank) != 2:
         raise TypeError(f"low_rank: got {type(low_rank).__name__}, expected a tuple (u [..., r], low [V, r])")
     u, low = (checks.floating("low_rank", v) for v in low_rank)
     rank = low.shape[-1] if low.ndim else 0
     if rank < 1 or u.shape != (*hidden.shape[:-1], rank) or low.shape != (weight.shape[0], rank):
         raise ValueError(
-            f"low_rank: got shapes {tuple(u.shape)} and {tuple(low.shape)}, expected {(*hidden.shape[:-1], 'r')} and "
-            f"{(weight.shape[0], 'r')} with r >= 1"
+            f"low_rank: got shapes {tuple(u.shape)} and {tuple(low.shape)}, expected "
+            f"[{', '.join(map(str, hidden.shape[:-1]))}, r] and [{weight.shape[0]}, r] with r >= 1"
         )
     for v in (u, low):
         checks.same_device("low_rank", v, hidden.device)
         if v.dtype != hidden.dtype:
-            raise TypeError(f"low_rank: got dtype {v.dtype}, expected {hidden.dtype}, hidden's; cast it")
+            raise TypeError(f"low_rank: got dtype {v.dtype}, expected {hidden.dtype}, the dtype of hidden; cast it")
     return u, low

@@ -27,7 +27,7 @@ import torch
 
 NOTHING, PRODUCT, BASIS = "nothing", "product", "basis"
 ROW_BYTES = (
-    64  # rows of logits begin at multiples of it: whole vectors for kernels, aligned leading dimensions for GEMMs
+    64  # rows of logits start at multiples of it, for vector loads in kernels and aligned leading dimensions in GEMMs
 )
 BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink further
 
@@ -54,15 +54,9 @@ def bytes_of_a_tile(tile_bytes: int, split: bool) -> int:
 
 
 def padded(n_cols: int, dtype: torch.dtype) -> int:
-    """Columns a row of logits takes with its padding."""
+    """The number of columns of a row of logits with padding."""
     unit = ROW_BYTES // dtype.itemsize
     return (n_cols + unit - 1) // unit * unit
-
-
-def head_block(n_rows: int, n_cols: int, width: int, tile_bytes: int) -> int:
-    """Rows of the head taken at once where it is cast, or its gradient summed: fp32, they stay within tile_bytes."""
-    block = max(1, min(n_cols, tile_bytes // (4 * max(1, width, min(n_rows, BLOCK_ROWS)))))
-    return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
 
 
 def spans(begin: int, end: int, step: int) -> list[slice]:
@@ -93,27 +87,30 @@ class HeadPlan(NamedTuple):
     tile_bytes: int  # of one tile
     budget: int  # bytes of the basis that may be kept
     dtypes: Dtypes
-    device: torch.device
+    gemm: torch.dtype  # of the GEMMs' operands, and of the basis
     ref_logits: Optional[torch.dtype] = None  # of the reference's tile, where there are two heads
+    ref_gemm: Optional[torch.dtype] = None  # of its basis
     bases: int = 1  # of each token
 
-    @property
-    def gemm(self) -> torch.dtype:
-        """The dtype of the GEMMs' operands, and of the basis."""
-        return self.dtypes.gemm(self.device)
+    def beside(self, dtypes: Dtypes, device: torch.device, bases: int) -> HeadPlan:
+        """With the reference's head beside it, of these dtypes; both bases have the policy's compute dtype."""
+        reference = self.dtypes._replace(logits=dtypes.logits)
+        return self._replace(ref_logits=dtypes.logits, ref_gemm=reference.gemm(device), bases=bases)
 
-    def _rows_of(self, dtypes: Dtypes, tile_bytes: int, n_cols: int) -> int:
+    @staticmethod
+    def _rows_of(logits: torch.dtype, gemm: torch.dtype, tile_bytes: int, n_cols: int) -> int:
         """Rows of one head's tile: its logits and, in memory of its own where the dtype differs, its basis."""
-        gemm, logits = dtypes.gemm(self.device), dtypes.logits
-        row = padded(n_cols, logits) * logits.itemsize + (gemm != logits) * padded(n_cols, gemm) * gemm.itemsize
+        row = padded(n_cols, logits) * logits.itemsize
+        if gemm != logits:
+            row += padded(n_cols, gemm) * gemm.itemsize
         return max(1, tile_bytes // row)
 
     def tile_rows(self, n_cols: int) -> int:
         """Rows of a tile of n_cols columns, of all heads within tile_bytes."""
         if self.ref_logits is None:
-            return self._rows_of(self.dtypes, self.tile_bytes, n_cols)
-        half, reference = self.tile_bytes // 2, self.dtypes._replace(logits=self.ref_logits)
-        return min(self._rows_of(dtypes, half, n_cols) for dtypes in (self.dtypes, reference))
+            return self._rows_of(self.dtypes.logits, self.gemm, self.tile_bytes, n_cols)
+        sides, half = ((self.dtypes.logits, self.gemm), (self.ref_logits, self.ref_gemm)), self.tile_bytes // 2
+        return min(self._rows_of(*side, half, n_cols) for side in sides)
 
     def rows_within_budget(self, n_cols: int) -> int:
         """How many tokens' bases the budget holds."""
@@ -138,8 +135,9 @@ class HeadPlan(NamedTuple):
         return n_formed == n_rows and self.gemm == self.dtypes.logits and self.ref_logits is None
 
     def head_block(self, n_rows: int, n_cols: int, width: int) -> int:
-        """Rows of the head that are cast, or whose gradient is summed, at once."""
-        return head_block(n_rows, n_cols, width, self.tile_bytes)
+        """Rows of the head that are cast, or whose gradient is summed, at once: fp32, they stay within tile_bytes."""
+        block = max(1, min(n_cols, self.tile_bytes // (4 * max(1, width, min(n_rows, BLOCK_ROWS)))))
+        return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
 
     def backward(self, p: BackwardPass) -> BackwardPlan:
         """The pieces of a backward."""

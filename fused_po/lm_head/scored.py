@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from fused_po import checks
 from fused_po.lm_head.tiles import Kept
 from fused_po.ops.autograd import transforms_active
 from fused_po.schedule import Schedule
+
+R = TypeVar("R", bound=tuple)
 
 
 class ScoredTokens(NamedTuple):
@@ -30,9 +32,11 @@ class ScoredTokens(NamedTuple):
             return ScoredTokens(scored_rows(labels, ignore_index), False)
         return ScoredTokens(None, schedule.compact)
 
-    def checked(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The results, NaN if more tokens are scored than the schedule says."""
-        return results if self.excess is None else tuple(value + self.excess for value in results)
+    def checked(self, results: R) -> R:
+        """The op's results; those for callers are NaN if more tokens are scored than the schedule says."""
+        if self.excess is None:
+            return results
+        return type(results)(*(value + self.excess for value in results[:4]), *results[4:])
 
 
 class Dropping(NamedTuple):
@@ -56,10 +60,12 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
         raise ValueError(f"num_scored: got {bound}, allowed are 0 to {labels.numel()}, the number of labels")
     scored = labels != ignore_index
     count = scored.sum()
-    if checks.looked_at(labels) and count > bound:
-        raise ValueError(f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}")
+    if checks.values_checked(labels) and count > bound:
+        raise ValueError(
+            f"num_scored: got {bound}, but {int(count)} labels are not ignore_index={ignore_index}; pass at least that"
+        )
     rows = torch.nonzero_static(scored, size=bound, fill_value=-1).squeeze(1)
-    if bound:  # no labels, no argmin
+    if bound:  # argmin fails without labels
         rows = torch.where(rows < 0, scored.int().argmin(), rows)
     return rows, torch.where(count > bound, torch.nan, 0.0)
 

@@ -160,13 +160,9 @@ class Op:
         self.definition.register_fake(lambda *values: self._plain(function(*self.packed(values))))
         return function
 
-    def unseen(self, arguments: tuple) -> bool:
-        """Whether nothing but autograd can see the op of these arguments."""
-        return unseen(arguments, self.tensors)
-
     def __call__(self, *arguments):
         """Run without a derivative."""
-        if not self.unseen(arguments):
+        if not unseen(arguments, self.tensors):
             return self.results(self.definition(*self.flattened(arguments)))
         results = self.without_graph(*arguments)
         for i in self.mutated:
@@ -193,7 +189,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as it is; differentiating it is an error."""
+    """Returns a gradient unchanged; differentiating it is an error."""
 
     generate_vmap_rule = True
 
@@ -211,14 +207,14 @@ class _Once(torch.autograd.Function):
 
 
 def once(grads: tuple[Optional[Tensor], ...], inputs: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
-    """Gradients of an op; under create_graph=True they depend on the inputs, in a way that cannot be differentiated."""
+    """The gradients of an op. With create_graph=True they depend on the inputs, but differentiating them raises."""
     inputs = tuple(v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
     if not torch.is_grad_enabled() or not inputs:
         return grads
     return tuple(_Once.apply(g, *inputs) if isinstance(g, Tensor) else g for g in grads)
 
 
-def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
+def run_each(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
     """vmap's rule for an op: run on each element of the batch, stack the results."""
     results = []
     for i in range(info.batch_size):
@@ -251,7 +247,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         return op._plain(call(*op.packed(values)))
 
     def call(*arguments):
-        if op.unseen(arguments):
+        if unseen(arguments, op.tensors):
             if torch.is_grad_enabled():
                 return op.results(alone.apply(*arguments))
             return op.without_graph(*arguments)
@@ -269,7 +265,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         forward=flat_call,
         setup_context=setup,
         backward=flat_backward,
-        vmap=functools.partial(each_alone, flat_call),
+        vmap=functools.partial(run_each, flat_call),
     )
     alone = _function(
         op.name.replace("::", "_"), forward=with_graph, backward=functools.partial(first_only, len(op.fields))

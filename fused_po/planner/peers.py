@@ -1,4 +1,4 @@
-"""What others' schedules cost on the same work: eager PyTorch, TRL's built-in head, Liger's DPO.
+"""The cost of other implementations for the same work: eager PyTorch, TRL's built-in head, Liger's DPO.
 
 Their GEMMs and allocations as their own code makes them, held to counted figures by
 tests/planner/test_planned_costs.py. None of them shards the vocabulary: under tensor parallelism eager gathers the

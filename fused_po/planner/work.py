@@ -71,8 +71,8 @@ class Work(NamedTuple):
     def plan(self) -> HeadPlan:
         """The sizes of tiles by which the ops run."""
         tile_bytes, bases = bytes_of_a_tile(self.tile_bytes, self.tp > 1), max(1, self.kl_bases)
-        ref_logits = self.dtypes.logits if self.kl_bases else None
-        return HeadPlan(self.keep, tile_bytes, self.budget, self.dtypes, self.device, ref_logits, bases)
+        plan = HeadPlan(self.keep, tile_bytes, self.budget, self.dtypes, self.dtypes.gemm(self.device))
+        return plan.beside(self.dtypes, self.device, bases) if self.kl_bases else plan
 
     @property
     def kept_rows(self) -> int:

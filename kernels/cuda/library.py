@@ -39,7 +39,7 @@ def cuda_home() -> Path | None:
 
 
 def nvcc_version(home: Path) -> tuple[int, int] | None:
-    """(13, 0), say; None where there is no nvcc that runs."""
+    """The version of nvcc, such as (13, 0); None if no nvcc runs."""
     try:
         said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     except OSError:
@@ -69,6 +69,8 @@ def names(wanted: tuple[str, ...]) -> list[str]:
 
 def cannot_build(wanted: tuple[str, ...]) -> str | None:
     """Why the kernels cannot be built here for these architectures, and the way out; None if they can."""
+    if sys.platform == "win32":
+        return "this is Windows; it is built on Linux only"
     home = cuda_home()
     if home is None:
         return "no nvcc on PATH and no CUDA_HOME; install the CUDA toolkit and set CUDA_HOME to its folder"
@@ -119,7 +121,7 @@ def build_directory(wanted: tuple[str, ...]) -> Path:
 
 def build(wanted: tuple[str, ...]) -> Path:
     """The path of the library, built if it is not there. Processes wait for the one that builds."""
-    import fcntl
+    import fcntl  # not on Windows
 
     from torch.utils import cpp_extension
 

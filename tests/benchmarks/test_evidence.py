@@ -172,8 +172,8 @@ def test_a_failed_test_stops_later_stages(tmp_path):
     ]
     run, _ = call(tmp_path, units)
     assert ran(tmp_path) == ["red", "green"]
-    assert run.stopped == "tests is red (tests/red): fix it first, or KEEP_GOING=1"
-    run, _ = call(tmp_path, units[2:])  # without the stage of the tests: it is still failed
+    assert run.stopped == "tests failed (tests/red): fix it first, or use KEEP_GOING=1"
+    run, _ = call(tmp_path, units[2:])  # other stages alone: it is still red
     assert ran(tmp_path) == ["red", "green"]
     run, _ = call(tmp_path, units, keep_going=True)
     assert ran(tmp_path) == ["red", "green", "check", "case"]
@@ -238,7 +238,7 @@ def test_a_card_with_too_little_memory(tmp_path):
 
 def test_a_rehearsal_runs_no_machine_code(tmp_path):
     run, _ = call(tmp_path, [unit("profiled", needs=("GPU",))], real=False)
-    assert run.state.units["benchmark/profiled"]["reason"].startswith("a rehearsal or a CPU runs no machine code")
+    assert run.state.units["benchmark/profiled"]["reason"].startswith("a rehearsal or a CPU does not run machine code")
 
 
 def test_a_damaged_state_is_kept_aside(tmp_path):
@@ -262,7 +262,7 @@ def test_results_of_an_earlier_folder_are_reused(tmp_path):
     new = tmp_path / "new"
     state.open_folder(new, tmp_path / "out")
     assert state.State(new, ABOUT).finished("benchmark/first") and (new / "benchmark.log").exists()
-    with pytest.raises(state.Unusable, match=r"FROM: .*nowhere is no folder"):
+    with pytest.raises(state.Unusable, match=r"FROM: .*nowhere is not a folder"):
         state.open_folder(new, tmp_path / "nowhere")
 
 
@@ -292,8 +292,8 @@ def test_wrong_usage_is_refused_at_once(tmp_path):
         (("--stages", "tests,everything"), "got everything; allowed are tests, selfcheck"),
         (("--budget", "0"), "expected seconds above 0"),
         (("--plan", "A100"), "invalid choice"),
-        (("--device", "cpu"), "cpu goes with --suite tiny alone"),
-        (("--out", str(tmp_path / "o"), "--from", str(tmp_path / "none")), "FROM: .*is no folder"),
+        (("--device", "cpu"), "cpu works only with --suite tiny"),
+        (("--out", str(tmp_path / "o"), "--from", str(tmp_path / "none")), "FROM: .*is not a folder"),
     ):
         done = command_line(*words)
         assert done.returncode == 2 and re.search(said, done.stderr), (words, done.stderr)
@@ -306,7 +306,7 @@ def test_without_a_gpu_every_stage_reports_it_and_nothing_runs(tmp_path):
     done = command_line("--out", str(tmp_path / "out"))
     assert done.returncode == 1
     for name in STAGES:
-        assert f"{name}: not run: no CUDA GPU here: torch {torch.__version__}" in done.stdout
+        assert f"{name}: not run: no CUDA GPU: torch {torch.__version__}" in done.stdout
     assert "(exit status 1)" in done.stdout.splitlines()[-1] and list((tmp_path / "out").iterdir()) == []
 
 

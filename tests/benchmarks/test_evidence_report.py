@@ -133,15 +133,21 @@ def recorded() -> dict:
 
 def test_goals_beside_measurements():
     found = {name: (bound, value, where) for name, bound, value, where in goals.lines(recorded())}
-    assert found["statistics, of copy bandwidth"][1] == "93.0%"
-    assert found["gradient, of copy bandwidth"][1:] == ("91.0%, missed", "gradient, all, V=500")
-    assert found["trainable head, of the 3G floor, fp32 tiles"] == ("at least 91.0%", "95.2%", "a.main")  # H >= 3584
-    assert found["TRL over ours, trainable"][1] == "1.40" and found["peak memory over TRL's"][1] == "0.67"
-    assert found["errors by compute-sanitizer"][1] == "0"
+    assert found["statistics kernel, share of copy bandwidth"][1] == "93.0%"
+    assert found["gradient kernel, share of copy bandwidth"][1:] == ("91.0%, missed", "gradient, all, V=500")
+    assert found["trainable head, fp32 tiles, share of the speed of 3 bare GEMMs"] == (
+        "at least 91.0%",
+        "95.2%",
+        "a.main",
+    )  # H >= 3584
+    assert (
+        found["TRL's time over ours, trainable head"][1] == "1.40" and found["our peak memory over TRL's"][1] == "0.67"
+    )
+    assert found["errors found by compute-sanitizer"][1] == "0"
     for name in (
-        "frozen head, of the 2G floor",
-        "Liger's scaled CE over ours",
-        "trainable head, of the 3G floor, bf16 tiles",
+        "frozen head, share of the speed of 2 bare GEMMs",
+        "time of Liger's scaled cross entropy over ours",
+        "trainable head, bf16 tiles, share of the speed of 3 bare GEMMs",
     ):
         assert found[name][1] == "not measured"
     assert all(value == "not measured" for _, _, value, _ in goals.lines({}))
@@ -155,10 +161,10 @@ def test_the_table(tmp_path):
     assert re.search(r"^benchmark +4 +0 +0 +1 +80 +100$", text, re.M) and re.search(
         r"^ncu +1 +0 +1 +0 +20 +25$", text, re.M
     )
-    assert "gradient, of copy bandwidth" in text and "91.0%, missed" in text and "why it stopped" in text
+    assert "gradient kernel, share of copy bandwidth" in text and "91.0%, missed" in text and "why it stopped" in text
     assert "llama-1b" in text and "8192 or more in 16.00 GiB" in text
     assert text.endswith("ncu/policy: not run: no ncu on PATH\npeer quack: failed: ImportError: x")
-    assert "with other code than today's" in text
+    assert "with other code than the current" in text
     kept.about = ABOUT | {"rehearsal": True, "evidence": False}
     assert "a rehearsal: no evidence" in table.summary(units, kept, None)
 
@@ -206,12 +212,12 @@ def test_publishing_a_run_twice_gives_the_same_results_and_readme(tmp_path, repo
     ):
         assert text in page
     readme = (repository / "README.md").read_text()
-    assert "not measured on a GPU yet" not in readme and "frozen head, of the 2G floor" in readme
+    assert "not measured on a GPU yet" not in readme and "frozen head, share of the speed of 2 bare GEMMs" in readme
     assert "gradient, of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
     assert publish.NOTHING["one-read"] in readme  # not measured: stays
     before = everything(repository)
     said = publish.publish([out], None, repository)
-    assert everything(repository) == before and said[-1].endswith("as it was")
+    assert everything(repository) == before and said[-1].endswith("unchanged")
 
 
 @pytest.mark.parametrize("about", ({"rehearsal": True, "evidence": False}, {"device": "CPU", "evidence": False}))

@@ -53,7 +53,7 @@ def test_a_peer_that_does_not_import_is_explained_in_one_line(install, kind):
     files, words = BROKEN[kind]
     install("some", peers.Peer("some-peer", "some_peer.kernels"), files)
     reason = peers.absent("some")
-    assert reason == (words if kind == "absent" else f"some-peer does not import: {words}")
+    assert reason == (words if kind == "absent" else f"some-peer cannot be imported: {words}")
     assert peers.version("some-peer") == (None if kind == "absent" else "unknown")
     with pytest.raises((RuntimeError, ModuleNotFoundError)):
         peers.code("some")
@@ -76,7 +76,7 @@ def test_a_peer_that_does_not_import_does_not_stop_the_others(install):
     broken = providers.Provider("broken", lambda p: peers.code("some").loss(p), peer="some")
     _, reports, able = measure.prepare(cases.suite("tiny")[0], "cpu", [broken, NAMED["fused_po"]])
     assert [q.name for q in able] == ["fused_po"]
-    assert reports["broken"] == {"not run": "some-peer does not import: OSError: libsome.so is missing"}
+    assert reports["broken"] == {"not run": "some-peer cannot be imported: OSError: libsome.so is missing"}
 
 
 def test_a_bare_package_is_imported_without_its_init(install):
@@ -232,7 +232,7 @@ def test_unsupported_cases_of_a_peer_are_refused_with_the_reason(name, case, dev
 @pytest.mark.parametrize(
     "capability, dtype, words",
     [
-        ((9, 0), "fp32", "its kernel for compute capability 9.0 takes bf16 alone"),
+        ((9, 0), "fp32", "its kernel for compute capability 9.0 takes only bf16"),
         (
             (9, 0),
             "bf16",

@@ -57,7 +57,7 @@ def test_rl_patches_trl(manager, model):
 
 
 def test_two_heads_are_refused(manager):
-    with pytest.raises(ValueError, match="cut_cross_entropy: is set beside FusedPOPlugin"):
+    with pytest.raises(ValueError, match="cut_cross_entropy: set together with FusedPOPlugin"):
         base.load_plugin(NAME).pre_model_load(DictDefault({"cut_cross_entropy": True}))
 
 

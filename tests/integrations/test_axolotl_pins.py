@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 trl = pytest.importorskip("trl")
 PINNED = ("1.9.0", "1.14.1")  # pinned by axolotl 0.19 and 0.21
-NEEDS = r"rl: got 'dpo' with FusedPOPlugin, which needs TRL >= 1\.15 .*Leave the plugin out.*got version {}"
+NEEDS = r"rl: got 'dpo' with FusedPOPlugin, which needs TRL >= 1\.15 .*Remove the plugin.*got version {}"
 BASE = """
 import sys, types
 base = types.ModuleType("axolotl.integrations.base")

@@ -37,7 +37,7 @@ def test_the_same_arguments_give_the_same_numbers(seed):
 
 @pytest.mark.parametrize("cls", liger.CLASSES)
 def test_arguments_about_how_liger_computes_warn(cls):
-    with pytest.warns(UserWarning, match="compiled=False says how Liger computes"):
+    with pytest.warns(UserWarning, match="compiled=False has no effect in fused_po"):
         cls(compiled=False)
-    with pytest.warns(UserWarning, match="chunk_size=4 says how Liger computes"):
+    with pytest.warns(UserWarning, match="chunk_size=4 has no effect in fused_po"):
         cls(chunk_size=4)

@@ -166,9 +166,9 @@ def test_a_call_of_another_thread_has_its_own_logits_and_loss(seed):
 
 def test_refusals():
     llama = transformers.LlamaConfig(**LLAMA)
-    with pytest.raises(TypeError, match="what Twice does to its logits cannot be measured"):
+    with pytest.raises(TypeError, match="the scale and softcap of Twice's logits cannot be measured"):
         lm_head.lm_head(spread(Twice, llama))
-    with pytest.raises(TypeError, match="neither a scale > 0 nor a softcap"):
+    with pytest.raises(TypeError, match="more than a scale > 0 and a softcap"):
         lm_head.lm_head(spread(Squared, llama))
     with pytest.raises(TypeError, match="LlamaModel has no LM head; expected a causal LM"):
         lm_head.lm_head(transformers.LlamaModel(llama))

@@ -97,7 +97,7 @@ def test_one_part_in_a_thousand_is_refused(positions):
         layer = model.model.layers[0].mlp
         model.model.layers[0].mlp = Little()
         vars(model).pop(packing.PASSED)
-        with pytest.raises(ValueError, match=r"rounding explains|gradients in the embeddings"):
+        with pytest.raises(ValueError, match=r"rounding explains|gradients with respect to the embeddings"):
             check(model)
 
 
@@ -160,7 +160,7 @@ def test_a_mask_that_mixes_sequences_beyond_its_window():
 
     model.model.forward = forward
     check(model, row_length=20)
-    with pytest.raises(ValueError, match="does not keep the sequences"):
+    with pytest.raises(ValueError, match="does not separate the sequences"):
         check(model, row_length=100)
 
 

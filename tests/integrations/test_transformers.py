@@ -143,7 +143,7 @@ def test_calls_that_are_not_fused_are_unchanged():
     assert "token_stats" not in after[0]
     unfuse_lm_head(model)
     assert not {"forward", "_loss_function", "_fused_po"} & set(vars(model)) and not model.lm_head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model: is not fused"):
+    with pytest.raises(ValueError, match="model: it is not fused"):
         unfuse_lm_head(model)
 
 
@@ -215,13 +215,13 @@ def test_always_mode_and_copies():
 def test_errors():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     calls = {
-        "labels: got none, which fused=True scores": dict(fused=True),
-        r"outputs: got \('entropy',\) in a forward that is not fused": dict(labels=labels, outputs=("entropy",)),
-        "temperature: got 2.0 in a forward that is not fused": dict(labels=labels, temperature=2.0),
+        "labels: got None, but fused=True needs them": dict(fused=True),
+        r"outputs: got \('entropy',\), used only with fused=True": dict(labels=labels, outputs=("entropy",)),
+        "temperature: got 2.0, used only with fused=True": dict(labels=labels, temperature=2.0),
         "temperature: got 0.0, allowed are finite": dict(labels=labels, fused=True, temperature=0.0),
         "did you mean 'entropy'": dict(labels=labels, fused=True, outputs=("entropi",)),
         "return_dict: got False": dict(labels=labels, fused=True, return_dict=False),
-        "logits_to_keep is not for fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
+        "do not use logits_to_keep in fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
     }
     for match, case in calls.items():
         with pytest.raises((TypeError, ValueError), match=match):
@@ -229,11 +229,11 @@ def test_errors():
     assert "token_stats" in model(ids, labels=labels, fused=True), "an error must leave nothing behind"
     with pytest.raises(TypeError, match="model: got Linear, expected a transformers model"):
         fuse_lm_head(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"softcap: got 3\.0, which only logit_scale reads"):
+    with pytest.raises(ValueError, match=r"softcap: got 3\.0, used only with logit_scale"):
         fuse_lm_head(causal_lm("Llama"), softcap=3.0)
     replicate = "_replicate_for_data_parallel"  # nn.DataParallel calls this on each module, for each GPU
     with pytest.raises(
-        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model to its GPUs; start one process"
+        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model; start one process per GPU"
     ):
         getattr(model, replicate)()
     assert getattr(unfuse_lm_head(model), replicate)()._is_replica

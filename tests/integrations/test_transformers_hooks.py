@@ -36,7 +36,7 @@ def agree(model, warns):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fused = results(model, fused=True)
-    warned = [str(w.message) for w in seen if "makes all its logits" in str(w.message)]
+    warned = [str(w.message) for w in seen if "computes all its logits" in str(w.message)]
     assert bool(warned) == warns, warned
     assert len(plain) == len(fused)
     for a, b in zip(fused, plain):
@@ -144,7 +144,7 @@ def test_a_measured_hook_is_unchanged():
     agree(fuse_lm_head(model), False)
     model.lm_head.register_forward_hook(double)
     warned = agree(model, True)
-    assert "since double of test_transformers_hooks is put on lm_head" in warned[0]
+    assert "since double of test_transformers_hooks is a hook on lm_head" in warned[0]
     with pytest.raises(TypeError, match="cannot be fused"):
         fuse_lm_head(model)
     other = causal_lm("Llama")
@@ -156,7 +156,7 @@ def test_hooks_are_found_inside_decorators():
     """The wrapper of no_grad is part of torch; the hook inside it is not."""
     model = fuse_lm_head(causal_lm("Llama"))
     handle = model.lm_head.register_forward_hook(torch.no_grad()(double))
-    with pytest.warns(UserWarning, match="since double of test_transformers_hooks is put on lm_head"):
+    with pytest.warns(UserWarning, match="since double of test_transformers_hooks is a hook on lm_head"):
         model(*batch(0)[:1], labels=batch(0)[1], fused=True)
     handle.remove()
     agree(model, False)
@@ -223,7 +223,7 @@ def test_settings_changed_after_fusing():
 def test_another_loss_is_refused():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    with pytest.raises(TypeError, match="if the model has another since, call fuse_lm_head"):
+    with pytest.raises(TypeError, match="if it was replaced later, call fuse_lm_head"):
         model(ids, labels=labels, fused=True)
 
 

@@ -71,7 +71,7 @@ def assert_same_training(make):
 
 
 def warned(seen):
-    return [str(w.message) for w in seen if "keeps TRL's own logits" in str(w.message)]
+    return [str(w.message) for w in seen if "uses TRL's own logits" in str(w.message)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,7 +108,7 @@ def test_an_adapter_on_the_head_is_trained(tmp_path):
     config = lora()
     config.target_modules = {"q_proj", "lm_head"}
     made = cpo(tmp_path, peft_config=config, max_steps=2)(torch.float32)
-    with patched(), pytest.warns(UserWarning, match="CPOTrainer keeps TRL's own logits: its LM head is Linear"):
+    with patched(), pytest.warns(UserWarning, match="CPOTrainer uses TRL's own logits: its LM head is Linear"):
         made.train()
     learnt = {n: p for n, p in made.model.named_parameters() if "lm_head.lora_B" in n}
     assert learnt and all(p.any() for p in learnt.values())

@@ -275,7 +275,7 @@ def test_models_that_mix_sequences(made):
     AttentionMaskInterface.register("unmasked", causal)
     mixing = made().train()
     row = torch.ones(2, 3, dtype=torch.long)
-    message = rf"{type(mixing).__name__} with attn_implementation=.* one row apart by position_ids; .*trl\.DPOTrainer"
+    message = rf"{type(mixing).__name__} with attn_implementation=.* one row by position_ids; .*trl\.DPOTrainer"
     with patched(), pytest.raises(ValueError, match=message):
         end_to_end(mixing, mixing.forward)(input_ids=row, attention_mask=row, labels=row, fused_lm_head=True)
     assert all(module.training for module in mixing.modules())
@@ -293,9 +293,9 @@ def test_configurations(tmp_path):
     )
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration, an encoder-decoder.*trl\.DPOTrainer"):
         base_of(t5())
-    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, which takes more than text.*trl\.DPOTrainer"):
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, a multimodal model.*trl\.DPOTrainer"):
         base_of(transformers.LlavaForConditionalGeneration(llava))
-    with pytest.raises(ValueError, match=r"peft_config: prompt learning .*take LoRA"):
+    with pytest.raises(ValueError, match=r"peft_config: prompt learning .*use LoRA"):
         base_of(get_peft_model(model(), prompt))
     with patched():
         with pytest.raises(ValueError, match="peft_config: prompt learning"):
@@ -303,7 +303,7 @@ def test_configurations(tmp_path):
         with pytest.raises(ValueError, match=r"pad_to_multiple_of: got 8.*leave it None"):
             dpo(tmp_path, pad_to_multiple_of=8)()
         for name in ("cp_size", "sp_size"):
-            with pytest.raises(ValueError, match=f"{name}: got 2, which cuts the padded batch"):
+            with pytest.raises(ValueError, match=f"{name}: got 2, which shards the padded batch"):
                 args = trl.DPOConfig(output_dir=str(tmp_path), **ARGS)
                 args.parallelism_config = types.SimpleNamespace(**{name: 2})
                 check_arguments(args)
@@ -316,12 +316,15 @@ def test_a_batch_of_more_than_tokens(tmp_path):
         batch = pad(examples)
         return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
 
-    with patched(), pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids beside input_ids"):
+    with (
+        patched(),
+        pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids, expected only input_ids"),
+    ):
         dpo(tmp_path, collator=collator)().train()
 
 
 def test_without_a_patch(tmp_path):
-    with pytest.raises(RuntimeError, match=r"PaddingFreeDPOTrainer .*call fused_po\.integrations\.trl\.patch\(\)"):
+    with pytest.raises(RuntimeError, match=r"PaddingFreeDPOTrainer: .*call fused_po\.integrations\.trl\.patch\(\)"):
         PaddingFreeDPOTrainer("it is not even looked for")
     with patched():
         trainer = dpo(tmp_path)()

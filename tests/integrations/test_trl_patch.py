@@ -247,7 +247,7 @@ def test_low_precision_hidden_states_with_a_wider_head(seed):
 
 def test_other_devices_stay_with_trl():
     trainer = types.SimpleNamespace(accelerator=types.SimpleNamespace(unwrap_model=lambda m: m))
-    assert scoring_base(trainer, model().to("meta")) == (None, "the head is on meta, served are cpu and cuda")
+    assert scoring_base(trainer, model().to("meta")) == (None, "the head is on meta, supported are cpu and cuda")
     with patched():
         assert utils._use_triton(torch.device("cpu")) and not utils._use_triton(torch.device("meta"))
         assert not utils._supports_trl_loss_kernel(torch.randn(2, V, device="meta"))

@@ -27,8 +27,8 @@ def collected(function):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         result = function()
-    texts = [str(w.message) for w in seen if "changes nothing; it is read by" in str(w.message)]
-    return result, sorted(text.split(": ")[1].split(" is given")[0] for text in texts)
+    texts = [str(w.message) for w in seen if "has no effect here, it is used only with" in str(w.message)]
+    return result, sorted(text.split(": ")[1].split(" has no effect")[0] for text in texts)
 
 
 def grpo_batch():
@@ -78,7 +78,7 @@ def test_grpo_called_as_by_swift(loss_type, seed):
 def test_grpo_num_items_in_batch(loss_type, seed):
     batch, module = grpo_batch(), liger.LigerFusedLinearGRPOLoss(beta=0.0, loss_type=loss_type, max_completion_length=9)
     (with_count, _), warned = collected(lambda: module(**batch, num_items_in_batch=torch.tensor(60)))
-    read = loss_type in liger_grpo.OF_STEP
+    read = loss_type in liger_grpo.STEP_MEANS
     assert warned == ([] if read else ["num_items_in_batch"])
     assert torch.equal(with_count, module(**batch)[0]) != read
 
@@ -124,7 +124,7 @@ def test_ligers_order(name):
     assert " ".join(found) == ORDERS[name]
     defaults = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
     assert {n: p.default for n, p in found.items()} == defaults | {"compiled": None, "chunk_size": None}
-    with pytest.warns(UserWarning, match="compiled=False says how"):
+    with pytest.warns(UserWarning, match="compiled=False has no effect"):
         place = list(found).index("compiled")
         module = cls(*[p.default for p in list(found.values())[:place]], False)
     assert type(pickle.loads(pickle.dumps(module))) is cls

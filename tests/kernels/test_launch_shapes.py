@@ -99,7 +99,7 @@ def test_proposed_shapes(monkeypatch):
     broken = rows(1.0, 0.5, 1.2)
     broken[1] = {"kernel": "kl", "shape": [2048, 4, 0], "wrong": "off"}
     assert launch_shapes.winners(broken) == ["kl: the table's Shape(4096, 8, 0) stays"]
-    assert launch_shapes.winners([{"kernel": "kl", "shape": [1], "wrong": "off"}])[0].endswith("gives right results")
+    assert launch_shapes.winners([{"kernel": "kl", "shape": [1], "wrong": "off"}])[0].endswith("gives correct results")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -120,7 +120,7 @@ def test_a_dry_run_of_the_stage_without_a_gpu(tmp_path):
     words = ["evidence.unit", "shapes", "--suite", "tiny", "--device", "cpu", "--result", tmp_path / "result.json"]
     run = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, env=environ)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "a dry run: no shape is proposed" in run.stdout
+    assert "a trial run: no shape is proposed" in run.stdout
     rows = json.loads((tmp_path / "result.json").read_text())["shapes"]["rows"]
     assert all(row["ms"] > 0 and row["rows"] * row["columns"] < 20_000 for row in rows)
     tried = [(row["kernel"], tuple(row["shape"])) for row in rows]
@@ -130,7 +130,7 @@ def test_a_dry_run_of_the_stage_without_a_gpu(tmp_path):
 def test_a_dry_run_is_not_made_quick():
     command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--suite", "tiny", "--quick"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 2 and "--quick: goes with --suite gpu alone" in run.stderr
+    assert run.returncode == 2 and "--quick: got it with --suite tiny" in run.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -139,7 +139,7 @@ def test_only_a_dry_run_works_without_a_gpu(words, interpreted):
     command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--device", "cpu", *words]
     environ = os.environ | {"TRITON_INTERPRET": interpreted}
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
-    assert run.returncode == 2 and "--device cpu: goes with --suite tiny and TRITON_INTERPRET=1 alone" in run.stderr
+    assert run.returncode == 2 and "--device cpu: works only with --suite tiny and TRITON_INTERPRET=1" in run.stderr
 
 
 SPILLS = """

@@ -95,7 +95,7 @@ def test_a_loop_over_sequences_raises_the_counts():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(checks, "looked_at", lambda value: False)
+    monkeypatch.setattr(checks, "values_checked", lambda value: False)
     monkeypatch.setattr(checks, "none_ignored", lambda labels, ignore_index: False)
 
 

@@ -151,8 +151,8 @@ def test_info_explains_why_a_gpu_is_not_used(monkeypatch):
     "words, message",
     [
         (("selfcheck", "--vocab", "0"), "argument --vocab: got '0', allowed are integers above 0"),
-        (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', here are "),
-        (("selfcheck", "--device", "meta"), "argument --device: got 'meta', here are "),
+        (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', available are "),
+        (("selfcheck", "--device", "meta"), "argument --device: got 'meta', available are "),
         (("selfcheck", "--backend", "cud"), "argument --backend: invalid choice: 'cud'"),
         (("selfcheck", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
         ((), "the following arguments are required: command"),

@@ -97,7 +97,9 @@ def ligers_own(folder: Path) -> int:
     plugin = HOME / "plugins"
     plugin.mkdir(parents=True, exist_ok=True)
     lines = "import warnings\nfrom fused_po.integrations import liger\n\nliger.install()\n"
-    (plugin / "ours_in_place.py").write_text(lines + 'warnings.filterwarnings("ignore", ".*says how Liger computes")\n')
+    (plugin / "ours_in_place.py").write_text(
+        lines + 'warnings.filterwarnings("ignore", ".*has no effect in fused_po")\n'
+    )
     checkout = next(source.glob("liger_kernel-*/test")).parent
     choice = " and ".join([LIGERS, *(f"not {name}" for name in NOT_LIGERS)])
     paths = os.pathsep.join(map(str, (folder, plugin, checkout)))
