@@ -28,10 +28,8 @@ class Incoming(NamedTuple):
         """Some of the rows."""
         if rows is None:
             return self
-        labels, saved, entropy, *grads = (
-            None if v is None else v[..., rows].contiguous()
-            for v in (self.labels, self.saved, self.entropy, *self.grads)
-        )
+        values = self.labels, self.saved, self.entropy, *self.grads
+        labels, saved, entropy, *grads = [None if v is None else v[..., rows].contiguous() for v in values]
         return Incoming(labels, saved, entropy, Grads(*grads))
 
     def live(self, ignore_index: int) -> Tensor:
@@ -109,7 +107,7 @@ class LogpBackward:
         self.head, self.operands, self.rows, self.kept = head, operands, incoming, kept
         self.plan, self.run = plan, head.row_passes
         self.factors = incoming.grads.logps if incoming.grads.only_logps else None
-        self.block = self.plan.head_block(len(operands.hidden), *operands.weight.shape)
+        self.block = self.plan.head_block(operands.hidden.shape[0], *operands.weight.shape)
 
     def allocate(self, n_rows: int, n_cols: int) -> None:
         """Memory for a tile."""

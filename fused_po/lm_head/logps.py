@@ -5,6 +5,7 @@ The ops around forward.py and backward.py: what the forward keeps for the backwa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
@@ -89,7 +90,7 @@ def backward(
     grads: Grads,
     needs: Needs,
     skip_zero_rows: bool,
-    sums: Optional[Gradients] = None,
+    sums: Optional[Sequence[Tensor]] = None,
 ) -> Gradients:
     """Gradients of the operands; sums: add those of weight and bias to these instead, there is no low then."""
     hidden, rows, plan = operands.hidden, saved.rows, head.plan(saved.labels.device)
@@ -98,7 +99,7 @@ def backward(
     from_kept = head.scaling.inner is None or grads.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == PRODUCT and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, operands, incoming, saved.kept[0]), rows)
-        return Gradients.empty(operands, Needs(False, False, False))._replace(hidden=grad.to(hidden.dtype))
+        return Gradients.empty(operands, Needs(False, False, False), grad.to(hidden.dtype))
     incoming = incoming.at(rows)
     live = incoming.live(head.ignore_index)
     n_rows, n_room = live.numel(), saved.kept.shape[1] if head.keep == BASIS and from_kept else 0
@@ -110,12 +111,12 @@ def backward(
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
     ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
-    out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
+    out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=hidden[:0])
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, where, needs, add).run()
-    return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
+    kept, add = chosen.kept(bases), sums is not None
+    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, out, needs, add).run()
+    return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
 def product_gradient(head: Head, operands: Operands, rows: Incoming, product: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden, weight, bias, low, *others):
-    return Gradients.empty(Operands(hidden, weight, bias, low), others[-1])
+    return Gradients.fake(Operands(hidden, weight, bias, low), others[-1])
 
 
 def _setup_context(ctx, inputs, results):
