@@ -17,13 +17,12 @@ from fused_po.lm_head.head import (
     dtypes_of,
     empty_kept,
     make_head,
-    take_rows,
     without_autocast,
     zero_unused,
 )
 from fused_po.lm_head.kl_tiles import OF_ENTROPY, KLBackward, KLForward, KLHead
 from fused_po.lm_head.logps import check_operands
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.kl import (
@@ -79,9 +78,10 @@ def forward(
     plan, weight, n_all = settings.plan(labels.device), policy.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, policy.hidden, weight, n_kept, widest)
-    zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
     policy, reference = settings.ready(policy, reference, rows)
-    tiles = KLForward(settings, plan, policy, reference, take_rows(labels, rows))
+    tiles = KLForward(settings, plan, policy, reference, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, policy, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest))[0], kept
 

@@ -16,9 +16,9 @@ from fused_po.backend.interface import Grads, RowStats, Scaling
 from fused_po.lm_head.backward import Backward, Gradients
 from fused_po.lm_head.forward import Forward
 from fused_po.lm_head.gemm import operand
-from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, take_rows, without_autocast, zero_unused
+from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, without_autocast, zero_unused
 from fused_po.lm_head.logp_tiles import Incoming, LogpBackward, LogpForward
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.outputs import (
@@ -75,9 +75,10 @@ def forward(
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, operands.hidden, weight, n_kept, widest)
     n_scored = n_all if rows is None else rows.numel()
-    zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
     operands = operands.ready(rows, plan.dtypes.compute, plan.gemm)
-    tiles = LogpForward(head, plan, operands, take_rows(labels, rows))
+    tiles = LogpForward(head, plan, operands, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, operands, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest)), kept
 
@@ -92,7 +93,7 @@ def backward(
     skip_zero_rows: bool,
     sums: Optional[Sequence[Tensor]] = None,
 ) -> Gradients:
-    """Gradients of the operands; sums: add those of weight and bias to these instead, there is no low then."""
+    """Gradients of the operands; sums: add those of weight and bias to these instead; nothing reads low's then."""
     hidden, rows, plan = operands.hidden, saved.rows, head.plan(saved.labels.device)
     entropy = None if grads.entropy is None else saved.entropy
     incoming = Incoming(saved.labels, saved.stats, entropy, grads)
@@ -112,7 +113,7 @@ def backward(
         incoming = incoming.masked(live, head.ignore_index)
     ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=hidden[:0])
+    out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=sums[0])
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
     kept, add = chosen.kept(bases), sums is not None
     Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, out, needs, add).run()
