@@ -75,11 +75,15 @@ class Grads(NamedTuple):
 
     def requested(self, outputs: Outputs) -> Grads:
         """Those of outputs that were asked for: the others have no elements."""
-        return Grads(*(g if asked else None for g, asked in zip(self, outputs)))
+        return Grads(
+            self.logps if outputs.logps else None,
+            self.entropy if outputs.entropy else None,
+            self.lse if outputs.lse else None,
+        )
 
     def contiguous(self) -> Grads:
         """With elements side by side."""
-        return Grads(*(None if g is None else g.contiguous() for g in self))
+        return Grads(*[None if g is None else g.contiguous() for g in self])
 
 
 class RowStats(NamedTuple):

@@ -26,17 +26,23 @@ class Gradients(NamedTuple):
     low: Tensor  # [V, r]
 
     @staticmethod
-    def empty(operands: Operands, needs: Needs) -> Gradients:
-        """Uninitialised; where not needed, no elements, of that dtype and device."""
+    def empty(operands: Operands, needs: Needs, hidden: Tensor) -> Gradients:
+        """Uninitialised, with hidden's as given; where not needed, no elements, of that dtype and device."""
         weight = operands.weight
-        return Gradients(
-            *(
-                torch.empty_like(v, memory_format=torch.contiguous_format)
-                if v is not None and need
-                else (weight if v is None else v).new_empty(0)
-                for v, need in zip(operands, needs)
-            )
-        )
+        head = [
+            torch.empty_like(v, memory_format=torch.contiguous_format)
+            if need and v is not None
+            else (weight if v is None else v).new_empty(0)
+            for v, need in zip(operands[1:], needs[1:])
+        ]
+        return Gradients(hidden, *head)
+
+    @staticmethod
+    def fake(operands: Operands, needs: Needs) -> Gradients:
+        """Shapes and dtypes of an op's results."""
+        hidden = operands.hidden
+        like_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+        return Gradients.empty(operands, needs, hidden.new_empty(0) if like_hidden is None else like_hidden)
 
 
 class ThinSums:
@@ -83,7 +89,7 @@ class Backward:
         self.dtypes, self.shards, self.tiles, self.operands = plan.dtypes, shards, tiles, operands
         self.grads, self.needs, self.accumulate = grads, needs, accumulate
         hidden, weight = operands.hidden, operands.weight
-        n_rows, (self.n_cols, self.width) = len(hidden), weight.shape
+        n_rows, (self.n_cols, self.width) = hidden.shape[0], weight.shape
         kept, widest = tiles.kept, shards.widest(self.n_cols)
         self.plan = plan.backward(
             BackwardPass(
@@ -137,7 +143,7 @@ class Backward:
         weight, own_sums = self.operands.weight, self.plan.own_sums
         gemm = self.operands.hidden.dtype
         part = weight if own_sums else operand(take(weight, columns), self.dtypes.compute, gemm)
-        total = self.grads.weight if own_sums else self.block_sum[: len(part)]
+        total = self.grads.weight if own_sums else self.block_sum[: part.shape[0]]
         waiting = []
         for rows in self.pieces:
             d = self.tiles.tile(rows, columns, part)

@@ -13,7 +13,6 @@ from fused_po.backend import choose as backends
 from fused_po.backend.interface import Outputs, Scaling
 from fused_po.lm_head.gemm import operand, project, take
 from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Dtypes, HeadPlan, bytes_of_a_tile, padded, what_to_keep
-from fused_po.parallel.row_passes import WholeRows, row_passes
 from fused_po.parallel.vocab import WHOLE, Shards
 from fused_po.schedule import Schedule, logits_budget
 
@@ -35,11 +34,6 @@ class Head(NamedTuple):
         """The sizes of its tiles."""
         return HeadPlan(self.keep, self.tile_bytes, self.budget, self.dtypes, self.dtypes.gemm(device))
 
-    @property
-    def row_passes(self) -> WholeRows:
-        """The backend's row passes."""
-        return row_passes(backends.get(self.backend), self.shards)
-
 
 class Operands(NamedTuple):
     """What a head projects: raw = hidden @ weight.T + bias.
@@ -55,7 +49,7 @@ class Operands(NamedTuple):
 
     def ready(self, rows: Optional[Tensor], compute: torch.dtype, gemm: torch.dtype) -> Operands:
         """Some rows of hidden, and low, in the GEMMs' dtype; the weight is cast block by block when it is used."""
-        hidden = operand(take_rows(self.hidden, rows), compute, gemm)
+        hidden = operand(self.hidden if rows is None else self.hidden[rows], compute, gemm)
         low = None if self.low is None else operand(self.low, compute, gemm)
         return Operands(hidden, self.weight, self.bias, low)
 
@@ -66,11 +60,6 @@ class Operands(NamedTuple):
         bias = None if self.bias is None else take(self.bias, columns)
         low = None if self.low is None else take(self.low, columns)
         project(take(self.hidden, rows), weight, bias, compute_dtype, out, block, low)
-
-
-def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
-    """value[rows]; all of it for rows None."""
-    return value if rows is None else value[rows]
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

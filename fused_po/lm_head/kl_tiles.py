@@ -8,11 +8,13 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po.backend import choose as backends
 from fused_po.backend.interface import Divergence, Grads, KLRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
 from fused_po.lm_head.plan import Dtypes, HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
+from fused_po.parallel.row_passes import row_passes
 
 OF_KL, OF_LOGP, OF_ENTROPY = range(3)  # rows of the incoming gradients
 
@@ -70,7 +72,7 @@ class _KLTiles:
         """Operands and labels of the rows that count."""
         self.settings, self.policy, self.reference, self.labels = settings, policy, reference, labels
         self.head, self.divergence = settings.head, settings.divergence
-        self.plan, self.run = plan, settings.head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(settings.head.backend), settings.head.shards)
 
     def buffers(self, n_rows: int, n_cols: int) -> Memory:
         """Memory for a tile."""

@@ -8,12 +8,14 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po.backend import choose as backends
 from fused_po.backend.interface import Grads, Outputs, RowStats, SavedRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
 from fused_po.lm_head.plan import HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
 from fused_po.ops.outputs import empty_stats
+from fused_po.parallel.row_passes import row_passes
 
 
 class Incoming(NamedTuple):
@@ -28,10 +30,8 @@ class Incoming(NamedTuple):
         """Some of the rows."""
         if rows is None:
             return self
-        labels, saved, entropy, *grads = (
-            None if v is None else v[..., rows].contiguous()
-            for v in (self.labels, self.saved, self.entropy, *self.grads)
-        )
+        values = self.labels, self.saved, self.entropy, *self.grads
+        labels, saved, entropy, *grads = [None if v is None else v[..., rows].contiguous() for v in values]
         return Incoming(labels, saved, entropy, Grads(*grads))
 
     def live(self, ignore_index: int) -> Tensor:
@@ -56,7 +56,7 @@ class LogpForward:
     def __init__(self, head: Head, plan: HeadPlan, operands: Operands, labels: Tensor) -> None:
         """operands and labels of the scored rows."""
         self.head, self.operands, self.labels = head, operands, labels
-        self.plan, self.run = plan, head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.n_cols = operands.weight.shape[0]
         self.block = self.plan.head_block(labels.numel(), *operands.weight.shape)
 
@@ -107,9 +107,9 @@ class LogpBackward:
 
     def __init__(self, head: Head, plan: HeadPlan, operands: Operands, incoming: Incoming, kept: Kept) -> None:
         self.head, self.operands, self.rows, self.kept = head, operands, incoming, kept
-        self.plan, self.run = plan, head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.factors = incoming.grads.logps if incoming.grads.only_logps else None
-        self.block = self.plan.head_block(len(operands.hidden), *operands.weight.shape)
+        self.block = self.plan.head_block(operands.hidden.shape[0], *operands.weight.shape)
 
     def allocate(self, n_rows: int, n_cols: int) -> None:
         """Memory for a tile."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.lm_head.tiles import Kept
-from fused_po.ops.autograd import transforms_active
 from fused_po.schedule import Schedule
 
 R = TypeVar("R", bound=tuple)
@@ -28,7 +27,7 @@ class ScoredTokens(NamedTuple):
         if schedule.num_scored is not None:
             rows, excess = bounded_rows(labels, ignore_index, schedule.num_scored)
             return ScoredTokens(rows, False, excess)
-        if schedule.compact and checks.has_values(labels) and not transforms_active():
+        if schedule.compact and checks.has_values(labels) and not torch._C._are_functorch_transforms_active():
             return ScoredTokens(scored_rows(labels, ignore_index), False)
         return ScoredTokens(None, schedule.compact)
 

@@ -271,6 +271,12 @@ def checked(everyone: Tensor) -> Tensor:
     return everyone[:, :, :-1].where(agree, torch.nan)
 
 
+@functools.cache
+def whole_rows(run: Backend) -> WholeRows:
+    """Those of all columns, made once."""
+    return WholeRows(run)
+
+
 def row_passes(run: Backend, shards: Shards) -> WholeRows:
     """The row passes of a backend, for all columns or for a rank's."""
-    return SplitRows(run, shards) if shards.group else WholeRows(run)
+    return SplitRows(run, shards) if shards.group else whole_rows(run)

@@ -136,9 +136,9 @@ def local_head(
     for value in (hidden, bias):
         if hasattr(value, "device_mesh"):
             raise TypeError(f"{name}: got a plain tensor with a DTensor; pass all as DTensors, or none (to_local())")
-    cut = vocab_parallel(process_group)
-    if cut is None:
+    if process_group is None:
         return hidden, weight, bias, WHOLE
+    cut = vocab_parallel(process_group)
     if checks.floating(name, weight).ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [V, H], this rank's rows of the head")
     if cut.sequence_dim is not None and cut.group.size() > 1:

@@ -30,7 +30,7 @@ def products(work: Work, rows: int, columns: int, times: tuple[int, int, int], a
 
 
 def whole(work: Work) -> Work:
-    """The same work with the whole head on each rank; what tensor-parallel ranks cannot share is shared by nobody."""
+    """The same work with the whole head on each rank; tensor-parallel ranks then share nothing of it."""
     return work._replace(tp=1)
 
 

@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What somebody's schedule takes of one rank: its steps, what it holds throughout, and while at its peak."""
+    """The cost of an implementation on one rank: its steps, and the memory that it holds throughout and at its peak."""
 
     name: str
     steps: list[Step]
