@@ -181,7 +181,7 @@ def test_a_backend_that_cannot_be_imported(not_imported, why):
         for _ in range(3):
             assert backends.resolve(None, torch.device("cuda"), torch.float32) == "reference"
     assert len(caught) == 1 and str(caught[0].message).startswith(f"{SAID} cuda") and why in str(caught[0].message)
-    with pytest.raises(ValueError, match="backend: 'triton' is not there: ") as error:
+    with pytest.raises(ValueError, match="backend: 'triton' is not available: ") as error:
         fused_po.logps_from_logits(x, torch.zeros(1, dtype=torch.int64), backend="triton")
     assert why in str(error.value)
 
