@@ -235,4 +235,6 @@ def test_triton_s_cache_is_damaged_or_not_writable(tmp_path):
     if made_anew != first:  # Triton 3.6 does not recreate a damaged list of files; the error says what to do
         assert made_anew.startswith(f"{start} (JSONDecodeError")
     for said in (cut, nowhere):
-        assert "delete it, or let TRITON_CACHE_DIR name another folder; backend='reference' runs without" in said
+        assert (
+            "delete the cache, or set TRITON_CACHE_DIR to another folder; backend='reference' does not need it" in said
+        )
