@@ -20,10 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-import common
-import dataset
-import loop
-import models
+from trainer import dataset, models, sampling, scoring, setup
+from trainer.errors import fail
 
 import fused_po
 from fused_po import losses
@@ -34,13 +32,13 @@ ESTIMATES = ("k1", "k2", "k3")
 def load(run: Path, device: str):
     """(policy, reference, tokenizer, held-out rows, arguments) of a finished run of examples/dpo.py."""
     if not (run / "model").is_dir():
-        common.fail(f"{run}: holds no finished run; make one with python examples/dpo.py --output {run}")
+        fail(f"{run}: holds no finished run; make one with python examples/dpo.py --output {run}")
     args = argparse.Namespace(**json.loads((run / "arguments.json").read_text()), device=device)
     folders = run / "model", run / "sft" if args.sft_steps else args.model
     policy, reference = (models.load("AutoModelForCausalLM", folder, args).eval() for folder in folders)
     tokenizer = models.load_tokenizer(run / "model")
     rows = dataset.read(args.test_dataset, "test")
-    return policy, reference, tokenizer, loop.encode(rows, tokenizer, args), args
+    return policy, reference, tokenizer, setup.encode(rows, tokenizer, args), args
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def measure(
     batch = dataset.stack(rows, ("answer",), pad, args.device)
     labels = fused_po.shift_labels(batch["labels"])
     mask = labels != dataset.IGNORE
-    hidden, ref_hidden = (models.hidden_states(model, batch, args).double() for model in (policy, reference))
+    hidden, ref_hidden = (scoring.hidden_states(model, batch, args).double() for model in (policy, reference))
     weight, ref_weight = (model.lm_head.weight.double() for model in (policy, reference))
     stats = fused_po.linear_kl(hidden, weight, ref_hidden, ref_weight, labels)
     values, added = {"exact": stats.kl.sum(1)}, {"exact": torch.zeros(len(rows), dtype=torch.float64)}
@@ -73,7 +71,7 @@ def study(run: Path, rollouts: int, seed: int, longest: int = 24, device: str = 
     chosen = [rows[i] for i in torch.randint(len(rows), (rollouts,)).tolist()]
     parts, lengths = [], []
     for begin in range(0, rollouts, 200):
-        answered = models.sample(policy, tokenizer, chosen[begin : begin + 200], args, longest)
+        answered = sampling.sample(policy, tokenizer, chosen[begin : begin + 200], args, longest)
         parts.append(measure(policy, reference, answered, tokenizer.pad_token_id, args))
         lengths += [len(row["answer_ids"]) for row in answered]
     values, added = ({kind: torch.cat([part[i][kind] for part in parts]) for kind in parts[0][i]} for i in (0, 1))
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.rollouts < 2:
-        common.fail(f"--rollouts: got {args.rollouts}, expected at least 2")
+        fail(f"--rollouts: got {args.rollouts}, expected at least 2")
     values, added, lengths = study(args.run, args.rollouts, args.seed)
     n, exact = args.rollouts, values["exact"]
     print(f"{n} rollouts, seed {args.seed}, {lengths.mean():.1f} tokens each; nats per rollout\n")

@@ -14,7 +14,7 @@ from cases import Case, Problem, problem
 from measure import run
 from providers import PROVIDERS, Provider, ours
 
-from fused_po.lm_head.gemm import gemm_dtype
+from fused_po.lm_head.plan import Dtypes
 from fused_po.planner import cost, peers
 from fused_po.planner.command import GEMM_COLUMNS, GEMM_ROWS, human, seconds
 from fused_po.planner.devices import STATED, Device, best_seconds, measured
@@ -51,7 +51,7 @@ def better(one: Device, other: Device) -> Device:
 def line(case: Case, p: Problem, who: Provider, plan: Callable[[Work], Cost], work: Work) -> str:
     """One row of the table. The machine's limits and the step are measured in turns, and the best of each counts."""
     shape = min(GEMM_ROWS, p.scored), case.width, min(case.vocabulary, GEMM_COLUMNS)
-    factor = gemm_dtype(work.device, p.hidden.dtype, torch.float32)
+    factor = Dtypes(p.hidden.dtype, torch.float32).gemm(work.device)
 
     def step() -> None:
         run(who, p, "forward+backward")

@@ -1,7 +1,7 @@
-"""docs/kl.png: estimates of the KL, their value and their gradient as losses, against the policy's distance.
+"""Draws docs/kl.png: estimates of the KL, their value and their gradient as losses, against the policy's distance.
 
 A reference q = softmax(z) over 16 tokens, policies p = softmax(z + d u) along one direction u. Means and standard
-errors are sums over all tokens; the dots are drawn.
+errors are sums over all tokens; the dots are means of sampled tokens.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from fused_po import losses
 
 TOKENS, SAMPLES, SEED = 16, 64, 5
 COLOURS = {"k1": "#d55e00", "k2": "#0072b2", "k3": "#009e73", "exact": "black"}  # Okabe and Ito's
-warnings.filterwarnings("ignore", "fused_po: k1 as a loss")  # here it is shown what comes of it
+warnings.filterwarnings("ignore", "fused_po: k1 as a loss")  # this picture shows the reason for it
 DISTANCES = torch.logspace(-1.4, 0.85, 60, dtype=torch.float64)
 
 
@@ -27,7 +27,7 @@ def gradients(logits, loss_of_logps):
 
 
 def study():
-    """For each distance: the true KL and, by estimator, (mean, error, drawn mean, bias and noise of the gradient)."""
+    """For each distance: the true KL and, by estimator, (mean, error, sampled mean, bias and noise of the gradient)."""
     torch.manual_seed(SEED)
     reference, direction = torch.randn(2, TOKENS, dtype=torch.float64)
     log_q = reference.log_softmax(-1)
@@ -64,7 +64,7 @@ def main():
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11.5})
     figure, (value, gradient) = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained")
     for axis in (value, gradient):
-        axis.set(xscale="log", xlim=(1e-3, 2.6), xlabel="true KL(policy ‖ reference) [nats a token]")
+        axis.set(xscale="log", xlim=(1e-3, 2.6), xlabel="true KL(policy ‖ reference) [nats per token]")
         axis.grid(alpha=0.3)
     for kind, mark in (("k1", "o"), ("k3", "^"), ("k2", "v")):
         mean, error, drawn, bias, noise = (curve(kind, i) for i in range(5))

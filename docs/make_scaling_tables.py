@@ -24,7 +24,7 @@ BATCH = ("--tokens", 2048, "--scored", 0.5)
 
 
 def plan(head: str, *flags: object) -> dict:
-    """What `python -m fused_po plan` says of a head, as data."""
+    """The plan that `python -m fused_po plan` prints for a head, as data."""
     vocab, hidden = HEADS[head]
     words = ["plan", "--vocab", vocab, "--hidden", hidden, *BATCH, *flags, "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -37,7 +37,7 @@ def row(*cells: object) -> str:
 
 
 def heads() -> list[str]:
-    """Every head on one GPU and on 8 over which its vocabulary is cut, beside the others."""
+    """Every head on one GPU and split over 8, beside TRL, Liger and eager."""
     titles = "head", "1 GPU", "GEMMs", "--tp 8", "GEMMs", "sends", "TRL", "Liger", "eager"
     lines = [row(*titles), "|---" * len(titles) + "|"]
     for head in HEADS:
@@ -55,7 +55,7 @@ def heads() -> list[str]:
 
 
 def vocabulary_or_batch() -> list[str]:
-    """8 GPUs, one vocabulary cut over all, or 8 batches."""
+    """8 GPUs: one vocabulary split over all of them, or 8 batches."""
     titles = "head", "pairs", "scored", "--tp 8", "sends", "--dp 8", "sends"
     lines = [row(*titles), "|---" * len(titles) + "|"]
     for head in ("Llama-3-8B", "Llama-3-70B"):
@@ -70,8 +70,8 @@ def vocabulary_or_batch() -> list[str]:
 
 
 def thousands() -> list[str]:
-    """Llama 3.1 405B's head on more and more ranks, 2 pairs on each data-parallel one."""
-    titles = "ranks", "tp x dp", "--dp-mode", "time", "memory", "tp sends", "dp sends", "under the model's"
+    """Llama 3.1 405B's head on up to 16,384 ranks, 2 pairs on each data-parallel rank."""
+    titles = "ranks", "tp x dp", "--dp-mode", "time", "memory", "tp sends", "dp sends", "dp time, overlapped"
     lines = [row(*titles), "|---" * len(titles) + "|"]
     for tp, dp, mode in (
         (1, 1, "ddp"),
@@ -97,7 +97,7 @@ def tables() -> list[list[str]]:
 
 
 def written(page: str) -> str:
-    """The page with today's tables in the place of those that begin with the same line."""
+    """The page with the current tables in place of those that begin with the same line."""
     for lines in tables():
         begin = page.index(lines[0])
         page = page[:begin] + "\n".join(lines) + page[page.index("\n\n", begin) :]

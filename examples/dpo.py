@@ -1,24 +1,24 @@
-"""Direct preference optimisation, start to end: supervised training of a small model, then DPO against it.
+"""DPO: supervised training of a small model, then direct preference optimization with that model as the reference.
 
     python examples/dpo.py                    # a tiny Llama on the shipped data, minutes on a CPU
     python examples/dpo.py --model Qwen/Qwen3-0.6B --dataset data.jsonl --test-dataset test.jsonl
-    torchrun --nproc-per-node=2 examples/dpo.py --parallel fsdp               # or ddp, tp: see parallel.py
+    torchrun --nproc-per-node=2 examples/dpo.py --parallel fsdp               # or ddp, tp
 
-Rows have prompt, chosen, rejected: strings, or lists of messages. The loss is `fused_po.linear_dpo` on the hidden
-states: no logits exist. With --precompute-ref the reference scores each answer once, not once an epoch.
+Rows have prompt, chosen and rejected: texts or lists of messages. The loss is `fused_po.linear_dpo`, computed from
+hidden states. With --precompute-ref the reference scores each answer once, not once per epoch. examples/minimal_dpo.py
+is the same method in one short file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import dataset
-import loop
-import models
-import parallel
-import references
 import sft
 import torch
+from trainer import dataset, flags, models, optimization, parallel, reference_logps, sampling, scoring, setup
+from trainer.errors import fail
+from trainer.training_run import Run, main
 
 import fused_po
 
@@ -28,34 +28,38 @@ FIELDS = ("chosen", "rejected")
 
 
 def parse(argv: list[str] | None = None):
-    parser = loop.parser("dpo", __doc__, rates=(1e-6, 1e-5))
+    parser = flags.parser("dpo", __doc__, rates=(1e-6, 1e-5))
     add = parser.add_argument
-    add("--beta", type=float, default=0.1, help="how much a reward of 1 weighs against the KL")
-    coef = "weight of the k3 estimate of the KL; without it a tiny model unlearns to speak"
-    add("--kl-coef", type=float, default=0.1, help=coef)
-    references.add_flags(parser)
+    text = "scale of the log-ratios in the loss; a larger value keeps the policy closer to the reference"
+    add("--beta", type=float, default=0.1, help=text)
+    text = "weight of the k3 estimate of the KL; at 0 a tiny model forgets how to answer"
+    add("--kl-coef", type=float, default=0.1, help=text)
+    reference_logps.add_flags(parser)
     parallel.add_flags(parser)
-    args = loop.parse(parser, argv, positive=("beta", "timeout"), natural=("kl_coef",))
+    args = flags.parse(parser, argv, positive=("beta", "timeout"), natural=("kl_coef",))
     if args.precompute_ref and args.parallel in ("fsdp", "tp"):
-        why = "which scores with the whole model on every rank"
-        loop.common.fail(f"--precompute-ref: not with --parallel {args.parallel}, {why}; take ddp, or leave it out")
+        why = "because it needs the whole model on every rank"
+        fail(f"--precompute-ref: not with --parallel {args.parallel}, {why}; use ddp, or leave it out")
     return args
 
 
 def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[int, int]):
-    """(loss, metrics) of a stacked batch of pairs that is part of a step over `counts` pairs and tokens: shares of it.
+    """(loss, metrics) of a part of a step's pairs, divided by the counts of the whole step: see `take_step`.
 
-    ref_logps: [2B, T], the reference's log-probs of the labels.
+    Args:
+        batch: of `dataset.stack`. ref_logps: [2B, T], the reference's log-probs of the labels.
+        counts: pairs and scored tokens of the whole step.
     """
     labels = fused_po.shift_labels(batch["labels"])
     of_pairs = len(labels) / 2 / counts[0]
     of_tokens = int((labels != dataset.IGNORE).sum()) / counts[1]
-    hidden, router_loss = models.forward(model, batch, args)
-    with models.autocast(args):  # a share of the KL's mean over tokens, beside a share of the losses' over pairs
+    hidden, router_loss = scoring.forward(model, batch, args)
+    head = scoring.head(model)
+    kl_coef = args.kl_coef * of_tokens / of_pairs  # the loss is multiplied by of_pairs below, but the KL is per token
+    with scoring.autocast(args):
         out = fused_po.linear_dpo(
-            hidden, labels=labels, ref_logps=ref_logps, **models.head(model),
-            beta=args.beta, kl="k3", kl_coef=args.kl_coef * of_tokens / of_pairs,
-        )  # fmt: skip
+            hidden, labels=labels, ref_logps=ref_logps, beta=args.beta, kl="k3", kl_coef=kl_coef, **head
+        )
     means = {
         "rewards/chosen": out.chosen_rewards,
         "rewards/rejected": out.rejected_rewards,
@@ -70,42 +74,37 @@ def dpo_loss(model, batch: dict, ref_logps: torch.Tensor, args, counts: tuple[in
 
 @torch.no_grad()
 def evaluate(model, rows: list[dict], tokenizer, args) -> dict[str, float]:
-    """Share of held-out pairs with the chosen answer more probable per token, and of correct greedy answers."""
+    """On held-out rows: the share of pairs whose chosen answer is more probable per token; correct greedy answers."""
     preferred, mine = 0, parallel.deal(rows, args)
-    with models.evaluating(model):
+    with scoring.evaluating(model):
         for begin in range(0, len(mine), 100):
             batch = dataset.stack(mine[begin : begin + 100], FIELDS, tokenizer.pad_token_id, args.device)
-            chosen, rejected = models.answer_logps(model, batch, args, average=True).chunk(2)
+            chosen, rejected = scoring.answer_logps(model, batch, args, average=True).chunk(2)
             preferred += (chosen > rejected).sum().item()
-    greedy = models.share_correct(model, tokenizer, rows, args, longest=max(len(row["chosen_ids"]) for row in rows))
+    greedy = sampling.share_correct(model, tokenizer, rows, args, longest=max(len(row["chosen_ids"]) for row in rows))
     return {"preference": parallel.total({"pairs": preferred}, args)["pairs"] / len(rows), "greedy": greedy}
 
 
 def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
-    """The whole run; returns what `evaluate` gave before and after DPO.
+    """The whole run; returns the results of `evaluate` before and after DPO.
 
-    watch: (model, frozen, tokenizer) -> what else is measured every --eval-every steps.
+    watch: (model, frozen, tokenizer) -> further metrics to measure every --eval-every steps.
     """
-    texts = loop.load_rows(args, "preference")
-    with loop.Run(args, PANELS) as run:
-        model, tokenizer, pairs, held_out = loop.start(args, texts)
+    texts = setup.load_rows(args, "preference")
+    with Run(args, PANELS) as run:
+        model, tokenizer, pairs, held_out = setup.start(args, texts)
         model = sft.warm_up(run, model, tokenizer, pairs, args)
         frozen = models.freeze(model, args)
         model = models.adapt(model, args)
         if args.precompute_ref:
-            pairs = references.scored(model, frozen, pairs, FIELDS, tokenizer, args)
+            pairs = reference_logps.scored(model, frozen, pairs, FIELDS, tokenizer, args)
         engine = parallel.Engine(args, model, frozen)
-        learner = loop.learner(engine, args.lr, args.steps)
+        learner = optimization.learner(engine, args.lr, args.steps)
 
         def loss_of(part: list[dict], counts: tuple[int, int]):
             batch = dataset.stack(part, FIELDS, tokenizer.pad_token_id, args.device)
-            ref_logps = references.logps_of(model, frozen, part, FIELDS, batch, args)
+            ref_logps = reference_logps.logps_of(model, frozen, part, FIELDS, batch, args)
             return dpo_loss(model, batch, ref_logps, args, counts)
-
-        def one_step(number: int) -> dict[str, float]:
-            rows = dataset.batch_at(pairs, number, args.batch_size, args.seed)
-            counts = len(rows), dataset.scored_tokens(rows, FIELDS)
-            return loop.update(learner, rows, lambda part: loss_of(part, counts), args)
 
         def shares_now() -> dict[str, float]:
             with engine.gathered():
@@ -115,7 +114,10 @@ def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
             return shares_now() | (watch(model, frozen, tokenizer) if watch else {})
 
         shares = {"before": shares_now()}
-        run.train("DPO", learner, args.steps, one_step, measure)
+        for step, metrics in run.steps("DPO", learner, args.steps, measure):
+            rows = dataset.batch_at(pairs, step, args.batch_size, args.seed)
+            counts = len(rows), dataset.scored_tokens(rows, FIELDS)
+            metrics |= optimization.take_step(learner, rows, partial(loss_of, counts=counts), args)
         shares["after"] = shares_now()
         columns = {"reference": shares["before"], "after DPO": shares["after"]}
         run.finish(engine.whole(model), tokenizer, "Supervised training, then DPO", SHARES, columns)
@@ -123,4 +125,4 @@ def train(args, watch: Callable | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    loop.main(train, parse())
+    main(train, parse())

@@ -1,11 +1,11 @@
-"""TRL's DPOTrainer with the fused head under it, on one process or many: what `accelerate launch` starts is what runs.
+"""TRL's DPOTrainer with fused_po's log-probs, in one process or in several started by `accelerate launch`.
 
     python examples/trl_dpo.py --max_steps 20
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/trl_dpo.py --model ...
 
-The configurations in examples/accelerate/ are DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3. Every flag of TRL's
-DPOConfig is taken (--per_device_train_batch_size, --beta, --save_strategy, --resume_from_checkpoint, ...). Without
---model a tiny Llama is built on the pairs.
+examples/accelerate/ has configurations for DDP, FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3. All flags of TRL's DPOConfig
+are accepted (--per_device_train_batch_size, --beta, --save_strategy, --resume_from_checkpoint, ...). Without --model a
+tiny Llama is built, with a tokenizer trained on the pairs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import comparisons
-import dataset
 import datasets
-import models
 import torch
 import transformers
 import trl
+from trainer import comparisons, dataset, formats, models
 
 from fused_po.integrations.trl import patch
 
@@ -27,9 +25,9 @@ DEFAULTS = dict(output_dir="runs/trl_dpo", max_length=128, logging_steps=1, save
 
 
 def tiny(rows: list[dict], folder: Path) -> Path:
-    """Where a Llama of 0.7 million parameters, with the rows' own words, has been written."""
+    """Write a Llama of 0.7 million parameters and a tokenizer trained on the rows into a folder, unless it exists."""
     if not folder.is_dir():
-        tokenizer = models.train_tokenizer(dataset.texts_of(rows))
+        tokenizer = models.train_tokenizer(formats.texts_of(rows))
         shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
         ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         transformers.set_seed(0)
@@ -39,13 +37,17 @@ def tiny(rows: list[dict], folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> trl.DPOTrainer:
-    """Trains; returns the trainer."""
+    """Train; returns the trainer."""
     parser = transformers.HfArgumentParser(trl.DPOConfig, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", help="Hub id or folder of a causal LM")
-    parser.add_argument("--dataset", default=str(comparisons.TRAIN), help="pairs, a .jsonl file or what datasets reads")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of the weights")
-    parser.add_argument("--stock", action="store_true", help="TRL's own head, to compare with")
+    parser.add_argument(
+        "--dataset", default=str(comparisons.TRAIN), help="preference pairs: a file, a folder or a Hub id"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="dtype of the weights"
+    )
+    parser.add_argument("--stock", action="store_true", help="use TRL's own log-probs, for comparison")
     parser.set_defaults(**DEFAULTS)
     config, args = parser.parse_args_into_dataclasses(argv)
     rows = dataset.read(args.dataset, "train")
@@ -54,8 +56,8 @@ def main(argv: list[str] | None = None) -> trl.DPOTrainer:
     config.model_init_kwargs = {"dtype": getattr(torch, args.dtype)}
     if not args.stock:
         patch()
-    taken = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-    pairs = datasets.Dataset.from_list([{key: row[key] for key in taken if key in row} for row in rows])
+    columns = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    pairs = datasets.Dataset.from_list([{key: row[key] for key in columns if key in row} for row in rows])
     trainer = trl.DPOTrainer(path, args=config, train_dataset=pairs, processing_class=models.load_tokenizer(path))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     return trainer

@@ -42,19 +42,16 @@ class Example:
 
     def __init__(self, case: training.Training, device: str) -> None:
         sys.path.insert(0, str(ROOT / "examples"))
-        import dataset
         import dpo
-        import loop
-        import models
-        import parallel
-        import references
+        from trainer import dataset, models, optimization, parallel, reference_logps
 
-        self.case, self.dpo, self.loop, self.dataset, self.references = case, dpo, loop, dataset, references
+        self.case, self.dpo, self.dataset = case, dpo, dataset
+        self.take_step, self.reference_logps = optimization.take_step, reference_logps.logps_of
         words = ["--device", device, "--batch-size", "1", "--max-length", str(2 * case.most), "--bf16"]
         self.args = dpo.parse(words if device == "cuda" else [*words[:-1], "--no-bf16"])
         model = models.prepared(training.model(case, device, 0), self.args)
         self.frozen = models.freeze(model, self.args)
-        self.learner = loop.learner(parallel.Engine(self.args, model, self.frozen), 1e-6, 1000)
+        self.learner = optimization.learner(parallel.Engine(self.args, model, self.frozen), 1e-6, 1000)
 
     def row(self, length: int) -> dict[str, list[int]]:
         """A pair whose sequences have this length, half of it prompt."""
@@ -71,10 +68,10 @@ class Example:
 
         def loss_of(part: list[dict]):
             batch = self.dataset.stack(part, self.dpo.FIELDS, 0, args.device)
-            ref_logps = self.references.logps_of(model, self.frozen, part, self.dpo.FIELDS, batch, args)
+            ref_logps = self.reference_logps(model, self.frozen, part, self.dpo.FIELDS, batch, args)
             return self.dpo.dpo_loss(model, batch, ref_logps, args, counts)
 
-        return self.loop.update(self.learner, rows, loss_of, args)["loss"]
+        return self.take_step(self.learner, rows, loss_of, args)["loss"]
 
 
 def example(args: argparse.Namespace) -> dict:

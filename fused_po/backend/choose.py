@@ -1,4 +1,4 @@
-"""Which backend runs an op, and what becomes of one that does not run here."""
+"""Select the backend for an op, and handle backends that do not run on this machine."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 from fused_po import kernels, reference
 
 NAMES = (*kernels.NAMES, "reference")
-ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None takes it even if Triton's interpreter could run: that is slow
+ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None never selects Triton: its interpreter is slow
 
 TRITON_CACHE_ERRORS = {"triton": (OSError, ValueError)}
 
-_interpreting = threading.Lock()  # Triton's interpreter swaps functions of the language while a kernel runs
+_interpreting = threading.Lock()  # Triton's interpreter replaces functions of the language while a kernel runs
 
 
-# A launcher's arguments whose strides its kernel reads; their last dimension alone must be contiguous. `scale` looks
-# at its gradient itself. A kernel takes every other tensor for contiguous.
+# Arguments whose strides the kernels read; only their last dimension must be contiguous. `scale` checks its gradient
+# itself. All other tensors must be contiguous.
 STRIDED = ("logits", "ref_logits", "basis", "out", "parts")
 AS_THEY_ARE = ("grad",)
 
 
 def _as_kernels_read(name: str, value: object) -> object:
-    """An argument of a launcher as its kernel reads it; of a tuple, each item; other values are passed through."""
+    """Make an argument of a launcher, or each tensor of a tuple, contiguous if its kernel needs that."""
     if isinstance(value, tuple):
         tensors = any(isinstance(v, torch.Tensor) for v in value)
         return tuple(_as_kernels_read(name, v) for v in value) if tensors else value
@@ -38,14 +38,14 @@ def _as_kernels_read(name: str, value: object) -> object:
     if name not in STRIDED:
         return value.contiguous()
     if value.stride(-1) != 1 and value.shape[-1] > 1:
-        raise ValueError(f"{name}: got stride {value.stride(-1)} of the last dimension, expected 1; copy it first")
+        raise ValueError(f"{name}: got stride {value.stride(-1)} in the last dimension, expected 1; copy it first")
     return value
 
 
 def _launcher(name: str, function: Callable) -> Callable:
-    """A backend's function, given tensors as its kernels read them, on the device of the first: kernels launch there.
+    """Wrap a backend's function: make arguments contiguous, and launch on the device of the first one.
 
-    The one place where arguments are made contiguous: callers may pass any strides.
+    Arguments are made contiguous only here, so callers may pass any strides.
     """
     names = tuple(inspect.signature(function).parameters)
 
@@ -59,18 +59,18 @@ def _launcher(name: str, function: Callable) -> Callable:
                 return function(*given, **options)
         except TRITON_CACHE_ERRORS.get(
             name, ()
-        ) as error:  # folders that cannot be written, files that were cut: nothing of ours
+        ) as error:  # a cache folder that cannot be written, or truncated cache files
             raise RuntimeError(
                 f"fused_po: backend {name!r} cannot compile or load a kernel ({type(error).__name__}: {error}). If its "
-                "cache is damaged or cannot be written, delete it, or let TRITON_CACHE_DIR name another folder; "
-                "backend='reference' runs without it"
+                "cache is damaged or cannot be written, delete the cache, or set TRITON_CACHE_DIR to another folder; "
+                "backend='reference' does not need it"
             ) from error
 
     return launch
 
 
 class _Launchers:
-    """A backend's functions; what it lacks, its module refuses in its own words."""
+    """A backend's functions. For a missing one, the backend's module raises its own error."""
 
     def __init__(self, name: str) -> None:
         self.module = kernels.load(name)
@@ -89,7 +89,7 @@ def get(name: str) -> ModuleType | _Launchers:
 
 
 def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot serve tensors of this device and dtype, or None if it can."""
+    """Why the backend does not support tensors of this device and dtype, or None if it does."""
     if name == "reference":
         return reference.unsupported(device, dtype)
     return kernels.unsupported(name, device, dtype)
@@ -100,10 +100,10 @@ _trying = threading.Lock()
 
 
 def _try(name: str, device: torch.device) -> str | None:
-    """Why a backend does not run on a device that it serves: one row of eight logits is scored, once a process.
+    """Try a backend on a supported device with one row of eight logits, once per process. Why it fails, or None.
 
-    A compiler that is missing, a driver too old, a cache that cannot be written show here, before any result depends
-    on which backend made it. What fails warns, once.
+    This finds a missing compiler, an old driver or a cache that cannot be written before the first result is computed.
+    A failure warns once.
     """
     if type(torch.empty(0)) is not torch.Tensor:  # fake tensors: nothing runs now
         return None
@@ -113,12 +113,12 @@ def _try(name: str, device: torch.device) -> str | None:
                 score = get(name).statistics
                 score(torch.zeros(1, 1, 8, device=device), torch.zeros(1, device=device).long(), 1.0, None, -100, 1)
             except torch.OutOfMemoryError:
-                return None  # says nothing about the backend; the op will say it better
-            except Exception as error:  # whatever a compiler, a driver or a file system may raise
+                return None  # not a problem of the backend; the op reports it
+            except Exception as error:  # a compiler, a driver or a file system may raise anything
                 _tried[name, device] = reason = f"{type(error).__name__}: {error}"
                 warnings.warn(
-                    f"fused_po: backend {name!r} does not run on {device}, the next best takes its place ({reason}). "
-                    f"backend={name!r} raises the whole error; `python -m fused_po info` says what runs",
+                    f"fused_po: backend {name!r} does not run on {device}, another one is used ({reason}). "
+                    f"backend={name!r} raises the full error; `python -m fused_po info` shows which backends run",
                     stacklevel=4,
                 )
             else:
@@ -127,7 +127,7 @@ def _try(name: str, device: torch.device) -> str | None:
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:
-    """The first backend that serves such tensors and runs."""
+    """The first backend that supports such tensors and runs."""
     if device.type in ALWAYS_REFERENCE:
         return "reference"
     names = [name for name in kernels.NAMES if name not in kernels.BY_NAME]
@@ -141,25 +141,25 @@ def _best(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def resolve(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend for such tensors. A backend asked for by name runs or raises; None takes the best."""
+    """The name of the backend for such tensors. A backend that is requested by name runs or raises."""
     backend = _best(device, dtype) if backend is None else backend
     if backend not in NAMES:
-        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, NAMES))}, or None to choose")
+        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, NAMES))}, or None")
     if backend != "reference" and kernels.missing(backend):
-        raise ValueError(f"backend: {backend!r} is not there: {kernels.missing(backend)}")
+        raise ValueError(f"backend: {backend!r} is not available: {kernels.missing(backend)}")
     reason = unsupported(backend, device, dtype)
     if reason is not None:
-        raise ValueError(f"backend: {backend!r} cannot serve {reason}; backend=None takes one that can")
+        raise ValueError(f"backend: {backend!r} cannot run on {reason}; backend=None selects one that can")
     return backend
 
 
-# What torch.compiler.assume_constant_result sets: torch.compile takes the name as a constant and does not trace the
-# import of a backend. The decorator itself would import the compiler, a second, with every `import fused_po`.
+# The attribute that torch.compiler.assume_constant_result sets: torch.compile treats the name as a constant and does
+# not trace the import of a backend. The decorator would import the compiler: one more second for `import fused_po`.
 resolve._dynamo_marked_constant = True
 
 
 def cannot_run(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend asked for by name would run nothing on such tensors, or None; what it says is said once."""
+    """Why a backend requested by name does not run on such tensors, or None. Does not warn."""
     reason = unsupported(name, device, dtype)
     if (
         reason is not None
@@ -183,7 +183,9 @@ def _device(device: object) -> torch.device:
 
 
 def backends(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """What would run on tensors of this device (default: the GPU if there is one) and dtype, and why the rest not.
+    """For each backend, whether it runs on tensors of this device and dtype, and if not, why.
+
+    device: default: the GPU if there is one, else the CPU.
 
     >>> fused_po.backends("cpu")
     {'triton': 'no: a cpu tensor (...)', 'cuda': 'no: a cpu tensor (...)', 'reference': 'yes, chosen by backend=None'}
@@ -194,9 +196,10 @@ def backends(device: str | torch.device | None = None, dtype: torch.dtype = torc
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype such as torch.bfloat16")
     chosen = resolve(None, device, dtype)
-    said = {}
+    answers = {}
     for name in NAMES:
         reason = unsupported(name, device, dtype) or _tried.get((name, device))
-        alone = ", and by name alone: it has not been measured on a GPU" if name in kernels.BY_NAME else ", by name"
-        said[name] = f"no: {reason}" if reason else "yes, chosen by backend=None" if name == chosen else f"yes{alone}"
-    return said
+        by_name = ", only by name: it has not been measured on a GPU" if name in kernels.BY_NAME else ", by name"
+        yes = "yes, chosen by backend=None" if name == chosen else f"yes{by_name}"
+        answers[name] = f"no: {reason}" if reason else yes
+    return answers

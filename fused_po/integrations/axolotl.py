@@ -1,11 +1,11 @@
-"""A plugin for axolotl: its models' losses from hidden states, its RL trainers' log-probs by fused_po.
+"""A plugin for axolotl: supervised losses and the log-probs of its RL trainers are computed by fused_po.
 
     plugins:
       - fused_po.integrations.axolotl.FusedPOPlugin
 
-axolotl imports the class by that name. Supervised training goes through `integrations.transformers`, `rl:` through
-`integrations.trl`, which needs TRL 1.15 or later: axolotl 0.19 pins TRL 1.9, and 0.21 pins 1.14.1. Written for
-axolotl 0.19.
+axolotl imports the class by that name. Supervised training uses `integrations.transformers`. `rl:` uses
+`integrations.trl`, which needs TRL 1.15 or later: axolotl 0.19 pins TRL 1.9, and 0.21 pins 1.14.1. Tested with
+axolotl 0.19.0.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 
 def _plugin() -> type:
-    """The class, made when axolotl asks for it: its base is axolotl's."""
+    """The plugin class, created on first access because its base class is axolotl's."""
     from axolotl.integrations.base import BasePlugin
 
     class FusedPOPlugin(BasePlugin):
-        """Fuses the LM head of the model that is trained; with `rl:`, patches TRL before its trainer is built."""
+        """Fuses the LM head of the trained model; with `rl:`, patches TRL before the trainer is built."""
 
         def pre_model_load(self, cfg: Any) -> None:
             for option in ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy"):
                 if cfg.get(option):
                     raise ValueError(
-                        f"{option}: is set beside FusedPOPlugin, and both replace the loss head; leave one of them out"
+                        f"{option}: set together with FusedPOPlugin, but both replace the loss; remove one"
                     )
             if cfg.get("rl"):
                 _patch_trl(cfg.get("rl"))
@@ -47,9 +47,9 @@ def _patch_trl(rl: Any) -> None:
     except RuntimeError as error:
         got = str(getattr(rl, "value", rl))
         raise RuntimeError(
-            f"rl: got {got!r} with FusedPOPlugin, which needs TRL >= 1.15 there, and axolotl pins an older one (0.19: "
-            "1.9, 0.21: 1.14.1). Leave the plugin out of this run, or install such a TRL over the pin, which axolotl "
-            f"has not tested; without rl: the plugin needs no TRL. ({error})"
+            f"rl: got {got!r} with FusedPOPlugin, which needs TRL >= 1.15 for it, but axolotl pins an older version "
+            "(0.19: 1.9, 0.21: 1.14.1). Remove the plugin from this run, or install TRL >= 1.15 in spite of the pin, "
+            f"which axolotl has not tested. Without rl: the plugin does not use TRL. ({error})"
         ) from error
 
 

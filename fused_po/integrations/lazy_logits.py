@@ -1,4 +1,4 @@
-"""Logits of an evaluation, computed only if something reads them."""
+"""Logits for evaluation that are computed only when something reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from fused_po.ops.outputs import TokenStats
 
-# What is answered without computing: properties are known by their getters.
+# Methods and property getters that need no values.
 KNOWN = {
     Tensor.size,
     Tensor.stride,
@@ -25,13 +25,13 @@ KNOWN = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_nested", "layout")
 }
-SAME = {Tensor.detach, Tensor.float}  # what Trainer and accelerate do with every output, read or not
+SAME = {Tensor.detach, Tensor.float}  # stay lazy: Trainer and accelerate call these on every output
 
 
 class LazyLogits(Tensor):
-    """Logits [..., V]: any operation that reads them computes them first, once.
+    """Logits [..., V] that are computed once, before the first operation that reads their values.
 
-    Fields of `token_stats` are attributes: `.logps`, `.entropy`. Until they are computed they are one NaN, expanded.
+    Fields of `token_stats` are attributes: `.logps`, `.entropy`. Before the computation the memory is one expanded NaN.
     """
 
     make: Callable[[], Tensor]
@@ -41,7 +41,7 @@ class LazyLogits(Tensor):
     def of(
         cls, make: Callable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stats: TokenStats
     ) -> LazyLogits:
-        """make() gives the logits, of this shape and dtype on this device."""
+        """Lazy logits with this shape, dtype and device, which make() computes."""
         made = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape).as_subclass(cls)
         made.make, made.token_stats = _once(make), stats
         return made
@@ -71,12 +71,12 @@ def _computed(value: Any) -> Any:
         return value
     logits = value.make()
     with torch._C.DisableTorchFunctionSubclass():
-        value.data = logits  # for whoever reads its memory past __torch_function__: collectives, say
+        value.data = logits  # for code that reads the memory without __torch_function__, such as collectives
     return logits
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """make, computed at most once, without gradients, and under the autocast of this moment."""
+    """A function that calls make at most once, without gradients, in the current autocast mode."""
     made: list[Tensor] = []
     modes = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")]
 

@@ -1,7 +1,7 @@
-"""A causal LM without its logits: the input of its head, what the head multiplies by, and what is added to its loss.
+"""A causal LM without its logits: the input and the parameters of its LM head, and the router loss.
 
-For loops that call `linear_logps`, `linear_dpo` or `linear_kl` themselves. The model's own forward runs, so the hidden
-states are exactly those that its head is called with, and a router loss is the one that it would add.
+For training loops that call `linear_logps`, `linear_dpo` or `linear_kl` directly. The model's own forward runs, so the
+hidden states are exactly those that its head gets, and a router loss is the one that the model would add.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _replacing = threading.RLock()  # held while a model has another loss_function
 
 
 class LMHead(NamedTuple):
-    """What `linear_logps` takes beside hidden states: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """Arguments of `linear_logps`: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
 
     weight: Tensor  # [V, H]
     bias: Optional[Tensor]  # [V]
@@ -35,7 +35,7 @@ class LMHead(NamedTuple):
 
 
 class HeadInput(NamedTuple):
-    """hidden [B, T, H]: what the head was called with. added_loss: 0-dim, None if nothing is added."""
+    """hidden: [B, T, H], the input of the head. added_loss: 0-dim, such as a router loss; None if there is none."""
 
     hidden: Tensor
     added_loss: Optional[Tensor]
@@ -43,15 +43,15 @@ class HeadInput(NamedTuple):
 
 class _Measured(NamedTuple):
     processing: Processing
-    takes_labels: bool  # its forward calls `loss_function`, so that what else is in its loss can be had
+    takes_labels: bool  # its forward calls `loss_function`, so that the rest of its loss can be isolated
     adds_loss: bool
 
 
 def lm_head(model: nn.Module) -> LMHead:
-    """The LM head of a transformers causal LM, or of one in a PeftModel; what is done to its logits is measured once.
+    """The LM head of a transformers causal LM, alone or in a PeftModel. Scale and softcap are measured once per model.
 
     Raises:
-        TypeError: no causal LM, or a head that is not of this form.
+        TypeError: the model is not a causal LM, or its head does not have this form.
     """
     base, head = _parts(model)
     processing = _measured(base, head).processing
@@ -60,14 +60,16 @@ def lm_head(model: nn.Module) -> LMHead:
 
 
 def head_input(model: nn.Module, **inputs: Any) -> HeadInput:
-    """Run the model's forward with an empty head.
+    """Run the model's forward without computing logits.
+
+    If gradients are enabled, the result includes what the forward adds to its loss: router losses, times the
+    coefficient in the config.
 
     Args:
-        inputs: the model's own, by name: input_ids [B, T], and attention_mask or position_ids. With gradients the
-            result has what the forward adds to its loss: router losses, times the coefficient in the configuration.
+        inputs: the model's inputs, by name: input_ids [B, T], and attention_mask or position_ids.
 
     Raises:
-        TypeError: as `lm_head`.
+        TypeError: as for `lm_head`.
     """
     base, head = _parts(model)
     measured = _measured(base, head)
@@ -75,7 +77,7 @@ def head_input(model: nn.Module, **inputs: Any) -> HeadInput:
 
 
 def adds_loss(model: nn.Module) -> bool:
-    """Whether the model's forward adds to its loss, over all the tokens that it is given."""
+    """Whether the model's forward adds a term to its loss, such as a router loss over all tokens."""
     return _measured(*_parts(model)).adds_loss
 
 
@@ -92,17 +94,17 @@ def _read(base: nn.Module, head: nn.Module):
     like = next(head.parameters(), torch.empty(0))
     parts = read_head(head, like.new_empty(0, getattr(head, "in_features", 0)))
     if parts.low_rank is not None:
-        raise TypeError(f"lm_head: that of {type(base).__name__} has adapters; merge them, or leave them out")
+        raise TypeError(f"lm_head: the head of {type(base).__name__} has adapters; merge them, or exclude the head")
     return parts
 
 
-def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any]) -> HeadInput:
-    """The forward; `labelled`: with labels, whose own loss is 0."""
+def _run(base: nn.Module, head: nn.Module, labeled: bool, inputs: dict[str, Any]) -> HeadInput:
+    """Run the forward; with `labeled`, pass labels and make the language modeling loss 0."""
     seen: list[Tensor] = []
     caller = threading.get_ident()
 
     def divert(head: nn.Module, args: tuple) -> Optional[tuple]:
-        """Keep the head's input and give it none of its rows; a DTensor head one. Other threads' calls pass through."""
+        """Keep the head's input, and pass the head 0 rows (1 if it is a DTensor). Ignore calls of other threads."""
         if threading.get_ident() != caller:
             return None
         if seen or not args:
@@ -114,22 +116,22 @@ def _run(base: nn.Module, head: nn.Module, labelled: bool, inputs: dict[str, Any
     hook = head.register_forward_pre_hook(divert, prepend=True)
     called: list[bool] = []
     try:
-        with _loss_of_zero(base, called) if labelled else contextlib.nullcontext():
-            more = {"labels": inputs["input_ids"]} if labelled else {}
-            more |= {"fused": False} if STATE in vars(base) else {}  # or a model fused with always=True scores them
+        with _loss_of_zero(base, called) if labeled else contextlib.nullcontext():
+            more = {"labels": inputs["input_ids"]} if labeled else {}
+            more |= {"fused": False} if STATE in vars(base) else {}  # a model fused with always=True would score them
             result = base(**inputs, **more, use_cache=False, return_dict=True)
     finally:
         hook.remove()
     if not seen:
         raise TypeError(f"model: {type(base).__name__}'s forward does not call its lm_head")
-    if labelled and not called:
+    if labeled and not called:
         raise TypeError(f"model: {type(base).__name__}'s forward does not call its loss_function")
-    return HeadInput(seen[0], result.loss.float() if labelled else None)
+    return HeadInput(seen[0], result.loss.float() if labeled else None)
 
 
 @contextlib.contextmanager
 def _loss_of_zero(base: nn.Module, called: list[bool]) -> Iterator[None]:
-    """A `loss_function` that gives 0: what the forward then has for loss, it has added."""
+    """Replace `loss_function` by one that returns 0. The loss of the forward is then what the model adds."""
     caller = threading.get_ident()
 
     def zero(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,7 +165,7 @@ def _measure(base: nn.Module, head: nn.Module) -> _Measured:
     try:
         processing, ids, plain, allowed = probe.measure(base, head, len(parts.weight), base)
     except (ValueError, RuntimeError, IndexError) as error:
-        raise TypeError(f"model: what {name} does to its logits cannot be measured ({error})") from error
+        raise TypeError(f"model: the scale and softcap of {name}'s logits cannot be measured ({error})") from error
     try:
         added, takes_labels = _run(base, head, True, {"input_ids": ids}).added_loss, True
     except (TypeError, ValueError, RuntimeError, IndexError):
@@ -182,7 +184,7 @@ def _measure(base: nn.Module, head: nn.Module) -> _Measured:
     ours = linear_logps(hidden, parts.weight, labels, parts.bias, **processing._asdict()).logps[0, :-1]
     if not (ours.to(plain.device) - plain).abs().max() <= allowed:
         raise TypeError(
-            f"model: log-probs from the input of its head are {ours.tolist()}, those of {name}'s logits "
-            f"{plain.tolist()}; its head is not hidden @ weight.T + bias"
+            f"model: log-probs computed from the input of its head are {ours.tolist()}, but {name}'s logits give "
+            f"{plain.tolist()}; its head does not compute hidden @ weight.T + bias"
         )
     return _Measured(processing, takes_labels, adds)

@@ -1,7 +1,8 @@
-"""Whether sequences laid end to end in one row stay apart: measured on the model itself, its own rounding allowed.
+"""Check on the model itself that sequences packed into one row do not affect each other.
 
-Each sequence is run alone and packed. The two may differ by what a rounding of every layer's output changes. Where
-autograd can run, no hidden state of a sequence may have a gradient in another sequence's embeddings: that is exact.
+Each sequence is run alone and packed. The hidden states may differ by as much as rounding every layer's output changes
+them. Where autograd can run, there is also an exact check: no hidden state of a sequence may have a gradient with
+respect to the embeddings of another sequence.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor, nn
 
 from fused_po.integrations import probe
 
-LENGTHS = (3, 24, 1, 9, 5, 14)  # shorter and longer than the kernels of convolutions
-ROUNDINGS = 4  # what may differ, in measured effects of rounding
+LENGTHS = (3, 24, 1, 9, 5, 14)  # shorter and longer than convolution kernels
+ROUNDINGS = 4  # the allowed difference, in multiples of the measured effect of rounding
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
-WINDOWS = ("window", "chunk", "local")  # parts of the names of a configuration's windows, which set lengths alone
+WINDOWS = ("window", "chunk", "local")  # parts of the config names of attention windows; used only to choose lengths
 Run = Callable[[Tensor, Optional[Tensor]], Tensor]  # ids [R, L], positions [R, L] or None -> hidden states [R, L, H]
 
-PASSED = "_fused_po_packed_rows"  # the attribute of a model that says how long its rows may be; a copy has it, too
+PASSED = "_fused_po_packed_rows"  # a model's attribute with the row length for which the check passed; copies keep it
 
 
 def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1) -> None:
-    """Measure a model before its first packed row, and again before the first one longer than another of its windows.
+    """Check a model before its first packed row, and again before the first row longer than another of its windows.
 
     Args:
-        model: a transformers model, without PEFT. run: its hidden states, by the call that training makes.
-        row_length: tokens of the longest row to come. rows: 1, or 2 where training packs more than one row.
+        model: a transformers model, without PEFT. run: computes its hidden states with the call that training makes.
+        row_length: tokens of the longest row to come. rows: 1, or 2 if training packs more than one row.
 
     Raises:
-        ValueError: it does not keep the sequences apart. The message has no way out; the caller adds it.
+        ValueError: sequences of one row affect each other. The caller adds what to do about it.
     """
     if row_length <= vars(model).get(PASSED, -1):
         return
@@ -53,8 +54,8 @@ def check_kept_apart(model: nn.Module, run: Run, row_length: int, rows: int = 1)
     if why is not None:
         attention = getattr(config, "_attn_implementation", None)
         raise ValueError(
-            f"model: {type(model).__name__} with attn_implementation={attention!r} does not keep the sequences of one "
-            f"row apart by position_ids; {why}"
+            f"model: {type(model).__name__} with attn_implementation={attention!r} does not separate the sequences in "
+            f"one row by position_ids; {why}"
         )
     setattr(model, PASSED, min((value for value in (*windows, limit) if value >= row_length), default=sys.maxsize))
 
@@ -67,25 +68,25 @@ def _generators_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _why_mixed(model: nn.Module, run: Run, lengths: list[int], rows: int) -> Optional[str]:
-    """How packed sequences differ from single ones, or None."""
+    """How packed sequences differ from single ones, or None if they do not."""
     device = model.get_input_embeddings().weight.device
     device = device if device.type != "meta" else model.device
     pool = torch.tensor(probe.plain_ids(model, model.get_input_embeddings().weight.shape[0]))
     draw = torch.Generator().manual_seed(0)
     sequences = [pool[torch.randint(len(pool), (n,), generator=draw)].to(device) for n in lengths]
-    # a second row has them in another order, and is filled up as a shorter row is
+    # a second row has another order, without the first sequence, and is padded
     orders = [list(range(len(lengths))), list(range(len(lengths)))[:0:-1]][:rows]
     ids, positions, places = _packed(sequences, orders)
     try:
         packed = run(ids, positions)
         alone = [run(one[None], None)[0] for one in sequences]
-        # a rounding of each layer's output, twice
+        # the effect of rounding each layer's output, measured twice
         noise = max(_distance(_rounded(model, run, ids, positions, draw), packed) for _ in range(2))
-        off = max(_distance(packed[row, part], alone[i]) for i, row, part in places)
-        if not off <= ROUNDINGS * noise:
-            return f"hidden states are off by {off:.1e} of their norm, of which rounding explains {noise:.1e}"
+        difference = max(_distance(packed[row, part], alone[i]) for i, row, part in places)
+        if not difference <= ROUNDINGS * noise:
+            return f"hidden states differ by {difference:.1e} of their norm, of which rounding explains {noise:.1e}"
         if _can_differentiate(model) and _sees_others(model, run, ids, positions, places):
-            return "hidden states have gradients in the embeddings of other sequences"
+            return "hidden states have gradients with respect to the embeddings of other sequences"
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -94,7 +95,7 @@ def _why_mixed(model: nn.Module, run: Run, lengths: list[int], rows: int) -> Opt
 
 
 def _packed(sequences: list[Tensor], orders: list[list[int]]) -> tuple[Tensor, Tensor, list[tuple[int, int, slice]]]:
-    """(ids, positions [R, L], (sequence, row, its place in the row) of each); filling is a token at position 0."""
+    """(ids [R, L], positions [R, L], [(sequence, row, slice of the row), ...]). Padding is a token at position 0."""
     rows, counts, places = [], [], []
     for row, order in enumerate(orders):
         ends = torch.tensor([len(sequences[i]) for i in order]).cumsum(0).tolist()
@@ -107,22 +108,22 @@ def _packed(sequences: list[Tensor], orders: list[list[int]]) -> tuple[Tensor, T
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a token's hidden states, as a part of their norm."""
+    """The largest difference of a token's hidden states, relative to their norm."""
     ours, theirs = ours.double(), theirs.double()
     tiny = torch.finfo(torch.float64).tiny
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=tiny)).max())
 
 
 def _rounded(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, draw: torch.Generator) -> Tensor:
-    """`run` with each layer's output changed by up to one rounding of its dtype, float32's at least."""
+    """`run` with each layer's output changed by up to one rounding of its dtype, or of float32 if that is coarser."""
 
     def change(value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
-        some = torch.rand(min(value.numel(), 65537), generator=draw).to(value.device)  # drawn again for a longer output
-        some = some.repeat(-(-value.numel() // max(1, some.numel())))[: value.numel()].view(value.shape)
-        return (value.double() * (1 + eps * (2 * some.double() - 1))).to(value.dtype)
+        noise = torch.rand(min(value.numel(), 65537), generator=draw).to(value.device)  # repeated for longer outputs
+        noise = noise.repeat(-(-value.numel() // max(1, noise.numel())))[: value.numel()].view(value.shape)
+        return (value.double() * (1 + eps * (2 * noise.double() - 1))).to(value.dtype)
 
     def hook(module: nn.Module, args: tuple, out: object) -> object:
         return type(out)(map(change, out)) if type(out) in (tuple, list) else change(out)
@@ -137,16 +138,16 @@ def _rounded(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, draw: t
 
 
 def _can_differentiate(model: nn.Module) -> bool:
-    """Whether all weights are here to stay: engines that cut them free them in a backward of their own."""
+    """Whether no weight is sharded: engines that shard weights free them in their own backward."""
     from torch.distributed.fsdp import FSDPModule
 
-    cut = (isinstance(m, FSDPModule) or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    whole = (type(p.data) is Tensor and not hasattr(p, "ds_id") and p.device.type != "meta" for p in model.parameters())
-    return all(whole) and not any(cut)
+    fsdp = (isinstance(m, FSDPModule) or type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    local = (type(p.data) is Tensor and not hasattr(p, "ds_id") and p.device.type != "meta" for p in model.parameters())
+    return all(local) and not any(fsdp)
 
 
 def _sees_others(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, places: list) -> bool:
-    """Whether hidden states have gradients in other sequences' embeddings: the even ones in the odd ones', and back."""
+    """Whether hidden states of even sequences have gradients in embeddings of odd ones, or the reverse."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
@@ -158,17 +159,18 @@ def _sees_others(model: nn.Module, run: Run, ids: Tensor, positions: Tensor, pla
         with torch.enable_grad():
             hidden = run(ids, positions)
             for parity in (0, 1):
-                some = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+                mask = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
                 for number, (_, row, part) in enumerate(places):
-                    some[row, part] = number % 2 == parity
-                chosen = hidden[some.to(hidden.device)].float()
-                weights = torch.linspace(0.5, 1.5, chosen.numel(), device=chosen.device).view_as(chosen)
-                (grad,) = torch.autograd.grad((chosen * weights).sum(), seen[:1], retain_graph=True, allow_unused=True)
-                if grad is not None and bool((grad[~some.to(grad.device)] != 0).any()):
+                    mask[row, part] = number % 2 == parity
+                selected = hidden[mask.to(hidden.device)].float()
+                weights = torch.linspace(0.5, 1.5, selected.numel(), device=selected.device).view_as(selected)
+                total = (selected * weights).sum()
+                (grad,) = torch.autograd.grad(total, seen[:1], retain_graph=True, allow_unused=True)
+                if grad is not None and bool((grad[~mask.to(grad.device)] != 0).any()):
                     return True
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # kernels without a backward in evaluation: the runs alone have to do
+    except RuntimeError:  # some kernels have no backward in eval mode; then only the first check applies
         return False
     finally:
         handle.remove()

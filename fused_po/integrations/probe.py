@@ -1,4 +1,4 @@
-"""What a model does to its logits, measured: known ones go in at the head by a hook, the processed ones come out."""
+"""Measure the scale and softcap of a model's logits: a hook on the head injects known logits into the forward."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-LARGE = 1e4  # saturates any softcap, and no float16
+LARGE = 1e4  # saturates any softcap, and fits in float16
 TOKENS = 4
-NAMED = re.compile("logit|soft_?cap|lm_head|output_multiplier")  # settings of logits
+NAMED = re.compile("logit|soft_?cap|lm_head|output_multiplier")  # names of settings that concern logits
 
 
 class Processing(NamedTuple):
@@ -23,14 +23,14 @@ class Processing(NamedTuple):
     softcap: Optional[float]
 
     def apply(self, raw: Tensor) -> Tensor:
-        """The processed logits."""
+        """Apply scale and softcap to logits."""
         z = raw * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout, and every module in its own mode again afterwards."""
+    """Disable gradients and dropout; afterwards restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -39,23 +39,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        torch.clear_autocast_cache()  # older torch would go on with casts made in here, which have no gradients
+        torch.clear_autocast_cache()  # older torch would reuse casts made in here, which have no gradients
 
 
 def measure(
     model: nn.Module, head: nn.Module, n_cols: int, forward: Callable
 ) -> tuple[Processing, Tensor, Tensor, float]:
-    """(what the model does to its logits, ids [1, 4], log-probs [3] of the last three, the error these may have).
+    """Run `forward` once and measure its processing of logits.
 
-    n_cols: the head's vocabulary. forward: the model's plain forward, run once.
+    Args:
+        n_cols: the vocabulary size of the head. forward: the model's plain forward.
+
+    Returns:
+        (processing, token ids [1, 4], log-probs [3] of the last three tokens, the allowed error of these log-probs).
 
     Raises:
-        TypeError: it does something else than Processing can say.
+        TypeError: the model does something to its logits that Processing cannot describe.
     """
     ids, seen = text_ids(model, n_cols), []
 
     def swap(head: nn.Module, args: tuple, raw: Tensor) -> Tensor:
-        """Known logits in place of the head's: two constants, and two ramps."""
+        """Replace the head's logits by known ones: two constant rows and two ramps."""
         ramp = torch.linspace(-100, 100, raw.shape[-1], device=raw.device, dtype=torch.float64)
         known = torch.stack([torch.full_like(ramp, LARGE), torch.ones_like(ramp), ramp, ramp.flip(0)])
         known = known.to(torch.float64 if raw.device.type in ("cpu", "cuda") else torch.float32)
@@ -68,7 +72,7 @@ def measure(
     finally:
         hook.remove()
     if processed.is_meta:
-        raise ValueError("model: is on the meta device; give logit_scale (1.0 if it has none) and softcap")
+        raise ValueError("model: it is on the meta device; pass logit_scale (1.0 if it has none) and softcap")
     if not seen:
         raise TypeError(f"model: {type(model).__name__}'s forward does not call its lm_head, and cannot be fused")
     raw, known = seen
@@ -79,14 +83,14 @@ def measure(
 
 
 def text_ids(model: nn.Module, n_cols: int) -> Tensor:
-    """[1, 4] token ids that stand for nothing but text."""
+    """[1, 4] ids of ordinary text tokens."""
     ids = plain_ids(model, min(n_cols, model.get_input_embeddings().weight.shape[0]))
     device = model.device if model.device.type != "meta" else torch.device("cpu")  # offloaded: its hooks move them
     return torch.tensor([(ids[-TOKENS:] * TOKENS)[:TOKENS]], device=device)
 
 
 def plain_ids(model: nn.Module, n_ids: int) -> list[int]:
-    """Of the first 1000 token ids below n_ids, those that the configuration gives no other meaning."""
+    """The token ids below n_ids and below 1000 that are not special tokens in the config."""
     special = set()
     for config in (model.config, model.config.get_text_config()):
         special |= {v for k, v in config.to_dict().items() if isinstance(v, int) and k.endswith(("_id", "_index"))}
@@ -94,7 +98,7 @@ def plain_ids(model: nn.Module, n_ids: int) -> list[int]:
 
 
 def numbers(model: nn.Module) -> list[float]:
-    """The numbers of a config and their inverses, which are exact where a measured one is rounded."""
+    """All numbers of a config and their inverses. They are exact, while a measured scale is rounded."""
     found = [1.0]
     for config in (model.config, model.config.get_text_config()):
         values = [v for v in config.to_dict().values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -103,12 +107,15 @@ def numbers(model: nn.Module) -> list[float]:
 
 
 def places(model: nn.Module) -> tuple[object, ...]:
-    """Where a model keeps the numbers that it works on its logits with."""
+    """The objects whose attributes may hold the scale or softcap of a model's logits."""
     return model.config, model.config.get_text_config(), model, model.base_model
 
 
 def settings(model: nn.Module, processing: Processing) -> dict[tuple[int, str], object]:
-    """The numbers that the logits may depend on, by place and name: named after logits, or equal to what was found."""
+    """The settings that may affect the logits: (index in `places`, name) -> value.
+
+    These are numbers whose name mentions logits, or that equal the measured scale or softcap.
+    """
     known = {processing.logit_scale, 1 / processing.logit_scale, processing.softcap} - {1.0, None}
 
     def counts(name: str, value: object) -> bool:
@@ -120,7 +127,7 @@ def settings(model: nn.Module, processing: Processing) -> dict[tuple[int, str], 
 
 
 def fit(known: Tensor, processed: Tensor, exact_numbers: list[float]) -> Processing:
-    """The scale and softcap that make the known logits [4, V] the processed ones."""
+    """The scale and softcap that map the known logits [4, V] to the processed ones."""
     z, eps = processed.double(), torch.finfo(processed.dtype).eps
 
     def exact(value: float) -> float:
@@ -136,7 +143,7 @@ def fit(known: Tensor, processed: Tensor, exact_numbers: list[float]) -> Process
     expected = found.apply(known.double())
     if not (found.logit_scale > 0 and (z - expected).abs().le(16 * eps * expected.abs() + eps).all()):
         raise TypeError(
-            "model: it does something to its logits that is neither a scale > 0 nor a softcap, and cannot be fused; "
-            f"for 1 it gave {one:.6g}, for {LARGE:g} {large:.6g} (medians over the vocabulary)"
+            "model: it cannot be fused, since it changes its logits by more than a scale > 0 and a softcap; it maps "
+            f"1 to {one:.6g} and {LARGE:g} to {large:.6g} (medians over the vocabulary)"
         )
     return found

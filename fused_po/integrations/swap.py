@@ -1,4 +1,4 @@
-"""Names of other packages put in another's place, and given back."""
+"""Replace attributes of other packages' modules and classes, and restore them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 
-def _hand_over(package: str, old: object, new: object) -> None:
-    """`new` wherever a module of the package holds `old`, under whatever name."""
-    for holder in [m for name, m in sys.modules.items() if name.split(".")[0] == package and m is not None]:
-        for alias in [key for key, held in vars(holder).items() if held is old]:
-            setattr(holder, alias, new)
+def _replace_references(package: str, old: object, new: object) -> None:
+    """Set every module attribute of the package that is `old` to `new`, whatever its name."""
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == package and m is not None]:
+        for alias in [key for key, value in vars(module).items() if value is old]:
+            setattr(module, alias, new)
 
 
 class Swap:
-    """What was put in the place of something else; true while there is any."""
+    """A set of replaced attributes; true while it is not empty."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -25,35 +25,36 @@ class Swap:
         return bool(self._undo)
 
     def put(self, owner: object, name: str, value: object) -> None:
-        """owner.name = value, of a module or a class, until `undo`."""
-        there = name in vars(owner)
-        self._undo.append(partial(setattr, owner, name, vars(owner)[name]) if there else partial(delattr, owner, name))
+        """Set owner.name = value, for a module or a class, until `undo`."""
+        exists = name in vars(owner)
+        self._undo.append(partial(setattr, owner, name, vars(owner)[name]) if exists else partial(delattr, owner, name))
         setattr(owner, name, value)
 
     def replace(self, places: Iterable[tuple[str, str, object]]) -> None:
-        """module.name = value for each (module, name, value), and wherever that was imported; all of them or none.
+        """Set module.name = value for each (module, name, value), and all references to the old value in its package.
 
-        Who imports it before `undo` has it taken back, too. Does nothing if something has been put already.
+        If one of them fails, none is replaced. Does nothing if this Swap is not empty. `undo` also restores references
+        that were imported after the replacement.
 
         Raises:
-            ImportError: there is no such module.
-            RuntimeError: it has no such name.
+            ImportError: a module does not exist.
+            RuntimeError: a module does not have the name.
         """
         if self:
             return
         try:
             for module, name, value in places:
-                home, package = importlib.import_module(module), module.split(".")[0]
-                if not hasattr(home, name):
-                    raise RuntimeError(f"{module} has no {name!r}, which was to be replaced: a version never tested")
-                old = getattr(home, name)
-                self._undo.append(partial(_hand_over, package, value, old))
-                _hand_over(package, old, value)
+                owner, package = importlib.import_module(module), module.split(".")[0]
+                if not hasattr(owner, name):
+                    raise RuntimeError(f"{module} has no {name!r} to replace: this version of {package} is not tested")
+                old = getattr(owner, name)
+                self._undo.append(partial(_replace_references, package, value, old))
+                _replace_references(package, old, value)
         except BaseException:
             self.undo()
             raise
 
     def undo(self) -> None:
-        """Everything as it was."""
+        """Restore everything."""
         while self._undo:
             self._undo.pop()()

@@ -1,4 +1,4 @@
-"""Arguments that a loss does not read. The packages whose names we take accept them; so do we, with one warning."""
+"""Arguments that a loss does not use. Liger and OpenRLHF accept them; so do our replacements, with one warning."""
 
 from __future__ import annotations
 
@@ -10,46 +10,53 @@ from typing import Any
 _warned: set[tuple[str, str, str]] = set()
 
 
-def at_defaults(where: str, given: dict[str, Any], unread: dict[str, tuple[object, str]]) -> dict[str, Any]:
-    """`given`, with what is not read at its default. unread: by argument, its default and what does read it.
+def at_defaults(where: str, arguments: dict[str, Any], unused: dict[str, tuple[object, str]]) -> dict[str, Any]:
+    """The arguments, with unused ones reset to their defaults.
 
-    One warning a process for each argument that was set, naming `where`.
+    unused: argument -> (its default, what uses it). Each unused argument that was set warns once per process; the
+        warning names `where`.
     """
-    for name, (default, readers) in unread.items():
-        value = given.get(name, default)
+    for name, (default, used_by) in unused.items():
+        value = arguments.get(name, default)
         if value is default or (type(value) is type(default) and value == default):
             continue
-        if (where, name, readers) not in _warned:
-            _warned.add((where, name, readers))
-            warnings.warn(f"{where}: {name} is given and changes nothing; it is read by {readers}", stacklevel=4)
-        given = given | {name: default}
-    return given
+        if (where, name, used_by) not in _warned:
+            _warned.add((where, name, used_by))
+            warnings.warn(f"{where}: {name} has no effect here, it is used only with {used_by}", stacklevel=4)
+        arguments = arguments | {name: default}
+    return arguments
 
 
 def accepting(
-    title: str, ours: type, constructor: inspect.Signature, settle: Callable[[dict], dict], unread: Callable, more: str
+    title: str,
+    base: type,
+    constructor: inspect.Signature,
+    convert: Callable[[dict], dict],
+    unused: Callable,
+    extra_doc: str,
 ) -> type:
-    """A subclass of a module `ours` under another package's name, which accepts what it does not read.
+    """A subclass of the module class `base`, named `title`, which accepts arguments that it does not use.
 
     Args:
-        constructor: the signature of the constructor. settle: from all its arguments to those of `ours`.
-        unread: (settings, arguments of a call) to what the call does not read, for `at_defaults`.
-        more: what its docstring says besides.
+        constructor: the signature of the constructor. convert: maps its arguments to those of `base`.
+        unused: maps (settings, arguments of a forward) to the arguments that the forward does not use, for
+            `at_defaults`.
+        extra_doc: appended to the docstring.
     """
-    call = inspect.signature(ours.forward)
+    call = inspect.signature(base.forward)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = constructor.bind(*args, **kwargs)
         bound.apply_defaults()
-        settings = settle(dict(bound.arguments))
-        ours.__init__(self, **settings)
+        settings = convert(dict(bound.arguments))
+        base.__init__(self, **settings)
         self.settings = settings
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(call.bind(self, *args, **kwargs).arguments)
-        return ours.forward(**at_defaults(title, given, unread(self.settings, given)))
+        arguments = dict(call.bind(self, *args, **kwargs).arguments)
+        return base.forward(**at_defaults(title, arguments, unused(self.settings, arguments)))
 
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = constructor.replace(parameters=[first, *constructor.parameters.values()])
-    forward.__signature__, forward.__doc__ = call, ours.forward.__doc__
-    return type(title, (ours,), {"__init__": __init__, "forward": forward, "__doc__": f"{ours.__doc__}\n{more}"})
+    forward.__signature__, forward.__doc__ = call, base.forward.__doc__
+    return type(title, (base,), {"__init__": __init__, "forward": forward, "__doc__": f"{base.__doc__}\n{extra_doc}"})

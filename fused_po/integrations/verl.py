@@ -1,10 +1,10 @@
-"""verl's log-probs by fused_po, and our policy losses under names of verl's registry.
+"""verl's log-probs computed by fused_po, and our policy losses in verl's registry.
 
     import fused_po.integrations.verl as fused
     fused.install()          # in each worker, before or after verl's engines are imported
 
-The three functions can be called without `install`, with verl's arguments. What is served, and what stays verl's:
-docs/integrations.md. Written for verl 0.9.1.
+The replaced functions can also be called without `install`, with verl's arguments. docs/integrations.md lists what is
+replaced and what is not. Written for verl 0.9.1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fused_po import checks, losses
 from fused_po.integrations.swap import Swap
 from fused_po.lm_head.logps import linear_logps
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.ops.logps import logps_from_logits
 from fused_po.ops.outputs import TokenStats
 from fused_po.parallel.vocab import VocabParallel
@@ -31,28 +32,28 @@ _swap = Swap()
 
 
 def install() -> None:
-    """Put the three functions below in the place of verl's, and register our policy losses. Again: nothing.
+    """Replace the functions of verl in REPLACED, and register our policy losses. A second call does nothing.
 
     Raises:
-        ImportError: verl is not installed, or its modules cannot be imported here.
-        RuntimeError: verl lacks a name that is replaced. Nothing is replaced then.
+        ImportError: verl is not installed, or its modules cannot be imported.
+        RuntimeError: verl does not have one of the names. Nothing is replaced then.
     """
     register_policy_losses()
     _swap.replace((module, name, globals()[name]) for name, module in REPLACED.items())
 
 
 def uninstall() -> None:
-    """Give verl its functions back. The policy losses stay registered: nothing of verl's stood there."""
+    """Restore verl's functions. The policy losses stay registered; they replaced nothing."""
     _swap.undo()
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Log-probs of the labels, fp32. verl.utils.torch_functional.logprobs_from_logits.
+    """Log-probs of the labels, fp32. Replaces verl.utils.torch_functional.logprobs_from_logits.
 
     Args:
-        logits: [..., V]. labels: [...], integers in [0, V); at -100 the result is 0, as with flash-attn's kernel.
-        inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's does in verl; those
-            of a leaf are never overwritten.
+        logits: [..., V]. labels: [...], integers in [0, V), or -100, which gives 0 as in flash-attn's kernel.
+        inplace_backward: the backward overwrites the logits with their gradient, as flash-attn's kernel does in verl. A
+            leaf is never overwritten.
     """
     leaf = logits.is_leaf and logits.requires_grad
     return logps_from_logits(logits, labels.long(), inplace_backward=inplace_backward and not leaf).logps
@@ -66,15 +67,16 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy), fp32: [N] each; with a reduction the log-probs are one number, as in verl.
+    """(log-probs, entropy), fp32, [N] each; with a reduction the log-probs are one number, as in verl.
 
-    verl.utils.kernel.linear_cross_entropy.linear_cross_entropy. Here any vocabulary and hidden size will do, and a CPU.
+    Replaces verl.utils.kernel.linear_cross_entropy.linear_cross_entropy. It supports any vocabulary and hidden size,
+    and runs on CPU.
 
     Args:
         hidden: [..., H], N rows. weight: [V, H]. labels: [...], integers in [0, V), or -100.
         temperature: > 0. reduction: of the log-probs, "none", "mean" or "sum".
-        dist_process_group: over whose ranks the vocabulary is cut, in equal parts. As in verl, the gradient of hidden
-            is this rank's part of the sum: Megatron's gather_from_sequence_parallel_region adds the parts up.
+        dist_process_group: the ranks over which the vocabulary is sharded in equal parts. As in verl, the gradient of
+            hidden is this rank's partial sum; Megatron's gather_from_sequence_parallel_region adds the parts.
     """
     reduction = str(reduction).lower()
     checks.choice("reduction", reduction, ("none", "mean", "sum"))
@@ -85,11 +87,13 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """(log-probs, entropy), fp32, shaped like the labels. verl.utils.experimental.torch_functional.FusedLinearForPPO.
+    """(log-probs, entropy), fp32, shaped like the labels.
+
+    Replaces verl.utils.experimental.torch_functional.FusedLinearForPPO.
 
     Args:
-        chunk_size: tokens scored at a time. None: by memory, see `Schedule`.
-        impl_backend: "torch" or "liger", verl's two: both are served by fused_po, whose own choice is `backend`.
+        chunk_size: the number of tokens to compute at a time. None: by memory, see `Schedule`.
+        impl_backend: "torch" or "liger", the values verl passes. Both run fused_po's default backend.
     """
 
     def __init__(self, chunk_size: Optional[int] = None, impl_backend: str = "torch") -> None:
@@ -108,12 +112,16 @@ class FusedLinearForPPO(nn.Module):
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: Optional[int] = None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    rows: Optional[int] = None,
     group: Optional[VocabParallel] = None,
-) -> TokenStats:  # fmt: skip
+) -> TokenStats:
     schedule = None
-    if rows is not None:  # of fp32 logits, the widest a tile may be
-        schedule = Schedule(tile_bytes=4 * rows * weight.shape[0])
+    if rows is not None:
+        schedule = Schedule(tile_bytes=4 * rows * weight.shape[0])  # fp32 logits of so many rows
     labels, how = labels.long().view(hidden.shape[:-1]), dict(outputs=("logps", "entropy"), schedule=schedule)
     return linear_logps(hidden, weight, labels, temperature=float(temperature), process_group=group, **how)
 
@@ -124,10 +132,10 @@ def _clip(config: Any) -> dict[str, float]:
     return {"epsilon": both if low is None else low, "epsilon_high": both if high is None else high}
 
 
-# name -> (loss of log-probs, old log-probs, advantages, mask; its settings out of verl's ActorConfig)
+# name -> (loss of log-probs, old log-probs, advantages, mask; a function that reads its settings from ActorConfig)
 POLICY_LOSSES = {
     "ppo": (losses.ppo_clip, lambda c: {**_clip(c), "dual_clip": c.get("clip_ratio_c", 3.0)}),
-    "gspo": (losses.gspo, lambda c: {**_clip(c), "token_level": True}),  # advantages of tokens, as in verl's
+    "gspo": (losses.gspo, lambda c: {**_clip(c), "token_level": True}),  # verl's form, for advantages per token
     "luspo": (losses.luspo, _clip),
     "cispo": (losses.cispo, _clip),
     "sapo": (losses.sapo, lambda c: {"temperature_pos": c.tau_pos, "temperature_neg": c.tau_neg}),
@@ -136,11 +144,11 @@ POLICY_LOSSES = {
 
 
 def register_policy_losses() -> None:
-    """Our policy losses in verl's registry: policy_loss.loss_mode "fused_po_ppo" and so on, for POLICY_LOSSES.
+    """Add the losses in POLICY_LOSSES to verl's registry, as policy_loss.loss_mode "fused_po_ppo" and so on.
 
-    Settings come from verl's actor config, by verl's names; VESPO's are the paper's. Aggregation is verl's. Metrics are
-    "actor/ppo_kl" and "actor/pg_clipfrac", the share of tokens outside the clip range on the side to which they are
-    pushed.
+    Settings come from verl's actor config, with verl's names; VESPO uses the paper's. verl aggregates the token losses.
+    Metrics are "actor/ppo_kl" and "actor/pg_clipfrac": the share of tokens outside the clip range on the side towards
+    which the advantage pushes them.
     """
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
@@ -163,20 +171,24 @@ def _policy_loss(name: str, agg_loss: Any) -> Any:
         if config is None:
             raise ValueError("config: got None, expected verl's actor config, which has the clip range")
         mask, how = response_mask.bool(), settings(config)
-        each = loss(log_prob, old_log_prob, advantages, mask, **how)
+        token_losses = loss(log_prob, old_log_prob, advantages, mask, **how)
         if rollout_is_weights is not None:
-            each = each * rollout_is_weights
+            token_losses = token_losses * rollout_is_weights
         log_ratio = torch.where(mask, log_prob.detach() - old_log_prob, 0)
         metrics = {"actor/ppo_kl": losses.masked_mean(-log_ratio, mask).item()}
         if "epsilon" in how:
-            if name in ("gspo", "luspo"):  # a ratio for the whole answer
-                log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-            ratio = log_ratio.clamp(-20, 20).exp()
-            up, down = ratio > 1 + how["epsilon_high"], ratio < 1 - how["epsilon"]
-            clipped = torch.where(advantages > 0, up, (advantages < 0) & down)
-            metrics["actor/pg_clipfrac"] = losses.masked_mean(clipped.float(), mask).item()
-        each = each.expand_as(mask)
-        return agg_loss(loss_mat=each, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info), metrics
+            if name in ("gspo", "luspo"):  # one ratio per answer
+                log_ratio = sequence_mean(log_ratio, mask)
+            ratio = importance_ratio(log_ratio, 20.0)
+            below, above = clip_sides(ratio, advantages, how["epsilon"], how["epsilon_high"])
+            metrics["actor/pg_clipfrac"] = losses.masked_mean((below | above).float(), mask).item()
+        aggregated = agg_loss(
+            loss_mat=token_losses.expand_as(mask),
+            loss_mask=mask,
+            loss_agg_mode=loss_agg_mode,
+            **config.global_batch_info,
+        )
+        return aggregated, metrics
 
     policy_loss.__name__ = f"fused_po_{name}"
     return policy_loss

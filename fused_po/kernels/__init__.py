@@ -1,6 +1,6 @@
-"""The kernel backends by name. The only way in to the device code, which is imported on first use.
+"""The kernel backends by name. All device code is imported through this module, on first use.
 
-The device code lies in the top-level folder `kernels/`, a folder a backend, installed as `fused_po.kernels.<backend>`.
+Device code is in the top-level folder `kernels/`, one folder per backend, installed as `fused_po.kernels.<backend>`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("triton", "cuda")
-BY_NAME = ("cuda",)  # not taken unless asked for: no committed measurement on a GPU says that it wins
+BY_NAME = ("cuda",)  # used only if requested by name: no measurement on a GPU shows that it is faster
 
 
 def how_to_get_triton() -> str:
@@ -33,15 +33,15 @@ def _load(name: str) -> ModuleType | str:
     except ImportError as error:
         installed = getattr(error, "name", "") != "triton"
         return f"{error}; " + ("run `pip install -e .` in the clone" if installed else how_to_get_triton())
-    except Exception as error:  # whatever a broken installation raises: the others must still be found
+    except Exception as error:  # a broken installation may raise anything; other backends must still work
         return f"importing it raises {type(error).__name__}: {error}"
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module; ImportError with the way out if it is not installed."""
+    """The backend's module. If it is not installed, the ImportError says how to install it."""
     module = _load(name)
     if isinstance(module, str):
-        raise ImportError(f"backend {name!r} is not there: {module}")
+        raise ImportError(f"backend {name!r} is not available: {module}")
     return module
 
 
@@ -52,5 +52,5 @@ def missing(name: str) -> str | None:
 
 
 def unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot serve tensors of this device and dtype, or None if it can."""
+    """Why the backend does not support tensors of this device and dtype, or None if it does."""
     return missing(name) or load(name).unsupported(device, dtype)

@@ -1,7 +1,8 @@
-"""`chunked_loss`: any loss that separates over groups of tokens, with its gradient, in 3 GEMMs at any number of tokens.
+"""`chunked_loss`: a loss that is a sum over groups of tokens, with its gradient, in 3 GEMMs for any number of tokens.
 
-A whole batch keeps its basis only as far as the budget goes. A loss that is a sum over pairs, sequences or tokens does
-not need it all at once: a chunk of groups is scored, its share of the loss and its gradient taken, its basis let go.
+For a whole batch, rows beyond the memory budget are projected twice. A loss that is a sum over pairs, sequences or
+tokens can be computed chunk by chunk: each chunk is scored, its part of the loss and the gradient are computed, and its
+memory is released.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.backend.interface import Grads, Outputs, RowStats, Scaling
-from fused_po.lm_head.backward import Gradients
 from fused_po.lm_head.head import Head, Operands, make_head
 from fused_po.lm_head.logps import Saved, backward, check_operands, forward, linear_logps
-from fused_po.lm_head.plan import BASIS, NOTHING, Needs, head_block, spans
+from fused_po.lm_head.plan import BASIS, NOTHING, Needs, spans
 from fused_po.lm_head.scored import scored_rows
 from fused_po.ops.autograd import no_tangent, public, transforms_active
 from fused_po.ops.outputs import TokenStats, outputs_of, token_stats
@@ -29,7 +29,7 @@ LossFunction = Callable[[TokenStats, Tensor], Tensor]
 
 
 class _Task(NamedTuple):
-    """What is computed, apart from the tensors that may get a gradient."""
+    """All arguments other than the tensors that may get a gradient."""
 
     loss_fn: LossFunction
     head: Head
@@ -40,9 +40,9 @@ class _Task(NamedTuple):
 
 
 def chunks_of(groups: Tensor, labels: Tensor, ignore_index: int, limit: Optional[int]) -> list[Tensor]:
-    """Rows [N] in chunks of whole groups, none of more than `limit` scored tokens unless it is one group.
+    """Rows [N] in chunks of whole groups, each with at most `limit` scored tokens unless it is a single group.
 
-    One chunk, without a sync, where limit is None or the tokens are few.
+    One chunk, without a sync, if limit is None or the number of tokens is within it.
     """
     order = torch.argsort(groups, stable=True)
     if limit is None or order.numel() <= limit:
@@ -89,41 +89,39 @@ def share_and_gradient(task: _Task, results: RowStats, rows: Tensor) -> tuple[Te
         share = no_tangent("chunked_loss", "loss_fn's loss", lambda: task.loss_fn(*given))
     if not isinstance(share, Tensor) or share.ndim != 0 or not share.is_floating_point():
         got = f"shape {tuple(share.shape)}, {share.dtype}" if isinstance(share, Tensor) else type(share).__name__
-        raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the chunk's share of the loss")
+        raise ValueError(f"loss_fn: returned {got}, expected a floating-point scalar, the loss of the chunk")
     if not share.requires_grad:
         return share, Grads()
     foreign = foreign_leaf(share, tuple(leaves.values()))
     if foreign is not None:
         raise ValueError(
-            f"loss_fn: its loss depends on a tensor of shape {tuple(foreign.shape)} that requires grad; only hidden, "
-            "weight and bias get gradients through chunked_loss. Detach it, or use linear_logps"
+            f"loss_fn: its loss depends on another tensor that requires grad, of shape {tuple(foreign.shape)}; only "
+            "hidden, weight and bias get gradients from chunked_loss: detach the tensor, or use linear_logps"
         )
     grads = dict(zip(leaves, torch.autograd.grad(share, tuple(leaves.values()), allow_unused=True)))
     return share.detach(), Grads(**grads)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradients are formed with the loss; the backward only scales them.
+    """Computes the gradients in the forward; the backward only scales them.
 
-    links: of no size, they require grad as hidden, weight and bias do; the gradients' own graph leads to them.
+    links: empty views of hidden, weight and bias with the same requires_grad, so that a second derivative raises.
     """
 
     @staticmethod
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task, *links: Optional[Tensor]
     ) -> Tensor:
-        head, operands = task.head, Operands(hidden, weight, bias)
-        wide = head.dtypes.sums
-        needs = Needs(*(need and head.keep != NOTHING for need in ctx.needs_input_grad[:3]))
+        head, wide = task.head, task.head.dtypes.sums
+        needs = Needs(*[need and head.keep != NOTHING for need in ctx.needs_input_grad[:3]])
         grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
-        weight_sum, bias_sum = (
+        sums = [
             torch.zeros(v.shape if need else 0, dtype=wide, device=hidden.device)
             for v, need in zip((weight, bias), needs[1:3])
-        )
-        sums = Gradients(hidden.new_empty(0), weight_sum, bias_sum, hidden.new_empty(0))
+        ]
         loss = hidden.new_zeros((), dtype=wide)
         for rows in task.chunks:
-            chunk, labels = operands._replace(hidden=hidden[rows]), task.labels[rows]
+            chunk, labels = Operands(hidden[rows], weight, bias), task.labels[rows]
             scored = scored_rows(labels, head.ignore_index)
             stats, kept = forward(head, chunk, labels, scored, rows.numel() if scored is None else scored.numel())
             share, grads = share_and_gradient(task, stats, rows)
@@ -134,9 +132,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 if needs.hidden:
                     grad_hidden[rows] = found.hidden
             del stats, kept
-        ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums[1:3], needs[1:3])))
+        ctx.save_for_backward(*links, grad_hidden, *[s if need else None for s, need in zip(sums, needs[1:3])])
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.block = head_block(hidden.shape[0], *weight.shape, head.tile_bytes)
+        ctx.block = head.plan(hidden.device).head_block(hidden.shape[0], *weight.shape)
         return loss
 
     @staticmethod
@@ -178,44 +176,47 @@ def chunked_loss(
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> Tensor:
-    """A loss that separates over groups of tokens, in chunks of whole groups: 3 GEMMs for a trainable head at any N.
+    """A loss that is a sum over groups of tokens, computed in chunks of whole groups: 3 GEMMs for a trainable head.
 
-    loss = sum over chunks of loss_fn(stats of the chunk's tokens, their numbers). The gradient is formed chunk by chunk
-    with the loss, and scaled in the backward. `Schedule.logits_budget` bounds the chunk: how many scored tokens keep
-    their basis. One group beyond it recomputes what does not fit. A trainable head takes one fp32 [V, H] sum.
+    loss = sum over chunks of loss_fn(stats of the chunk's tokens, their indices). The forward computes the gradient of
+    each chunk together with its loss; the backward only scales it. `Schedule.logits_budget` bounds the size of a chunk:
+    the number of scored tokens that keep a row of V numbers. A group that is larger recomputes what does not fit. A
+    trainable head needs one fp32 [V, H] buffer for the sum of its gradient.
 
-        def loss_fn(stats, rows):  # DPO over B pairs, rows of pair i are group i
-            chosen, rejected, i = ...  # sums of stats.logps over the rows of each pair, and which pairs these are
+        def loss_fn(stats, rows):  # DPO over B pairs, the rows of pair i are group i
+            chosen, rejected, i = ...  # sums of stats.logps over the rows of each pair, and the indices of these pairs
             return losses.dpo(chosen, rejected, ref_chosen[i], ref_rejected[i]).sum() / B
 
     Args:
-        loss_fn: takes TokenStats of n tokens, each field [n], and rows [n], their numbers in labels.flatten(). Whole
-            groups, in ascending order of group id. Returns their share, a scalar, of the final, already normalised
-            loss: divide by the whole batch's count, not the chunk's. What it closes over gets no gradient.
-        hidden: [..., H], weight: [V, H], labels: [...], bias: [V] and the rest: see `linear_logps`.
-        groups: [...], integers: which group each token belongs to, ignored tokens too. Costs one host sync.
+        loss_fn: takes TokenStats of n tokens, each field [n], and rows [n], their indices in labels.flatten(). The
+            tokens are those of whole groups, in ascending order of group id. It returns their part of the final loss, a
+            scalar: divide by the count of the whole batch, not of the chunk. Tensors that it captures get no gradient.
+        hidden: [..., H], weight: [V, H], labels: [...], bias: [V] and other arguments: see `linear_logps`.
+        groups: [...], integers, the group of each token, also of ignored ones. Costs one host sync.
 
     Returns:
         The loss, a scalar, fp32 (float64 for float64). Gradients flow to hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name; a loss_fn that
-            does not return a scalar, or that depends on another tensor that requires grad.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; the error names it. Or
+            loss_fn does not return a scalar, or depends on another tensor that requires grad.
     """
     if transforms_active():
         raise NotImplementedError(
-            "chunked_loss: does not run inside torch.func's grad, vjp, jacrev or vmap; use torch.autograd.grad, or "
-            "linear_logps, which does"
+            "chunked_loss: not supported inside torch.func's grad, vjp, jacrev or vmap; use torch.autograd.grad, or "
+            "linear_logps, which supports them"
         )
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: got {type(loss_fn).__name__}, expected a function of (stats, rows)")
     hidden, weight, bias, shards = local_head(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
-    checks.label_range(labels, shards.n_cols(weight.shape[0]), checks.whole("ignore_index", ignore_index))
-    groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id a label")
+    checks.label_range(labels, shards.n_cols(weight.shape[0]), checks.whole_number("ignore_index", ignore_index))
+    groups = checks.integer("groups", groups, labels.shape, labels.device, "one group id per label")
     schedule, asked = Schedule.of(schedule), outputs_of(outputs)
     if schedule.num_scored is not None or not schedule.compact:
-        raise ValueError("schedule: num_scored and compact=False are not for chunked_loss, which drops ignored tokens")
+        raise ValueError(
+            "schedule: got num_scored or compact=False, not supported by chunked_loss, which drops ignored tokens"
+        )
     scaling = Scaling(*checks.scaling(temperature, logit_scale, softcap))
     head = make_head(Operands(hidden, weight, bias), asked, ignore_index, scaling, backend, schedule, shards)
     limit = None
@@ -223,7 +224,7 @@ def chunked_loss(
         n_cols, plan = shards.widest(weight.shape[0]), head.plan(hidden.device)
         limit = plan.rows_within_budget(n_cols) or plan.tile_rows(n_cols)
     flat = labels.flatten()
-    if not checks.has_values(flat):  # no numbers to cut into chunks: shapes and dtypes as of one chunk
+    if not checks.has_values(flat):  # meta or fake tensors: shapes and dtypes of one chunk
         how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
         how |= dict(outputs=outputs, backend=backend, schedule=schedule)
         rows = torch.arange(flat.numel(), device=flat.device)

@@ -12,11 +12,12 @@ from fused_po.backend import choose as backends
 from fused_po.lm_head.kl import linear_kl
 from fused_po.lm_head.logps import linear_logps
 from fused_po.ops.autograd import public
-from fused_po.ops.dpo import DPOOutput, DPOSettings, check_loss, check_stacked, dpo_output, from_logps, with_exact_kl
+from fused_po.ops.dpo import DPOOutput, DPOSettings, dpo_output, from_logps, with_exact_kl
+from fused_po.ops.dpo_loss import check_loss, check_stacked
 from fused_po.parallel.vocab import ProcessGroupLike
 from fused_po.schedule import Schedule
 
-_reference_logps = checks.called(hidden="ref_hidden", weight="ref_weight", bias="ref_bias")(linear_logps)
+_reference_logps = checks.rename_in_errors(hidden="ref_hidden", weight="ref_weight", bias="ref_bias")(linear_logps)
 
 
 @public
@@ -42,37 +43,36 @@ def linear_dpo(
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> DPOOutput:
-    """The DPO loss from hidden states and LM heads of policy and reference, a tile of logits at a time.
+    """The DPO loss from hidden states and LM heads of policy and reference. Logits are computed in tiles.
 
-    A frozen head, and the reference, keep no [2B, T, V] tensor. A trainable head keeps its basis, a tensor of that size
-    over the scored tokens, up to `Schedule.logits_budget` bytes; `Schedule(logits_budget=0)` keeps none, for one more
-    GEMM.
+    With a trainable head, tokens within `Schedule.logits_budget` keep a row of V numbers each for the backward;
+    Schedule(logits_budget=0) keeps none, at the cost of one more GEMM. With a frozen head nothing of that size is kept.
 
     The loss, `beta`, `label_smoothing`, `kl` and `kl_coef`: see `dpo_from_logits`. The projection, `bias`,
-    `process_group` and `schedule`: see `linear_logps`. The reference's hidden size may differ from the policy's; its
-    vocabulary may not.
+    `process_group`, `backend` and `schedule`: see `linear_logps`. The reference may have another hidden size than the
+    policy, but must have the same vocabulary.
 
     Args:
-        hidden: [2B, T, H], the policy's, chosen answers first. weight: [V, H]. bias: [V].
-        labels: [2B, T], aligned with hidden; ignore_index on prompts and padding, which cost nothing.
-        ref_hidden: [2B, T, H'], ref_weight: [V, H'], ref_bias: [V]: the reference's, without gradients. Or else:
-        ref_logps: [2B, T] the reference's log-probs of the labels, or [2B] their sums (then there is no per-token KL).
+        hidden: [2B, T, H], of the policy, chosen answers first. weight: [V, H]. bias: [V].
+        labels: [2B, T], aligned with hidden; ignore_index at prompts and padding, which are not computed.
+        ref_hidden: [2B, T, H'], ref_weight: [V, H'], ref_bias: [V]: of the reference, without gradients. Pass these or
+        ref_logps: the reference's log-probs of the labels, [2B, T], or their sums [2B] (then kl must be None).
 
     Returns:
-        DPOOutput. A pair without scored tokens has log-probs of 0, the loss log 2, and no gradient.
+        DPOOutput. A pair without scored tokens has log-probs of 0, a loss of log 2, and no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
     check_stacked("hidden", hidden, 3)
-    labels = checks.integer("labels", labels, hidden.shape[:-1], hidden.device, "hidden's [2B, T]")
+    labels = checks.integer("labels", labels, hidden.shape[:-1], hidden.device, "[2B, T] of hidden")
     if (ref_hidden is None) == (ref_logps is None) or (ref_hidden is None) != (ref_weight is None):
         raise ValueError(
-            "ref_hidden, ref_weight, ref_logps: expected ref_hidden with ref_weight, or ref_logps alone; a loss "
-            "without a reference takes ref_logps=torch.zeros(2B)"
+            "ref_hidden, ref_weight, ref_logps: expected either ref_hidden and ref_weight, or ref_logps; for a loss "
+            "without a reference pass ref_logps=torch.zeros(2B)"
         )
     if ref_bias is not None and ref_hidden is None:
-        raise ValueError("ref_bias: given without ref_hidden and ref_weight, which it belongs to")
+        raise ValueError("ref_bias: used only with ref_hidden and ref_weight; leave it out")
     loss = check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, hidden.device)
     how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
     how |= dict(process_group=process_group, backend=backend, schedule=schedule)
@@ -83,7 +83,7 @@ def linear_dpo(
     if ref_hidden is not None and ref_weight is not None:
         if checks.tensor("ref_weight", ref_weight).shape[:1] != weight.shape[:1]:
             got, expected = tuple(ref_weight.shape), weight.shape[0]
-            raise ValueError(f"ref_weight: got shape {got}, expected [{expected}, H'], the policy's vocabulary")
+            raise ValueError(f"ref_weight: got shape {got}, expected [{expected}, H'], the vocabulary of the policy")
         with torch.no_grad():
             ref_logps = _reference_logps(ref_hidden, ref_weight, labels, ref_bias, **how).logps
     settings = DPOSettings(loss, ignore_index, backends.resolve(backend, logps.device, logps.dtype))

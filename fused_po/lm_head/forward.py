@@ -1,12 +1,12 @@
-"""The forward over an LM head: a tile of rows after another is projected, scored, and what plan.py says is kept.
+"""The forward of an LM head: it projects and scores one tile of rows after another, and keeps what plan.py decides.
 
-The grid of tiles follows from shapes, dtypes and tile_bytes alone.
+The tiles depend only on shapes, dtypes and tile_bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from torch import Tensor
 
@@ -14,13 +14,6 @@ from fused_po.lm_head.gemm import back_project, take
 from fused_po.lm_head.head import Operands
 from fused_po.lm_head.plan import BASIS, PRODUCT, HeadPlan, spans
 from fused_po.lm_head.tiles import ForwardTiles, Scored
-
-
-class Scoring(NamedTuple):
-    """A tile whose scoring has begun."""
-
-    rows: slice
-    finish: Callable[[], Scored]
 
 
 class Forward:
@@ -36,9 +29,9 @@ class Forward:
         n_all: int,
         split: bool,
     ) -> None:
-        """operands: of the scored rows. rows: their numbers among all n_all, None if all are scored.
+        """operands: of the scored rows. rows: their indices among all n_all rows, None if all are scored.
 
-        split: other ranks have a part in each tile; one is begun while they answer for the one before.
+        split: the vocabulary is sharded. Each tile is then started while the records of the previous one are gathered.
         """
         self.plan, self.tiles, self.operands, self.rows, self.kept = plan, tiles, operands, rows, kept
         self.n_all, self.split = n_all, split
@@ -48,26 +41,26 @@ class Forward:
         """The results of all rows."""
         n_rows = self.operands.hidden.shape[0]
         memory = [self.tiles.allocate(min(tile_rows, n_rows)) for _ in range(self.plan.tiles_at_once(self.split))]
-        begun: list[Scoring] = []
+        begun: list[tuple[slice, Callable[[], Scored]]] = []
         for number, rows in enumerate(spans(0, n_rows, tile_rows)):
-            begun.append(Scoring(rows, self.tiles.begin(rows, memory[number % len(memory)], self.kept_part(rows))))
+            begun.append((rows, self.tiles.begin(rows, memory[number % len(memory)], self.kept_part(rows))))
             if len(begun) > self.split:
-                self.finish(begun.pop(0))
+                self.finish(*begun.pop(0))
         for tile in begun:
-            self.finish(tile)
+            self.finish(*tile)
         return self.collected or self.tiles.unscored(self.n_all)
 
     def kept_part(self, rows: slice) -> Optional[Tensor]:
-        """Where the bases of these rows belong, of those that are kept; None if they are formed in the tile."""
+        """The part of the kept bases for these rows; None if their bases are computed in the tile."""
         if self.plan.keep == PRODUCT:
             return None
-        return self.kept[:, rows, : self.operands.weight.shape[0]] if self.plan.keep == BASIS else self.kept[:, :0]
+        return self.kept[:, rows, : self.operands.weight.shape[0]] if self.plan.keep == BASIS else self.kept
 
-    def finish(self, tile: Scoring) -> None:
+    def finish(self, rows: slice, scored: Callable[[], Scored]) -> None:
         """Collect a tile's results, and keep its product."""
-        results, bases = tile.finish()
-        where = tile.rows if self.rows is None else take(self.rows, tile.rows)
-        if self.rows is None and tile.rows.stop - tile.rows.start == self.n_all:
+        results, bases = scored()
+        where = rows if self.rows is None else take(self.rows, rows)
+        if self.rows is None and rows.stop - rows.start == self.n_all:
             self.collected = results
         else:
             self.collected = self.collected or self.tiles.unscored(self.n_all)
@@ -76,7 +69,7 @@ class Forward:
                     whole[..., where] = part
         if self.plan.keep == PRODUCT:
             for kept, d in zip(self.kept, bases):
-                self.keep_product(kept, d, tile.rows, where)
+                self.keep_product(kept, d, rows, where)
 
     def keep_product(self, kept: Tensor, d: Tensor, rows: slice, where: slice | Tensor) -> None:
         """kept[where] = d @ weight."""

@@ -1,4 +1,4 @@
-"""`linear_kl`: the exact KL from hidden states and heads of policy and reference, a tile of both logits at a time."""
+"""`linear_kl`: the exact KL from hidden states and LM heads of policy and reference, computed in tiles."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from fused_po.lm_head.head import (
     dtypes_of,
     empty_kept,
     make_head,
-    take_rows,
     without_autocast,
     zero_unused,
 )
 from fused_po.lm_head.kl_tiles import OF_ENTROPY, KLBackward, KLForward, KLHead
 from fused_po.lm_head.logps import check_operands
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.kl import (
-    KLResults,
     KLStats,
     PerSide,
     counted_labels,
@@ -55,7 +53,7 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N], below 0 where a token does not count
     rows: Optional[Tensor]  # [n] numbers of the tokens that count, None for all
@@ -80,9 +78,10 @@ def forward(
     plan, weight, n_all = settings.plan(labels.device), policy.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, policy.hidden, weight, n_kept, widest)
-    zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
-    policy, reference = policy.ready(rows, head.dtypes), reference.ready(rows, settings.ref_dtypes)
-    tiles = KLForward(settings, policy, reference, take_rows(labels, rows))
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
+    policy, reference = settings.ready(policy, reference, rows)
+    tiles = KLForward(settings, plan, policy, reference, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, policy, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest))[0], kept
 
@@ -106,7 +105,7 @@ def backward(
     from_kept = head.scaling.inner is None or not active[OF_ENTROPY]
     if head.keep == PRODUCT and not active[OF_ENTROPY]:
         product = head.shards.sum_of_rows(sum(g[:, None] * u for g, u in zip(grads, kept)), rows)
-        return Gradients.empty(policy, Needs(False, False, False))._replace(hidden=product.to(hidden.dtype))
+        return Gradients.empty(policy, Needs(False, False, False), product.to(hidden.dtype))
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
     live = grads.any(0)
     n_kept = min(live.numel(), kept.shape[1]) if head.keep == BASIS and from_kept else 0
@@ -116,14 +115,13 @@ def backward(
         if chosen.index is not None:
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
     bases = kept[:, :n_kept, : policy.weight.shape[0]]
-    ready, ref_ready = policy.ready(chosen.rows, head.dtypes), reference.ready(chosen.rows, settings.ref_dtypes)
-    out = Gradients.empty(policy, needs._replace(hidden=False))
+    ready, ref_ready = settings.ready(policy, reference, chosen.rows)
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    arguments = settings, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
-    where = out._replace(hidden=wide)
+    out = Gradients.empty(policy, needs, wide)
+    arguments = settings, plan, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, KLBackward(*arguments), ready, where, needs, False).run()
-    return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
+    Backward(plan, head.shards, KLBackward(*arguments), ready, out, needs, False).run()
+    return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
 @custom_op("fused_po::linear_kl_fwd")
@@ -187,7 +185,7 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden, weight, bias, *others):
-    return Gradients.empty(Operands(hidden, weight, bias), others[-1])
+    return Gradients.fake(Operands(hidden, weight, bias), others[-1])
 
 
 def _setup_context(ctx, inputs, results):
@@ -229,19 +227,21 @@ def linear_kl(
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> KLStats:
-    """The exact KL of each token between policy and reference, from hidden states and LM heads, a tile at a time.
+    """The exact KL of each token between policy and reference, from hidden states and LM heads, computed in tiles.
 
-    The divergences, `direction`, `js_weight`, and what `labels` and `mask` do: see `kl_from_logits`. The projections
-    and `schedule`: see `linear_logps`; what it costs is in docs/api.md. Gradients flow to hidden, weight and bias,
-    never to the reference, of which no more than a tile of logits exists at a time.
+    The divergences, `direction`, `js_weight`, `labels` and `mask`: see `kl_from_logits`. The projections and
+    `schedule`: see `linear_logps`. docs/api.md lists the cost. Gradients flow to hidden, weight and bias, not to the
+    reference. With a trainable head, tokens within `Schedule.logits_budget` keep one row of V numbers (two with labels)
+    for the backward; Schedule(logits_budget=0) keeps none.
 
     Args:
-        hidden: [..., H], weight: [V, H], bias: [V], the policy's.
-        ref_hidden: [..., H'], ref_weight: [V, H'], ref_bias: [V], the reference's. H' may differ from H; V may not.
+        hidden: [..., H], weight: [V, H], bias: [V], of the policy.
+        ref_hidden: [..., H'], ref_weight: [V, H'], ref_bias: [V], of the reference. H' may differ from H.
         labels: [...], integers in [0, V) or ignore_index. mask: [...], True where a token counts.
-        temperature, logit_scale, softcap: one for both, or a pair (policy's, reference's).
-        process_group: both vocabularies are split over its ranks, see `linear_logps`; js gathers twice a tile.
-        backend: "triton" or "reference" ("cuda" has no exact KL); None chooses by device. schedule: see `Schedule`.
+        temperature, logit_scale, softcap: one value for both, or a pair (policy, reference).
+        process_group: the ranks over which both vocabularies are sharded, see `linear_logps`. js does two all_gathers
+            per tile.
+        backend: "triton" or "reference" ("cuda" has no exact KL); None selects one by device. schedule: see `Schedule`.
 
     Returns:
         KLStats, fp32 (float64 for float64); gradients flow through kl, logps and entropy.
@@ -264,11 +264,13 @@ def linear_kl(
     )
     if shards[:2] != ref_shards[:2]:
         got, expected = ref_shards.sizes or "the whole vocabulary", shards.sizes or "the whole vocabulary"
-        raise ValueError(f"ref_weight: its ranks hold {got}, expected {expected}, as the policy's head; cut both alike")
+        raise ValueError(f"ref_weight: its ranks have {got}, expected {expected} rows, as weight; shard both equally")
     checks.same_device("ref_hidden", ref_hidden, hidden.device)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         got, expected = tuple(ref_hidden.shape), tuple(hidden.shape[:-1])
-        raise ValueError(f"ref_hidden: got shape {got}, expected {(*expected, 'H')}, as many tokens as hidden's")
+        raise ValueError(
+            f"ref_hidden: got shape {got}, expected [{', '.join(map(str, expected))}, H'], the tokens of hidden"
+        )
     _check_reference(ref_hidden, ref_weight, counted, ref_bias, weight)
     schedule = Schedule.of(schedule)
     divergence = divergence_of(temperature, logit_scale, softcap, direction, js_weight, with_labels)
@@ -282,7 +284,7 @@ def linear_kl(
     dropping = Dropping(tokens.find, schedule.skip_zero_rows)
     arguments = states, weight, bias, ref_states, ref_weight, ref_bias, flat, tokens.rows, settings, dropping
     results = _compare(*arguments)
-    stats = kl_stats(KLResults(*tokens.checked(results[:4]), results.tokens), counted.shape, with_labels)
+    stats = kl_stats(tokens.checked(results), counted.shape, with_labels)
     if stats.entropy is not None and not schedule.entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
     return stats
@@ -298,4 +300,4 @@ def _check_reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optio
     if bias is not None:
         checks.same_device("ref_bias", bias, hidden.device)
         if tuple(bias.shape) != expected[:1]:
-            raise ValueError(f"ref_bias: got shape {tuple(bias.shape)}, expected {expected[:1]}, the vocabulary")
+            raise ValueError(f"ref_bias: got shape {tuple(bias.shape)}, expected {expected[:1]}, the vocabulary size")

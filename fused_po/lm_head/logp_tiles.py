@@ -1,4 +1,4 @@
-"""Tiles of one head whose rows are scored at their labels: D = d logp / d raw."""
+"""Tiles of logits of one head, scored at the labels. The basis is D = d logp / d raw."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po.backend import choose as backends
 from fused_po.backend.interface import Grads, Outputs, RowStats, SavedRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
+from fused_po.lm_head.plan import HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
 from fused_po.ops.outputs import empty_stats
+from fused_po.parallel.row_passes import row_passes
 
 
 class Incoming(NamedTuple):
-    """Rows of the backward: their labels, what the forward left of them, and the incoming gradients, each [N]."""
+    """Rows of the backward: labels, what the forward saved, and incoming gradients, each [N]."""
 
     labels: Tensor
     saved: Tensor  # [SavedRow.COUNT, N]
@@ -27,14 +30,12 @@ class Incoming(NamedTuple):
         """Some of the rows."""
         if rows is None:
             return self
-        labels, saved, entropy, *grads = (
-            None if v is None else v[..., rows].contiguous()
-            for v in (self.labels, self.saved, self.entropy, *self.grads)
-        )
+        values = self.labels, self.saved, self.entropy, *self.grads
+        labels, saved, entropy, *grads = [None if v is None else v[..., rows].contiguous() for v in values]
         return Incoming(labels, saved, entropy, Grads(*grads))
 
     def live(self, ignore_index: int) -> Tensor:
-        """[N] whether a row is scored and a gradient comes in to it."""
+        """[N], whether a row is scored and has a nonzero incoming gradient."""
         scored = self.labels != ignore_index
         nonzero, *others = (g != 0 for g in self.grads if g is not None)
         for other in others:
@@ -42,7 +43,7 @@ class Incoming(NamedTuple):
         return scored.logical_and_(nonzero)
 
     def masked(self, live: Tensor, ignore_index: int) -> Incoming:
-        """These rows; those that are not live become ignored rows, and nothing reads them."""
+        """The rows with those that are not live turned into ignored rows, which are not read."""
         grads = Grads(*(None if g is None else torch.where(live, g, 0) for g in self.grads))
         shift, norm, logp = self.saved
         saved = torch.stack([shift, norm.masked_fill(~live, torch.inf), logp])
@@ -52,10 +53,10 @@ class Incoming(NamedTuple):
 class LogpForward:
     """Scores tiles; see `ForwardTiles`."""
 
-    def __init__(self, head: Head, operands: Operands, labels: Tensor) -> None:
+    def __init__(self, head: Head, plan: HeadPlan, operands: Operands, labels: Tensor) -> None:
         """operands and labels of the scored rows."""
         self.head, self.operands, self.labels = head, operands, labels
-        self.plan, self.run = head.plan(labels.device), head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.n_cols = operands.weight.shape[0]
         self.block = self.plan.head_block(labels.numel(), *operands.weight.shape)
 
@@ -64,30 +65,30 @@ class LogpForward:
         return Buffers(self.operands.hidden, self.head.dtypes.logits, n_rows, self.n_cols)
 
     def unscored(self, n_rows: int) -> RowStats:
-        """Zeros, and a norm of +inf, which marks an ignored row; uninitialised where tiles will write every row."""
+        """Zeros, and a norm of +inf, which marks an ignored row."""
         stats = empty_stats(self.operands.hidden.new_empty(0, dtype=self.head.dtypes.logits), n_rows, self.head.outputs)
-        if self.labels.numel() < n_rows:
-            for value in stats:
-                value.zero_()
-            stats.saved[SavedRow.NORM] = torch.inf
+        for value in stats:
+            value.zero_()
+        stats.saved[SavedRow.NORM] = torch.inf
         return stats
 
     def begin(self, rows: slice, memory: Buffers, kept: Optional[Tensor]) -> Callable[[], Scored]:
-        """Project, and begin to score; whole tiles of bases come from the same row pass."""
+        """Project and start to score. For a whole tile the same row pass computes the bases."""
         shape = n_rows, n_cols = rows.stop - rows.start, self.n_cols
-        d = memory.basis(*shape) if kept is None else kept[0]
-        logits = d if self.plan.in_place(len(d), n_rows) else memory.logits(*shape)
+        n_formed = n_rows if kept is None else kept.shape[1]
+        d = memory.basis(*shape) if kept is None else kept[0] if n_formed else None
+        logits = d if self.plan.in_place(n_formed, n_rows) else memory.logits(*shape)
         weight = self.operands.weight
         self.operands.project(rows, slice(0, n_cols), weight, self.head.dtypes.compute, logits, self.block)
         scored, labels = logits[None], take(self.labels, rows)
-        basis = None if len(d) != n_rows else scored if d is logits else d[None]
+        basis = None if n_formed != n_rows else scored if d is logits else d[None]
         stats = self.run.begin_score(
             scored, labels, self.head.scaling, self.head.ignore_index, self.head.outputs, basis
         )
 
         def finish() -> Scored:
             results = stats()
-            if 0 < len(d) < n_rows:  # the budget ends within this tile
+            if 0 < n_formed < n_rows:  # the budget ends within this tile
                 self.form_first(logits, labels, results, d)
             return Scored(results, [d])
 
@@ -103,18 +104,18 @@ class LogpForward:
 class LogpBackward:
     """Forms gradients of tiles; see `BackwardTiles`."""
 
-    def __init__(self, head: Head, operands: Operands, incoming: Incoming, kept: Kept) -> None:
+    def __init__(self, head: Head, plan: HeadPlan, operands: Operands, incoming: Incoming, kept: Kept) -> None:
         self.head, self.operands, self.rows, self.kept = head, operands, incoming, kept
-        self.plan, self.run = head.plan(incoming.labels.device), head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.factors = incoming.grads.logps if incoming.grads.only_logps else None
-        self.block = self.plan.head_block(len(operands.hidden), *operands.weight.shape)
+        self.block = self.plan.head_block(operands.hidden.shape[0], *operands.weight.shape)
 
     def allocate(self, n_rows: int, n_cols: int) -> None:
         """Memory for a tile."""
         self.buffers = Buffers(self.operands.hidden, self.head.dtypes.logits, n_rows, n_cols)
 
     def tile(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """From the kept basis, or from the projection done again."""
+        """The gradient from the kept basis, or from a new projection."""
         if rows.stop > self.kept.n_rows:
             return self.recompute(rows, columns, weight)
         d = self.kept.tile(0, rows, columns, self.buffers.basis)
@@ -126,7 +127,7 @@ class LogpBackward:
         return out
 
     def recompute(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """By projecting again."""
+        """The gradient from a new projection."""
         head, shape, part = self.head, (rows.stop - rows.start, columns.stop - columns.start), self.rows.at(rows)
         logits, out = self.buffers.logits(*shape), self.buffers.basis(*shape)
         whole = self.operands.weight

@@ -1,10 +1,11 @@
-"""`linear_logps`: log-probs of labels from hidden states and the LM head, a tile of logits at a time.
+"""`linear_logps`: log-probs of labels from hidden states and the LM head, computed in tiles.
 
-The ops around forward.py and backward.py: what the forward keeps for the backward is decided by what requires grad.
+It defines the ops that use forward.py and backward.py. What the forward keeps depends on which inputs require grad.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
@@ -15,9 +16,9 @@ from fused_po.backend.interface import Grads, RowStats, Scaling
 from fused_po.lm_head.backward import Backward, Gradients
 from fused_po.lm_head.forward import Forward
 from fused_po.lm_head.gemm import operand
-from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, take_rows, without_autocast, zero_unused
+from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, without_autocast, zero_unused
 from fused_po.lm_head.logp_tiles import Incoming, LogpBackward, LogpForward
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.outputs import (
@@ -53,10 +54,10 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N]
-    rows: Optional[Tensor]  # [n] numbers of the scored tokens, None for all
+    rows: Optional[Tensor]  # [n] indices of the scored tokens, None for all
     stats: Tensor  # [SavedRow.COUNT, N]
     entropy: Optional[Tensor]  # [N]
     kept: Tensor
@@ -66,17 +67,18 @@ class Saved(NamedTuple):
 def forward(
     head: Head, operands: Operands, labels: Tensor, rows: Optional[Tensor], n_kept: int
 ) -> tuple[RowStats, Tensor]:
-    """(statistics of all labels [N], what is kept of them); rows [n]: numbers of those that are scored, None for all.
+    """(statistics of all labels [N], what is kept). rows [n]: indices of the scored tokens, None for all.
 
-    n_kept: at least n, tokens to have memory for in what is kept.
+    n_kept: the number of tokens to allocate in what is kept, at least n.
     """
     plan, weight, n_all = head.plan(labels.device), operands.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, operands.hidden, weight, n_kept, widest)
     n_scored = n_all if rows is None else rows.numel()
-    zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
-    operands = operands.ready(rows, head.dtypes)
-    tiles = LogpForward(head, operands, take_rows(labels, rows))
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
+    operands = operands.ready(rows, plan.dtypes.compute, plan.gemm)
+    tiles = LogpForward(head, plan, operands, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, operands, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest)), kept
 
@@ -89,16 +91,16 @@ def backward(
     grads: Grads,
     needs: Needs,
     skip_zero_rows: bool,
-    sums: Optional[Gradients] = None,
+    sums: Optional[Sequence[Tensor]] = None,
 ) -> Gradients:
-    """Gradients of the operands; sums: add those of weight and bias to these instead, there is no low then."""
+    """Gradients of the operands; sums: add those of weight and bias to these instead; nothing reads low's then."""
     hidden, rows, plan = operands.hidden, saved.rows, head.plan(saved.labels.device)
     entropy = None if grads.entropy is None else saved.entropy
     incoming = Incoming(saved.labels, saved.stats, entropy, grads)
     from_kept = head.scaling.inner is None or grads.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == PRODUCT and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, operands, incoming, saved.kept[0]), rows)
-        return Gradients.empty(operands, Needs(False, False, False))._replace(hidden=grad.to(hidden.dtype))
+        return Gradients.empty(operands, Needs(False, False, False), grad.to(hidden.dtype))
     incoming = incoming.at(rows)
     live = incoming.live(head.ignore_index)
     n_rows, n_room = live.numel(), saved.kept.shape[1] if head.keep == BASIS and from_kept else 0
@@ -109,17 +111,17 @@ def backward(
     else:
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
-    ready = operands.ready(chosen.rows, head.dtypes)
-    out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
+    ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
+    out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=sums[0])
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, LogpBackward(head, ready, incoming, kept), ready, where, needs, add).run()
-    return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
+    kept, add = chosen.kept(bases), sums is not None
+    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, out, needs, add).run()
+    return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
 def product_gradient(head: Head, operands: Operands, rows: Incoming, product: Tensor) -> Tensor:
-    """This rank's part of hidden's gradient from product = basis @ weight: no GEMM. d lse = label's slope - d logp."""
+    """This rank's part of the gradient of hidden, without a GEMM, from product = basis @ weight."""
     weight, grads = operands.weight, rows.grads
     valid = rows.labels != head.ignore_index
     g_logps, g_lse = (None if g is None else torch.where(valid, g, 0) for g in (grads.logps, grads.lse))
@@ -187,7 +189,7 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden, weight, bias, low, *others):
-    return Gradients.empty(Operands(hidden, weight, bias, low), others[-1])
+    return Gradients.fake(Operands(hidden, weight, bias, low), others[-1])
 
 
 def _setup_context(ctx, inputs, results):
@@ -284,30 +286,38 @@ def linear_logps(
     backend: Optional[str] = None,
     schedule: Optional[Schedule] = None,
 ) -> TokenStats:
-    """Log-probs of labels, and other statistics, from hidden states and the LM head; the logits exist a tile at a time.
+    """Log-probs of labels, and other statistics, from hidden states and the LM head. Logits are computed in tiles.
 
     raw = hidden @ weight.T + bias; the softmax is over z = softcap * tanh(raw * logit_scale / softcap) / temperature,
-    or without the softcap z = raw * logit_scale / temperature. Under torch.autocast the head is cast block by block.
-    With equal weights, labels and schedule two calls give bitwise equal results, whatever requires gradients.
-    In another batch a token's may differ in the last bits: GEMMs, and rows that a GPU splits, sum in another order.
+    or without a softcap over z = raw * logit_scale / temperature. Under torch.autocast the head is cast in blocks.
+
+    Memory: with a frozen head, without gradients, and for tokens beyond the budget, no [tokens, V] matrix exists. With
+    a trainable head, each token within `Schedule.logits_budget` keeps a row of V numbers for the backward, which saves
+    one GEMM. Schedule(logits_budget=0) keeps none.
+
+    Two calls with equal weights, labels and schedule give bitwise equal results, whichever inputs require gradients. In
+    another batch, the result for a token may differ in the last bits, because GEMMs, and rows that a GPU splits, sum in
+    another order.
 
     Args:
-        hidden: [..., H], the input of the head, of the head's dtype or wider (or under autocast).
+        hidden: [..., H], the input of the head. Its dtype must be that of the head or wider, unless under autocast.
         weight: [V, H], the head. bias: [V], of any floating dtype.
-        labels: [...], integers in [0, V) or ignore_index, aligned with hidden: see `shift_labels`. On a GPU they are
-            checked under FUSED_PO_DEBUG=1 only.
+        labels: [...], integers in [0, V) or ignore_index, aligned with hidden: see `shift_labels`. On a GPU the range
+            is checked only with FUSED_PO_DEBUG=1.
         temperature, logit_scale, softcap: finite and > 0.
-        ignore_index: label of positions that cost nothing and give exactly 0.
-        outputs: names of TokenStats' fields.
-        low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw: LoRA on the head, with u = scaling * hidden @ A.T and
-            low = B, without the merged head. Of hidden's dtype; gradients flow to both. Costs r / H of each GEMM.
-        process_group: the vocabulary is cut over its ranks (Megatron's tensor parallelism): weight, bias and low_rank's
-            low are this rank's rows, rank 0's first; hidden and labels are the same on all. A torch.distributed
-            ProcessGroup for rows in equal number, else `VocabParallel`. Every rank gets all results, bitwise equal, and
-            the whole gradient of hidden. A DTensor weight with Shard(0) needs none.
-        backend: "triton", "cuda" (log-probs, entropy and lse without a softcap) or "reference"; None chooses by device.
-            See `backends`.
-        schedule: how to compute it, see `Schedule`.
+        ignore_index: the label of positions that are not computed and give exactly 0.
+        outputs: the fields of TokenStats to compute.
+        low_rank: (u [..., r], low [V, r]) adds u @ low.T to raw. This is LoRA on the head without a merged weight, with
+            u = scaling * hidden @ A.T and low = B. Both have the dtype of hidden and get gradients. It adds r / H to
+            the cost of each GEMM.
+        process_group: the ranks over which the vocabulary is sharded (Megatron's tensor parallelism). weight, bias and
+            low_rank's low are the rows of this rank, in rank order; hidden and labels are the same on all ranks. Pass a
+            torch.distributed ProcessGroup if all ranks have the same number of rows, else a `VocabParallel`. Every rank
+            gets the same results, bitwise, and the full gradient of hidden. Not needed with a DTensor weight
+            (Shard(0)).
+        backend: "triton", "cuda" (only log-probs, entropy and lse, and no softcap) or "reference"; None selects one by
+            device. See `backends`.
+        schedule: how to use memory and compute, see `Schedule`.
 
     Returns:
         TokenStats, fp32 (float64 for float64); gradients flow through logps, entropy and lse.
@@ -318,7 +328,7 @@ def linear_logps(
     hidden, weight, bias, shards = local_head(hidden, weight, bias, process_group)
     labels = check_operands(hidden, weight, labels, bias, shards)
     schedule = Schedule.of(schedule)
-    checks.whole("ignore_index", ignore_index)
+    checks.whole_number("ignore_index", ignore_index)
     asked, low = outputs_of(outputs), None
     if low_rank is not None:
         u, low = check_low_rank(low_rank, hidden, weight)
@@ -330,7 +340,7 @@ def linear_logps(
     states = hidden.reshape(flat.numel(), hidden.shape[-1])
     dropping = Dropping(tokens.find, schedule.skip_zero_rows)
     results = _score(states, weight, bias, low, flat, tokens.rows, head, dropping)
-    stats = token_stats(RowStats(*tokens.checked(results[:4]), results.saved), asked, labels.shape)
+    stats = token_stats(tokens.checked(results), asked, labels.shape)
     if stats.entropy is not None and not schedule.entropy_grad:
         stats = stats._replace(entropy=stats.entropy.detach())
     return stats
@@ -339,37 +349,37 @@ def linear_logps(
 def check_operands(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor], shards: Shards = WHOLE
 ) -> Tensor:
-    """The labels as int64, once all shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices, and return the labels as int64."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     empty = weight.ndim == 2 and shards.n_cols(weight.shape[0]) == 0
     if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V >= 1 and H = {hidden.shape[-1:]} of "
-            f"hidden {tuple(hidden.shape)}"
+            f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V >= 1 and the H of hidden "
+            f"{tuple(hidden.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
     if bias is not None:
         checks.same_device("bias", checks.floating("bias", bias), hidden.device)
         if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the vocabulary")
-    why = "hidden's shape without its width"
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the vocabulary size")
+    why = "the shape of hidden without its last dimension"
     return checks.integer("labels", labels, hidden.shape[:-1], hidden.device, why)
 
 
 def check_low_rank(low_rank: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(u, low) once they fit hidden [..., H] and weight [V, H]."""
+    """Check (u, low) against hidden [..., H] and weight [V, H], and return them."""
     if not isinstance(low_rank, tuple) or len(low_rank) != 2:
         raise TypeError(f"low_rank: got {type(low_rank).__name__}, expected a tuple (u [..., r], low [V, r])")
     u, low = (checks.floating("low_rank", v) for v in low_rank)
     rank = low.shape[-1] if low.ndim else 0
     if rank < 1 or u.shape != (*hidden.shape[:-1], rank) or low.shape != (weight.shape[0], rank):
         raise ValueError(
-            f"low_rank: got shapes {tuple(u.shape)} and {tuple(low.shape)}, expected {(*hidden.shape[:-1], 'r')} and "
-            f"{(weight.shape[0], 'r')} with r >= 1"
+            f"low_rank: got shapes {tuple(u.shape)} and {tuple(low.shape)}, expected "
+            f"[{', '.join(map(str, hidden.shape[:-1]))}, r] and [{weight.shape[0]}, r] with r >= 1"
         )
     for v in (u, low):
         checks.same_device("low_rank", v, hidden.device)
         if v.dtype != hidden.dtype:
-            raise TypeError(f"low_rank: got dtype {v.dtype}, expected {hidden.dtype}, hidden's; cast it")
+            raise TypeError(f"low_rank: got dtype {v.dtype}, expected {hidden.dtype}, the dtype of hidden; cast it")
     return u, low

@@ -1,4 +1,4 @@
-"""The zoo: pure functions of log-probs, unreduced, in plain PyTorch."""
+"""Loss functions in plain PyTorch: pure functions of log-probs, not reduced over the batch."""
 
 from fused_po.losses.advantages import (
     group_advantages,

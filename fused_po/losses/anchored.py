@@ -1,8 +1,8 @@
-"""Losses of pairs that look at each answer's own reward, not at their difference alone; or sort the batch's.
+"""Losses of pairs that use the reward of each answer, not only their difference, or that sort the batch (AOT).
 
 Arguments, symbols and shapes are those of pairwise.py: `chosen, rejected, ref_chosen, ref_rejected` [B] in, [B] out,
-w and l the log-ratios, s the sigmoid. An f-divergence's score must not take the place of the log-ratios here: its
-unknown constant would not cancel.
+w and l are the log-ratios, s is the sigmoid. Scores of an f-divergence cannot replace the log-ratios here, because
+their unknown constant would not cancel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def nca_pair(
 ) -> Tensor:
     """NCA for pairs: L = -log s(beta w) - log s(-beta w) / 2 - log s(-beta l) / 2.
 
-    Chen et al. 2024, arXiv:2402.05369, with two answers, whose weights, the softmax of their rewards, are 1 and 0.
+    Chen et al. 2024, arXiv:2402.05369, for two answers with weights 1 and 0 (in the paper the softmax of the rewards).
     TRL's and Liger's "nca_pair".
     """
     w, l = _rewards(chosen, rejected, ref_chosen, ref_rejected, beta)
@@ -51,7 +51,7 @@ def bco_pair(
 ) -> Tensor:
     """BCO for pairs: L = -log s(beta w) - log s(-beta l).
 
-    Jung et al. 2024, arXiv:2404.04656, its binary cross-entropy without the shift delta: that is `bco`'s. TRL's
+    Jung et al. 2024, arXiv:2404.04656: the binary cross-entropy without the reward shift delta, which `bco` has. TRL's
     "bco_pair".
     """
     w, l = _rewards(chosen, rejected, ref_chosen, ref_rejected, beta)
@@ -68,8 +68,7 @@ def sppo_hard(
 ) -> Tensor:
     """SPPO with hard labels: L = (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2.
 
-    Wu et al. 2024, arXiv:2405.00675, eq. 4.7, whose winning probabilities are 1 and 0 here, and eta is 1 / beta. TRL's
-    "sppo_hard".
+    Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with win probabilities 1 and 0 and eta = 1 / beta. TRL's "sppo_hard".
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     half = 0.5 / checks.positive_like("beta", beta, w, "chosen")
@@ -117,14 +116,14 @@ def aot(
     beta: Beta = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """AOT on pairs: the policy's margins, as a distribution over the batch, above the reference's.
+    """Paired AOT: the distribution of the policy's margins over the batch should dominate the reference's.
 
     L_i = -(1 - e) log s(h_i) - e log s(-h_i),  h_i = beta (sort(c - r)_i - sort(ref_c - ref_r)_i)
 
-    Melnyk et al. 2024, arXiv:2406.05882, paired. TRL's "aot". L_i belongs to a rank, not to a pair, so weights per
-    pair make no sense, and nor does a batch of 1.
+    Melnyk et al. 2024, arXiv:2406.05882, paired. TRL's "aot". L_i belongs to a rank in the sorted batch, not to a
+    pair, so weights per pair and batches of 1 make no sense.
     """
-    log_ratios(chosen, rejected, ref_chosen, ref_rejected)  # looks at the shapes
+    log_ratios(chosen, rejected, ref_chosen, ref_rejected)  # checks the shapes
     ours, theirs = chosen - rejected, torch.zeros_like(chosen)
     theirs = theirs if ref_chosen is None else theirs + ref_chosen.detach()
     theirs = theirs if ref_rejected is None else theirs - ref_rejected.detach()
@@ -141,11 +140,11 @@ def aot_unpaired(
     beta: Beta = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """AOT without pairs: the chosen answers' log-ratios, as a distribution over the batch, above the rejected ones'.
+    """Unpaired AOT: the distribution of the chosen log-ratios over the batch should dominate the rejected ones'.
 
     L_i = -(1 - e) log s(h_i) - e log s(-h_i),  h_i = beta (sort(w)_i - sort(l)_i)
 
-    Melnyk et al. 2024, arXiv:2406.05882, unpaired. TRL's "aot_unpaired". L_i belongs to a rank, see `aot`.
+    Melnyk et al. 2024, arXiv:2406.05882, unpaired. TRL's "aot_unpaired". L_i belongs to a rank, as in `aot`.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     h = checks.positive("beta", beta) * (w.sort(dim=0).values - l.sort(dim=0).values)

@@ -1,4 +1,4 @@
-"""Losses that keep up the policy's entropy, and masks by entropy. Arguments as in losses.policy."""
+"""Losses that keep the policy's entropy high, and masks by entropy. Arguments as in losses.policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.losses.numerics import weighed
+from fused_po.losses.numerics import weighted
 from fused_po.losses.policy import (
     Tokens,
     clip_range,
@@ -21,11 +21,10 @@ from fused_po.losses.policy import (
 
 
 def entropy_bonus(entropy: Tensor, mask: Tensor, *, coef: float) -> Tensor:
-    """L = -coef H, a term to be added to a policy loss (Mnih et al. 2016, arXiv:1602.01783, section 4.3).
+    """L = -coef H, a term to add to a policy loss (Mnih et al. 2016, arXiv:1602.01783, section 4.3).
 
-    H is the entropy of the distribution that is trained: at a temperature, the tempered one (`linear_logps` with
-    temperature= gives that). TRL averages it over tokens whatever the policy loss does; verl and OpenRLHF aggregate it
-    with the policy loss.
+    H is the entropy of the trained distribution, with the temperature applied (`linear_logps(temperature=)` gives
+    that). TRL always averages it over tokens; verl and OpenRLHF aggregate it like the policy loss.
 
     Args:
         entropy: [B, T], nats, with gradients. mask: [B, T]. coef: >= 0.
@@ -39,21 +38,21 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, *, coef: float) -> Tensor:
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float = 0.2) -> Tensor:
-    """The tokens in the top `quantile` of entropy over the batch: "forking tokens", the only ones to train on.
+    """The tokens in the top `quantile` of entropy over the batch, to train only on these "forking tokens".
 
     Wang et al. 2025, arXiv:2506.01939, with 0.2. TRL's top_entropy_quantile: tokens at or above the interpolated
-    (1 - quantile) quantile; it looks at all processes' tokens, this at those given. No host sync.
+    (1 - quantile) quantile. TRL takes the quantile over all processes, this function over its arguments. No host sync.
 
     Args:
-        entropy: [B, T], nats. mask: [B, T]. quantile: in (0, 1], the share of tokens that stays.
+        entropy: [B, T], nats. mask: [B, T]. quantile: in (0, 1], the share of tokens to keep.
 
     Returns:
-        [B, T], bool: part of the mask. None counted, none kept.
+        [B, T], bool: a subset of the mask.
     """
     mask = checks.mask_like("mask", mask, padded("entropy", entropy), "entropy")
     share = checks.number("quantile", quantile, "numbers in (0, 1]", lambda v: 0 < v <= 1)
     entropy = torch.where(mask, entropy.detach(), torch.inf)
-    ordered = entropy.flatten().sort().values  # those that do not count last
+    ordered = entropy.flatten().sort().values  # masked tokens last
     if not len(ordered):
         return mask
     at = ((1 - share) * (mask.sum() - 1).clamp(min=0).to(torch.float64)).reshape(1)
@@ -63,16 +62,16 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float = 0.2) -> Te
 
 
 def covariance(t: Tokens) -> Tensor:
-    """[B, T], a constant: (A - mean A) (log pi - mean log pi), means over the batch's counted tokens."""
+    """[B, T], without gradient: (A - mean A) (log pi - mean log pi), means over the counted tokens of the batch."""
     count = t.mask.sum().clamp(min=1)
     logps, advantages = t.logps.detach(), t.advantages.expand_as(t.logps)
-    centred = (torch.where(t.mask, v, 0) - torch.where(t.mask, v, 0).sum() / count for v in (advantages, logps))
-    a, lp = centred
+    centered = (torch.where(t.mask, v, 0) - torch.where(t.mask, v, 0).sum() / count for v in (advantages, logps))
+    a, lp = centered
     return a * lp
 
 
-def first(key: Tensor, candidates: Tensor, share: float, mask: Tensor) -> Tensor:
-    """The candidates of the largest keys, as many as `share` of the counted tokens, rounded down, but one at least."""
+def select_largest(key: Tensor, candidates: Tensor, share: float, mask: Tensor) -> Tensor:
+    """The candidates with the largest keys: `share` of the number of counted tokens, rounded down, at least one."""
     order = torch.where(candidates, key, -torch.inf).flatten().argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     wanted = (mask.sum().to(torch.float64) * share).floor().clamp(min=1)
@@ -97,12 +96,13 @@ def clip_cov(
     generator: Optional[torch.Generator] = None,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """Clip-Cov: `ppo_clip`, and a few tokens whose covariance of log-prob and advantage is high get loss 0.
+    """Clip-Cov: `ppo_clip` with loss 0 for a few tokens whose covariance of log-prob and advantage is high.
 
-    Cui et al. 2025, arXiv:2505.22617, section 4: of the tokens with clip_cov_lb < cov < clip_cov_ub that PPO has not
-    clipped, a share clip_cov_ratio of all counted tokens, one at least. The authors and verl draw them at random from
-    the global generator, with a host sync; here they are drawn with `generator`, or, without one, are those of the
-    largest covariance: the same in every run. Their recipe has epsilon = 1. No host sync.
+    Cui et al. 2025, arXiv:2505.22617, section 4. The tokens are selected among those with
+    clip_cov_lb < cov < clip_cov_ub that PPO has not clipped; their number is clip_cov_ratio times the number of counted
+    tokens, at least one. The authors and verl draw them from the global random generator, with a host sync. Here they
+    are drawn with `generator`; without one they are the tokens with the largest covariance, the same in every run. The
+    paper's recipe has epsilon = 1. No host sync.
 
     Args:
         logps, old_logps, advantages, mask, log_ratio_clamp: see losses.policy. Covariances are over the whole batch.
@@ -125,7 +125,7 @@ def clip_cov(
     key = cov
     if generator is not None:
         key = torch.rand(cov.shape, generator=generator, device=cov.device)
-    return unreduced(losses, t.mask & ~first(key, candidates, share, t.mask))
+    return unreduced(losses, t.mask & ~select_largest(key, candidates, share, t.mask))
 
 
 def kl_cov(
@@ -138,10 +138,10 @@ def kl_cov(
     ppo_kl_coef: float = 1.0,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """KL-Cov: L = -rho A, unclipped, plus ppo_kl_coef |log rho| on the tokens of the largest covariance.
+    """KL-Cov: L = -rho A, unclipped, plus ppo_kl_coef |log rho| on the tokens with the largest covariance.
 
-    Cui et al. 2025, arXiv:2505.22617, section 4: a share kl_cov_ratio of all counted tokens, one at least. verl
-    agrees, with its selection on the host; here there is no host sync.
+    Cui et al. 2025, arXiv:2505.22617, section 4: the number of tokens is kl_cov_ratio times the number of counted
+    tokens, at least one. verl computes the same, but selects on the host; here there is no host sync.
 
     Args:
         logps, old_logps, advantages, mask, log_ratio_clamp: see losses.policy. Covariances are over the whole batch.
@@ -154,6 +154,6 @@ def kl_cov(
     coef = checks.number("ppo_kl_coef", ppo_kl_coef, "finite numbers >= 0", lambda v: v >= 0)
     t = tokens(logps, old_logps, advantages, mask)
     ratio = importance_ratio(t.log_ratio, log_ratio_clamp)
-    selected = first(covariance(t), t.mask, share, t.mask)
-    besides = torch.where(selected, weighed(coef, t.log_ratio.abs()), 0)
-    return unreduced(-weighed(t.advantages, ratio) + besides, t.mask)
+    selected = select_largest(covariance(t), t.mask, share, t.mask)
+    penalty = torch.where(selected, weighted(coef, t.log_ratio.abs()), 0)
+    return unreduced(-weighted(t.advantages, ratio) + penalty, t.mask)

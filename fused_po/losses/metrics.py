@@ -1,4 +1,4 @@
-"""What trainers log, under TRL's names: dicts of detached scalars on the device, without a host sync."""
+"""Training metrics under TRL's names: dicts of detached scalars on the device, without a host sync."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_po import checks
 from fused_po.losses.group_relative import plan, ratio_of, reference_kl
 from fused_po.losses.numerics import saturating_expm1
 from fused_po.losses.pairwise import Beta, log_ratios
-from fused_po.losses.policy import padded, tokens
+from fused_po.losses.policy import clip_sides, padded, tokens
 from fused_po.losses.reference_free import log_odds_ratio
 from fused_po.losses.sequence_policy import vespo_weight
 from fused_po.losses.unpaired import check_desirable, log_ratio
@@ -21,7 +21,7 @@ Metrics = dict[str, Tensor]
 
 
 def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """The mean of what counts, detached; 0 where nothing does. What is masked may be NaN."""
+    """The detached mean of the values where the mask is True; 0 if there are none. Masked values may be NaN."""
     values = checks.tensor("values", values).detach()
     if mask is None:
         total, count = values.sum(), max(1, values.numel())
@@ -29,14 +29,17 @@ def masked_mean(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         mask = checks.mask_like("mask", mask, values, "values")
         total, count = torch.where(mask, values, 0).sum(), mask.sum().clamp(min=1)
     floating = total.is_floating_point() or total.is_complex()
-    return (total if floating else total.float()) / count  # a quotient of integers has the default dtype
+    return (total if floating else total.float()) / count  # dividing integers would give the default dtype
 
 
 def token_metrics(mask: Tensor, *, kl: Optional[Tensor] = None, entropy: Optional[Tensor] = None) -> Metrics:
-    """kl and entropy, means over the tokens that count, of what is given. mask, kl, entropy: [...] alike."""
-    found = checks.given(kl=kl, entropy=entropy)
+    """The means of kl and entropy over the tokens that count, for those that are passed.
+
+    mask, kl, entropy: tensors of one shape.
+    """
+    passed = checks.not_none(kl=kl, entropy=entropy)
     checks.tensor("mask", mask)
-    return {name: masked_mean(checks.floating(name, value), mask) for name, value in found.items()}
+    return {name: masked_mean(checks.floating(name, value), mask) for name, value in passed.items()}
 
 
 def preference_metrics(
@@ -50,7 +53,7 @@ def preference_metrics(
     """rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected of pairs.
 
     Args:
-        chosen, rejected, ref_chosen, ref_rejected: [B], as a loss takes them; rewards are beta times log-ratios.
+        chosen, rejected, ref_chosen, ref_rejected: [B], as for the losses; rewards are beta times log-ratios.
     """
     w, l = (v.detach() for v in log_ratios(chosen, rejected, ref_chosen, ref_rejected))
     beta = checks.positive_like("beta", beta, w, "chosen")
@@ -66,7 +69,7 @@ def preference_metrics(
 
 
 def odds_ratio_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
-    """ORPO's log_odds_ratio (mean of log s(.)) and log_odds_chosen (mean of .) of mean log-probs [B]."""
+    """ORPO's log_odds_ratio, the mean of log s(x), and log_odds_chosen, the mean of x = losses.log_odds_ratio."""
     ratio = log_odds_ratio(chosen, rejected)
     return {"log_odds_ratio": masked_mean(torch.nn.functional.logsigmoid(ratio)), "log_odds_chosen": masked_mean(ratio)}
 
@@ -81,11 +84,12 @@ def unpaired_metrics(
 ) -> Metrics:
     """rewards/chosen, rewards/rejected, rewards/margins, logps/chosen, logps/rejected of single answers; kl if given.
 
-    Means over the class; "chosen" is desirable. TRL leaves a class that is absent from the batch out, which takes a
-    sync: here its means and the margin are 0, and count/chosen and count/rejected say so; over batches, weight by them.
+    Means over each class; "chosen" means desirable. If a class is missing in the batch, TRL omits its metrics, which
+    needs a sync. Here its means and the margin are 0. count/chosen and count/rejected are the sizes of the classes:
+    weight by them to average over batches.
 
     Args:
-        logps, ref_logps, desirable: [B], as `kto` takes them. beta: > 0. kl: a scalar, `kto_kl`'s.
+        logps, ref_logps, desirable: [B], as for `kto`. beta: > 0. kl: a scalar, the result of `kto_kl`.
     """
     rewards = checks.positive("beta", beta) * log_ratio(logps, ref_logps).detach()
     chosen = check_desirable(desirable, logps)
@@ -99,34 +103,36 @@ def unpaired_metrics(
 
 
 def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
-    """min_reward, mean_reward, max_reward of both, accuracy and margin of pairs [B], as TRL's RewardTrainer."""
-    checks.alike(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    """min_reward, mean_reward, max_reward over all; accuracy and margin of pairs [B]. As in TRL."""
+    checks.same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
     both = torch.cat([chosen.flatten(), rejected.flatten()])
-    some = both if both.numel() else both.new_zeros(1)
+    nonempty = both if both.numel() else both.new_zeros(1)
     return {
-        "min_reward": some.min(),
+        "min_reward": nonempty.min(),
         "mean_reward": masked_mean(both),
-        "max_reward": some.max(),
+        "max_reward": nonempty.max(),
         "accuracy": masked_mean((chosen > rejected).to(chosen.dtype)),
         "margin": masked_mean(chosen - rejected),
     }
 
 
 def clip_metrics(low: Tensor, high: Tensor, mask: Tensor) -> Metrics:
-    """TRL's clip_ratio/... of what is clipped from below and from above: [B, T] of tokens, or [B, 1] of answers."""
+    """TRL's clip_ratio metrics. low, high: clipped from below, from above; [B, T] of tokens or [B, 1] of answers."""
     region = low | high
     if low.shape != mask.shape:  # an answer counts once, if it has tokens
         mask = mask.any(-1, keepdim=True)
     low, high, region = (torch.where(mask, v, False).float() for v in (low, high, region))
-    some, count = mask.any(-1), mask.sum(-1).clamp(min=1)
+    counted, count = mask.any(-1), mask.sum(-1).clamp(min=1)
     lows, highs = low.sum(-1) / count, high.sum(-1) / count
     return {
         "clip_ratio/low_mean": masked_mean(low, mask),
         "clip_ratio/high_mean": masked_mean(high, mask),
         "clip_ratio/region_mean": masked_mean(region, mask),
-        "clip_ratio/low_min": torch.where(some.any(), pad(torch.where(some, lows, 1), (0, 1), value=1.0).amin(), 0),
-        "clip_ratio/high_max": pad(torch.where(some, highs, 0), (0, 1)).amax(),
+        "clip_ratio/low_min": torch.where(
+            counted.any(), pad(torch.where(counted, lows, 1), (0, 1), value=1.0).amin(), 0
+        ),
+        "clip_ratio/high_max": pad(torch.where(counted, highs, 0), (0, 1)).amax(),
     }
 
 
@@ -147,20 +153,22 @@ def policy_metrics(
     weights: Optional[Tensor] = None,
     **settings: float,
 ) -> Metrics:
-    """What TRL's GRPO trainer logs of a batch, for `grpo` with the same arguments.
+    """The metrics that TRL's GRPO trainer logs for a batch. Takes the arguments of `grpo`.
 
-    clip_ratio/low_mean, high_mean, region_mean, low_min, high_max: shares that the loss clips, of tokens (of answers at
-    sequence level), and the smallest and largest share in an answer; cispo_clip_ratio (positive advantages above the
-    cap) or vespo/phi_seq_mean instead; none for sapo. kl, times the ratio as in the loss, with ref_logps; entropy, if
-    given. approx_kl, of all: the mean of rho - 1 - log rho, which estimates KL(pi_old || pi) and is >= 0 (Schulman
-    2020; verl's ppo_kl is the mean of -log rho, which may be negative). All are of one process.
+    clip_ratio/low_mean, high_mean, region_mean: the share of tokens (at sequence level: answers) that the loss clips.
+    clip_ratio/low_min, high_max: the smallest and the largest share in an answer. cispo has cispo_clip_ratio instead
+    (positive advantages above the cap), vespo has vespo/phi_seq_mean, sapo none. kl: with ref_logps, multiplied by the
+    ratio as in the loss. entropy: if passed. approx_kl: the mean of rho - 1 - log rho, which estimates KL(pi_old || pi)
+    and is >= 0 (Schulman 2020; verl's ppo_kl is the mean of -log rho, which may be negative). All metrics are of this
+    process only.
 
     Args:
-        logps, old_logps, advantages, mask, ref_logps: as in `grpo`. entropy: [B, T].
-        weights: for vespo alone, as there.
+        logps, old_logps, advantages, mask, ref_logps: as for `grpo`. entropy: [B, T].
+        weights: as for `grpo`, only with loss_type="vespo".
     """
     p = plan(loss_type, epsilon, epsilon_high, None, importance_sampling_level, settings)
-    checks.only_with("weights", None if weights is None else "a tensor", None, loss_type == "vespo", "vespo")
+    name = 'loss_type="vespo"'
+    checks.only_with("weights", None if weights is None else "a tensor", None, loss_type == "vespo", name)
     checks.flags(use_bias_correction_kl=use_bias_correction_kl)
     checks.only_with("use_bias_correction_kl", use_bias_correction_kl, True, ref_logps is not None, "ref_logps")
     t = tokens(logps, old_logps, advantages, mask)
@@ -182,5 +190,5 @@ def policy_metrics(
         high = p.low if p.high is None else p.high
         metrics |= clip_metrics((t.log_ratio < -p.low) & (a < 0), (t.log_ratio > high) & (a > 0), t.mask)
     elif loss_type != "sapo":
-        metrics |= clip_metrics((ratio < 1 - p.low) & (a < 0), (ratio > 1 + p.high) & (a > 0), t.mask)
+        metrics |= clip_metrics(*clip_sides(ratio, a, p.low, p.high), t.mask)
     return metrics

@@ -1,4 +1,4 @@
-"""Corrections for samples of a sampler that is not quite the trainer's old policy: weights and masks, constants."""
+"""Corrections for samples from an engine whose policy differs from the trainer's: weights and masks, no gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("truncate", "mask", "reject")
 
 
 def sampler_log_ratio(name: str, logps: Tensor, sampler_logps: Tensor, mask: Tensor, allow_missing: bool) -> Tensor:
-    """log pi - log pi_sampler, a constant, 0 where masked and, if allowed, where the sampler has NaN."""
+    """log pi - log pi_sampler without gradient; 0 where masked and, if allowed, where sampler_logps is NaN."""
     checks.flags(allow_missing=allow_missing)
     missing = sampler_logps.isnan()
     if not allow_missing:
@@ -36,12 +36,12 @@ def importance_weights(
     high: Optional[float] = 3.0,
     allow_missing: bool = False,
 ) -> Tensor:
-    """Weights pi_old / pi_sampler, to be multiplied onto a policy loss of tokens that another engine sampled.
+    """Importance weights pi_old / pi_sampler, to multiply a policy loss of tokens that another engine sampled.
 
         r = log pi_old - log pi_sampler;  w = exp of  token: r_t;  sequence: sum_t r_t;  geometric: mean_t r_t
         truncate: clip(w, low, high);  mask: w where low <= w <= high, else 0;  reject: 1 where so, else 0
 
-    Sequence weights are the unbiased ones, token weights the first-order ones of less variance. Known as
+    Sequence weights are unbiased. Token weights are a first-order approximation with less variance. Known as
 
         TIS         token, truncate: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
                     training"; verl's rollout_is="token", TRL's "token_truncate"
@@ -50,24 +50,24 @@ def importance_weights(
         rejection   any level, reject: verl's rollout_rs, with low = 1 / high there; a geometric one times token weights
                     is OpenRLHF's seq-mask-tis
 
-    TRL's C_max is 3, verl's threshold 2, OpenRLHF's range (0.5, 5). Logs of weights are held within +-20, as in verl.
+    TRL's C_max is 3, verl's threshold 2, OpenRLHF's range (0.5, 5). log w is clamped to [-20, 20], as in verl.
 
     Args:
-        old_logps: [B, T], of the trainer before the update. sampler_logps: [B, T], as the sampler gave them.
+        old_logps: [B, T], the trainer's log-probs before the update. sampler_logps: [B, T], those of the sampler.
         mask: [B, T].
         level: "token", "sequence" or "geometric". kind: "truncate", "mask" or "reject".
         low: > 0, or None. high: > low, or None.
-        allow_missing: whether NaN in sampler_logps counts as a ratio of 1, as TRL has it; otherwise it is an error.
+        allow_missing: whether NaN in sampler_logps counts as a ratio of 1, as in TRL. False: NaN is an error.
 
     Returns:
-        [B, T], without gradient; 0 where masked. An answer's tokens share its weight if the level is not the token's.
+        [B, T], without gradient; 0 where masked. At the other levels all tokens of an answer have the same weight.
     """
     checks.choice("level", level, LEVELS)
     checks.choice("kind", kind, KINDS)
     low = None if low is None else checks.positive("low", low)
     if high is not None:
         checks.number("high", high, "numbers > {}, or None", lambda v: v > (low or 0), low or 0)
-    checks.alike(old_logps=padded("old_logps", old_logps), sampler_logps=sampler_logps)
+    checks.same_shape(old_logps=padded("old_logps", old_logps), sampler_logps=sampler_logps)
     mask = checks.mask_like("mask", mask, old_logps, "old_logps")
     log_w = sampler_log_ratio("old_logps", old_logps, sampler_logps, mask, allow_missing)
     if level != "token":
@@ -94,23 +94,24 @@ def off_policy_sequence_mask(
     threshold: float,
     allow_missing: bool = False,
 ) -> Tensor:
-    """What stays of the mask without bad answers that the policy has moved away from:
+    """The mask without answers of negative advantage that the policy has moved away from:
 
         keep where A >= 0 or mean_t (log pi_sampler - log pi) <= threshold
 
-    DeepSeek-V3.2, arXiv:2512.02556, eq. 9; TRL's off_policy_mask_threshold. The sampler's log-probs are those of the
-    engine that sampled if there are such, else of the old policy: the mean then holds both drifts.
+    DeepSeek-V3.2, arXiv:2512.02556, eq. 9; TRL's off_policy_mask_threshold. Pass the log-probs of the engine that
+    sampled, so that the mean covers both its difference from the trainer and the updates since; without such an engine
+    pass those of the old policy.
 
     Args:
         logps: [B, T]. sampler_logps: [B, T]. advantages: [B] or [B, T]. mask: [B, T].
-        threshold: > 0, nats a token.
-        allow_missing: whether tokens with NaN in sampler_logps add 0 to the mean, as in TRL; otherwise an error.
+        threshold: > 0, nats per token.
+        allow_missing: whether tokens with NaN in sampler_logps add 0 to the mean, as in TRL. False: NaN is an error.
 
     Returns:
-        [B, T], bool, part of the mask. Multiply a loss with it and aggregate with the whole mask, as TRL does.
+        [B, T], bool, a subset of the mask. Multiply the loss by it and aggregate with the full mask, as TRL does.
     """
     threshold = checks.positive("threshold", threshold)
-    checks.alike(logps=padded("logps", logps), sampler_logps=sampler_logps)
+    checks.same_shape(logps=padded("logps", logps), sampler_logps=sampler_logps)
     mask = checks.mask_like("mask", mask, logps, "logps")
     advantages = broadcast_advantages(advantages, mask)
     kl = sequence_mean(-sampler_log_ratio("logps", logps, sampler_logps, mask, allow_missing), mask)

@@ -1,4 +1,4 @@
-"""Strengths of players from a table of wins: the maximum likelihood of Bradley and Terry's model."""
+"""Player strengths from a table of wins: maximum likelihood of the Bradley-Terry model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_STEPS = 200
 
 
 class BradleyTerryFit(NamedTuple):
-    """What `bradley_terry_mle` found, float64.
+    """The result of `bradley_terry_mle`, float64.
 
-    strengths: [n], the first player's is 1.
-    standard_errors: [n], of log(strength / the first player's strength); the first is 0.
-    win_probability: [n, n], that of the row's player beating the column's, strength_i / (strength_i + strength_j).
+    strengths: [n], relative to the first player, whose strength is 1.
+    standard_errors: [n], of log(strength / strength of the first player); the first is 0.
+    win_probability: [n, n], the probability that the row's player beats the column's, s_i / (s_i + s_j).
     """
 
     strengths: Tensor
@@ -28,31 +28,32 @@ class BradleyTerryFit(NamedTuple):
 
 
 def bradley_terry_mle(wins: Tensor, *, names: Optional[Sequence[str]] = None) -> BradleyTerryFit:
-    """The strengths pi that make a table of wins most likely, where P(i beats j) = pi_i / (pi_i + pi_j).
+    """Maximum likelihood strengths pi for a table of wins, where P(i beats j) = pi_i / (pi_i + pi_j).
 
-    Bradley and Terry 1952, Biometrika 39; Hunter 2004, Annals of Statistics 32, for when they exist (assumption 1) and
-    for the iteration that starts it here, before Newton's steps. The standard errors are those of the log-strengths
-    relative to the first player: roots of the diagonal of the inverse of the Fisher information without its row and
-    column. Of a strength itself it is, to first order, the strength times that. For a table looked at now and then, not
-    for a training step: it runs until it converges, and looks at values.
+    Bradley and Terry 1952, Biometrika 39. Hunter 2004, Annals of Statistics 32: the condition for a finite maximum
+    (assumption 1) and the iteration for the first steps; Newton steps follow. The standard errors are those of the
+    log-strengths relative to the first player: square roots of the diagonal of the inverse Fisher information without
+    the first row and column. To first order, the standard error of a strength is the strength times that value.
+    The function iterates until it converges and reads values on the host, so it is for evaluation, not for a training
+    step.
 
     Args:
-        wins: [n, n], how often the row's player beat the column's: >= 0, fractions too (a draw is half a win to each),
+        wins: [n, n], how often the row's player beat the column's: >= 0, fractions too (a draw is half a win for each),
             0 on the diagonal.
-        names: n names of the players, for the errors. None: their numbers.
+        names: n names of the players, for error messages. None: their indices.
 
     Raises:
-        ValueError: a table that is not square, holds negative numbers or NaN, or has no finite maximum: it has one if
-            and only if, however the players are split in two groups, each group has won against the other.
+        ValueError: the table is not square, holds negative numbers or NaN, or has no finite maximum. A finite maximum
+            exists if and only if, for every split of the players into two groups, each group has won against the other.
     """
     table = _checked(wins)
     n = len(table)
     names = range(n) if names is None else names
-    labels = [*map(str, names if isinstance(names, str) else checks.several("names", names, "names"))]
+    labels = [*map(str, names if isinstance(names, str) else checks.as_tuple("names", names, "names"))]
     if len(labels) != n:
-        raise ValueError(f"names: got {len(labels)}, expected {n}, one for each row of wins")
+        raise ValueError(f"names: got length {len(labels)}, expected {n}, one for each row of wins")
     _refuse_no_maximum(table, labels)
-    scores = _maximise(table)
+    scores = _maximize(table)
     reduced = _information(table, scores)[1:, 1:]
     errors = torch.zeros_like(scores)
     errors[1:] = torch.linalg.inv(reduced).diagonal().sqrt()
@@ -72,7 +73,9 @@ def _checked(wins: Tensor) -> Tensor:
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"wins: got {table[at].item()} at {at}, allowed are finite numbers >= 0")
     if bool(table.diagonal().any()):
-        raise ValueError(f"wins: got {table.diagonal().tolist()} on the diagonal, where nobody plays: expected zeros")
+        raise ValueError(
+            f"wins: got {table.diagonal().tolist()} on the diagonal, expected zeros: no player plays itself"
+        )
     return table
 
 
@@ -85,29 +88,29 @@ def _reach(edges: Tensor) -> Tensor:
 
 
 def _refuse_no_maximum(table: Tensor, labels: list[str]) -> None:
-    """An error that names the players unless everybody has beaten everybody else, directly or through others."""
+    """Raise, naming the players, unless every player has beaten every other one, directly or through others."""
     beaten = _reach(table > 0)
     if bool(beaten.all()):
         return
 
-    def named(chosen: Tensor) -> str:
-        return ", ".join(label for label, one in zip(labels, chosen.tolist()) if one)
+    def players(selected: Tensor) -> str:
+        return ", ".join(label for label, is_selected in zip(labels, selected.tolist()) if is_selected)
 
-    way_out = "add games between them, leave players out, or add a little, such as 0.5, to both counts of pairs"
+    fix = "add games between them, leave players out, or add a small number such as 0.5 to both counts of pairs"
     met = _reach((table + table.T) > 0)
     if not bool(met.all()):
         raise ValueError(
-            f"wins: {named(met[0])} never played {named(~met[0])}, so nothing compares their strengths; {way_out}"
+            f"wins: {players(met[0])} never played {players(~met[0])}, so their strengths cannot be compared; {fix}"
         )
-    group = beaten[:, int(beaten.sum(0).argmin())]  # who beat one whom the fewest did: nobody else beat any of them
-    few = f"{named(group)} never lost to {named(~group)}"
+    group = beaten[:, int(beaten.sum(0).argmin())]  # players that beat the least beaten one: no other player beat them
+    problem = f"{players(group)} never lost to {players(~group)}"
     if 2 * int(group.sum()) > len(labels):
-        few = f"{named(~group)} never beat {named(group)}"
-    raise ValueError(f"wins: {few}, so that no finite strengths are the most likely; {way_out}")
+        problem = f"{players(~group)} never beat {players(group)}"
+    raise ValueError(f"wins: {problem}, so no finite strengths maximize the likelihood; {fix}")
 
 
-def _maximise(table: Tensor) -> Tensor:
-    """[n] log-strengths, the first 0: a few of Hunter's steps, then Newton's, halved where they overshoot."""
+def _maximize(table: Tensor) -> Tensor:
+    """[n] log-strengths, the first 0: a few of Hunter's steps, then Newton steps, halved where they overshoot."""
     games, won = table + table.T, table.sum(1)
     scores = torch.zeros_like(won)
     if len(table) == 1:
@@ -127,11 +130,14 @@ def _maximise(table: Tensor) -> Tensor:
         scale = 1.0
         while scale > 1e-4 and _log_likelihood(table, scores + scale * step) < value:
             scale /= 2
-        if scale <= 1e-4:  # no step is better any more: the likelihood's rounding is reached
+        if scale <= 1e-4:  # no smaller step improves the likelihood: rounding limits it
             return scores
         scores = scores + scale * step
         value = _log_likelihood(table, scores)
-    raise ValueError(f"wins: no convergence in {MAX_STEPS} steps, the last of {largest.item():.1e}: wins too uneven")
+    raise ValueError(
+        f"wins: no convergence in {MAX_STEPS} steps (last step {largest.item():.1e}), since some players win almost "
+        "always; leave them out, or add a small number such as 0.5 to both counts of pairs"
+    )
 
 
 def _log_likelihood(table: Tensor, scores: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Losses of a chosen and a rejected answer, held against a reference policy.
+"""Losses of a chosen and a rejected answer relative to a reference policy.
 
 All take sequence log-probs [B] in nats, `chosen, rejected, ref_chosen, ref_rejected`, and return [B], unreduced. Below,
-s is the sigmoid, `w = chosen - ref_chosen` and `l = rejected - ref_rejected` are the log-ratios, `beta * w` and
-`beta * l` the implicit rewards. A reference of None is one of log-prob 0. References never get gradients. `beta` is the
-strength of the KL constraint: a number > 0, or [B], one a pair. Sums over tokens and means come from
-`sequence_logps(..., average=)`, LD-DPO's log-probs from its `ld_alpha`.
+s is the sigmoid, `w = chosen - ref_chosen` and `l = rejected - ref_rejected` are the log-ratios, and `beta * w` and
+`beta * l` the implicit rewards. A reference of None means log-prob 0. References never get gradients. `beta` is the
+strength of the KL constraint: a number > 0, or [B], one per pair. `sequence_logps(..., average=)` gives the sums or
+means over tokens, and with `ld_alpha` LD-DPO's log-probs.
 
-For another f-divergence pass `f_divergence_score(chosen, ref_chosen, ...)` in the place of `chosen`, likewise for
-`rejected`, and no reference. The losses for which that is right are those of the difference w - l.
+For another f-divergence pass `f_divergence_score(chosen, ref_chosen, ...)` as `chosen`, the same for `rejected`, and no
+reference. This is valid only for losses of the difference w - l.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_po import checks
-from fused_po.losses.numerics import saturating_expm1, weighed
+from fused_po.losses.numerics import saturating_expm1, weighted
 from fused_po.losses.reward import plackett_luce
 
 Beta = Union[float, Tensor]
@@ -30,21 +30,21 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 def log_ratios(
     chosen: Tensor, rejected: Tensor, ref_chosen: Optional[Tensor] = None, ref_rejected: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
-    """(w, l), after a look at shapes; the reference detached."""
-    references = checks.given(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    checks.sequences(chosen=chosen, rejected=rejected, **references)
+    """Check the shapes and return (w, l), with the references detached."""
+    references = checks.not_none(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    checks.per_sequence(chosen=chosen, rejected=rejected, **references)
     w = chosen if ref_chosen is None else chosen - ref_chosen.detach()
     l = rejected if ref_rejected is None else rejected - ref_rejected.detach()
     return w, l
 
 
 def smoothing(value: object) -> float:
-    """A label smoothing in [0, 0.5)."""
+    """Return `value` if it is a label smoothing in [0, 0.5)."""
     return checks.number("label_smoothing", value, "0 <= label_smoothing < 0.5", lambda v: 0 <= v < 0.5)
 
 
 def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log s(h) - e log s(-h), never overflowing."""
+    """-(1 - e) log s(h) - e log s(-h), without overflow."""
     if label_smoothing == 0:
         return -logsigmoid(h)
     return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
@@ -53,21 +53,21 @@ def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
 def f_divergence_score(
     logps: Tensor, ref_logps: Optional[Tensor] = None, divergence: str = "reverse_kl", *, alpha: float = 0.5
 ) -> Tensor:
-    """What takes the place of the log-ratio r = logps - ref_logps under another divergence: f'(e^r), less a constant.
+    """The score that replaces the log-ratio r = logps - ref_logps for another divergence: f'(e^r) minus a constant.
 
         reverse_kl           r                                  forward_kl    1 - e^-r
         alpha_divergence     (e^((alpha - 1) r) - 1) / (alpha - 1)
         js_divergence        log 2 + log s(r)
 
-    f-DPO: Wang et al. 2023, arXiv:2309.16240, table 1, whose alpha is 1 minus this one. As TRL's f_divergence_type and
-    f_alpha_divergence_coef; its exponent is clamped at 80, ours goes on along the tangent at 20, with a gradient.
-    alpha = 1 is reverse_kl, alpha = 0 forward_kl.
+    f-DPO: Wang et al. 2023, arXiv:2309.16240, table 1; the paper's alpha is 1 minus this one. The names correspond to
+    TRL's f_divergence_type and f_alpha_divergence_coef. TRL clamps the exponent at 80; here it continues along its
+    tangent beyond 20, with a gradient. alpha = 1 is reverse_kl, alpha = 0 is forward_kl.
 
     Args:
-        logps, ref_logps: [B], or any shape. divergence: one of F_DIVERGENCES. alpha: for "alpha_divergence".
+        logps, ref_logps: [B], or any shape. divergence: one of F_DIVERGENCES. alpha: used by "alpha_divergence".
     """
     checks.choice("divergence", divergence, F_DIVERGENCES)
-    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
+    checks.same_shape(logps=logps, **checks.not_none(ref_logps=ref_logps))
     checks.number("alpha", alpha, "finite numbers", lambda v: True)
     r = logps if ref_logps is None else logps - ref_logps.detach()
     if divergence == "js_divergence":
@@ -90,19 +90,19 @@ def dpo(
 
     L = -(1 - e) log s(h) - e log s(-h),  h = beta (w - l) - margin
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7. e is the share of preferences taken to be flipped: cDPO (Mitchell
-    2023), as in OpenRLHF and torchtune; TRL's "sigmoid" has no smoothing. The margin is ODPO's (Amini et al. 2024,
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7. e is the assumed share of flipped preferences: cDPO (Mitchell 2023),
+    as in OpenRLHF and torchtune; TRL's "sigmoid" has no smoothing. The margin is that of ODPO (Amini et al. 2024,
     arXiv:2402.10571).
 
     Args:
-        chosen, rejected, ref_chosen, ref_rejected: [B], see the module. beta: > 0, a number or [B].
+        chosen, rejected, ref_chosen, ref_rejected: [B], see the module docstring. beta: > 0, a number or [B].
         label_smoothing: e, in [0, 0.5).
-        margin: by how much the chosen answer's reward should be the larger, a number or [B].
+        margin: how much larger the chosen answer's reward should be, a number or [B].
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
     if isinstance(margin, Tensor):
-        checks.alike(chosen=chosen, margin=margin)
+        checks.same_shape(chosen=chosen, margin=margin)
         h = h - margin.detach()
     elif margin != 0:
         h = h - checks.number("margin", margin, "finite numbers", lambda v: True)
@@ -118,12 +118,12 @@ def robust_dpo(
     beta: Beta = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """DPO's loss without bias under flipped preferences.
+    """Robust DPO: an unbiased estimate of DPO's loss when preferences are flipped with probability e.
 
     L = [-(1 - e) log s(h) + e log s(-h)] / (1 - 2e),  h = beta (w - l)
 
-    Chowdhury et al. 2024, arXiv:2403.00409; TRL's "robust", Liger's too. May be negative, and has no lower
-    bound for e > 0.
+    Chowdhury et al. 2024, arXiv:2403.00409; TRL's and Liger's "robust". It may be negative and has no lower bound for
+    e > 0.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
@@ -132,7 +132,7 @@ def robust_dpo(
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     e = smoothing(label_smoothing)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    return (-(1 - e) * logsigmoid(h) + weighed(e, logsigmoid(-h))) / (1 - 2 * e)
+    return (-(1 - e) * logsigmoid(h) + weighted(e, logsigmoid(-h))) / (1 - 2 * e)
 
 
 def hinge(
@@ -143,26 +143,27 @@ def hinge(
     *,
     beta: Beta = 0.1,
 ) -> Tensor:
-    """SLiC's hinge on the implicit rewards: L = max(0, 1 - beta (w - l)).
+    """SLiC's hinge loss on the implicit rewards: L = max(0, 1 - beta (w - l)).
 
-    Zhao et al. 2023, arXiv:2305.10425, section 2, normalised by the reference as in RSO (Liu et al. 2023,
+    Zhao et al. 2023, arXiv:2305.10425, section 2, normalized by the reference as in RSO (Liu et al. 2023,
     arXiv:2309.06657, eq. 10). TRL's "hinge"; beta is the reciprocal of the paper's margin.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
-    short = 1 - checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    return torch.where(short <= 0, 0, short)  # relu, whose backward would read a result that callers may edit
+    gap = 1 - checks.positive_like("beta", beta, w, "chosen") * (w - l)
+    return torch.where(gap <= 0, 0, gap)  # not relu: its backward reads the result, which callers may modify in place
 
 
 def lengths_of(chosen_length: Optional[Tensor], rejected_length: Optional[Tensor], like: Tensor) -> tuple:
     """Both lengths as divisors >= 1 in the dtype of `like`."""
     if chosen_length is None or rejected_length is None:
-        raise ValueError("chosen_length, rejected_length: got None; pass both, the answers' numbers of tokens [B]")
-    found = []
+        raise ValueError("chosen_length, rejected_length: got None; pass both, the number of tokens of each answer [B]")
+    lengths = []
     for name, value in (("chosen_length", chosen_length), ("rejected_length", rejected_length)):
         if checks.tensor(name, value).shape != like.shape:
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(like.shape)}, that of chosen")
-        found.append(value.to(like).clamp(min=1))
-    return tuple(found)
+            expected = f"{tuple(like.shape)}, the shape of chosen"
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+        lengths.append(value.to(like).clamp(min=1))
+    return tuple(lengths)
 
 
 def ipo(
@@ -177,8 +178,8 @@ def ipo(
 ) -> Tensor:
     """IPO: L = (w - l - 1 / (2 beta))^2, or with lengths (w / chosen_length - l / rejected_length - 1 / (2 beta))^2.
 
-    Azar et al. 2023, arXiv:2310.12036, eq. 17, with beta for its tau. On sums as in the paper and OpenRLHF, unless
-    lengths are given: TRL divides by them.
+    Azar et al. 2023, arXiv:2310.12036, eq. 17; beta is the paper's tau. Without lengths it uses sums, as in the paper
+    and OpenRLHF; TRL divides by the lengths.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
@@ -202,7 +203,7 @@ def sigmoid_norm(
     rejected_length: Tensor,
     beta: Beta = 0.1,
 ) -> Tensor:
-    """Length-normalised DPO: L = -log s(beta (w / chosen_length - l / rejected_length)).
+    """Length-normalized DPO: L = -log s(beta (w / chosen_length - l / rejected_length)).
 
     Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6. TRL's "sigmoid_norm".
     """
@@ -225,14 +226,14 @@ def exo_pair(
 
     L = s(h) [log s(h) - log(1 - e)] + s(-h) [log s(-h) - log e],  h = beta (w - l)
 
-    Ji et al. 2024, arXiv:2402.00856, eq. 16, whose e is 1e-3. e = 0 is an infinite loss, and an error, as in TRL.
+    Ji et al. 2024, arXiv:2402.00856, eq. 16, with e = 1e-3. e = 0 would be an infinite loss; it is an error, as in TRL.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
-    allowed = "0 < label_smoothing < 0.5 (the paper takes 1e-3)"
+    allowed = "0 < label_smoothing < 0.5 (the paper uses 1e-3)"
     e = checks.number("label_smoothing", label_smoothing, allowed, lambda v: 0 < v < 0.5)
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
-    of_chosen = weighed(torch.sigmoid(h), logsigmoid(h) - math.log1p(-e))
-    return of_chosen + weighed(torch.sigmoid(-h), logsigmoid(-h) - math.log(e))
+    chosen_term = weighted(torch.sigmoid(h), logsigmoid(h) - math.log1p(-e))
+    return chosen_term + weighted(torch.sigmoid(-h), logsigmoid(-h) - math.log(e))
 
 
 def discopop(
@@ -246,8 +247,8 @@ def discopop(
 ) -> Tensor:
     """DiscoPOP's log-ratio modulated loss: L = -(1 - m) log s(h) + m e^-h,  m = s(h / tau),  h = beta (w - l).
 
-    Lu et al. 2024, arXiv:2406.08414, eq. 5, with its tau = 0.05; TRL's discopop_tau. Where e^-h is large m and it are
-    multiplied as logarithms: the one is as small as the other is large. For tau > 1 their product grows without end.
+    Lu et al. 2024, arXiv:2406.08414, eq. 5, with tau = 0.05; TRL's discopop_tau. Where e^-h is large and m is small,
+    their product is computed from logarithms. For tau > 1 the product is unbounded.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B]. tau: in (0, 1].
@@ -257,8 +258,8 @@ def discopop(
     h = checks.positive_like("beta", beta, w, "chosen") * (w - l)
     m, log_sigmoid = torch.sigmoid(h / tau), logsigmoid(h)
     above, finite = h.clamp(min=-10), h.clamp(min=torch.finfo(h.dtype).min)
-    near = m * (torch.exp(-above) + logsigmoid(above))  # one m: its gradient's two parts cancel before they round
-    far = torch.exp(logsigmoid(finite / tau) - finite) + weighed(m, log_sigmoid)
+    near = m * (torch.exp(-above) + logsigmoid(above))  # one factor m, so its two gradient terms cancel before rounding
+    far = torch.exp(logsigmoid(finite / tau) - finite) + weighted(m, log_sigmoid)
     return torch.where(h < -10, far, near) - log_sigmoid
 
 
@@ -271,13 +272,13 @@ def dpop(
     beta: Beta = 0.3,
     penalty: float = 50.0,
 ) -> Tensor:
-    """DPO-Positive: L = -log s(beta (w - l - penalty max(0, -w))), against falling log-probs of chosen answers.
+    """DPO-Positive: L = -log s(beta (w - l - penalty max(0, -w))). It penalizes falling log-probs of chosen answers.
 
-    Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3, with its lambda = 50 and beta = 0.3.
+    Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3, with the paper's lambda = 50 and beta = 0.3 as defaults.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
     penalty = checks.number("penalty", penalty, "finite numbers >= 0", lambda v: v >= 0)
-    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - weighed(penalty, torch.relu(-w))))
+    return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - weighted(penalty, torch.relu(-w))))
 
 
 def rpo(
@@ -292,12 +293,12 @@ def rpo(
 ) -> Tensor:
     """RPO: DPO plus alpha times the chosen answer's NLL per token, L = -log s(beta (w - l)) - alpha chosen / length.
 
-    Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, eq. 1. TRL writes it as the mixture ["sigmoid", "sft"], with
-    the NLL's mean over the batch's tokens: `preference_loss` has that.
+    Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, eq. 1. In TRL it is the mixture ["sigmoid", "sft"], with the NLL
+    averaged over all tokens of the batch: `preference_loss` has that.
     """
     alpha = checks.number("alpha", alpha, "finite numbers >= 0", lambda v: v >= 0)
     loss = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta)
-    return loss - weighed(alpha, chosen) / lengths_of(chosen_length, chosen_length, chosen)[0]
+    return loss - weighted(alpha, chosen) / lengths_of(chosen_length, chosen_length, chosen)[0]
 
 
 def tdpo(
@@ -311,55 +312,55 @@ def tdpo(
     beta: Beta = 0.1,
     alpha: Optional[float] = 0.5,
 ) -> Tensor:
-    """Token-level DPO, with the sequences' KL divergences from the reference:
+    """Token-level DPO, with the sequence KL divergences from the reference:
 
         TDPO1 (alpha None)    L = -log s(beta (w - l) - beta (rejected_kl - chosen_kl))
         TDPO2                 L = -log s(beta (w - l) - alpha beta (rejected_kl - sg(chosen_kl)))
 
-    Zeng et al. 2024, arXiv:2404.11999; sg stops the gradient; alpha = 0.5 is its code's default.
+    Zeng et al. 2024, arXiv:2404.11999; sg stops the gradient; alpha = 0.5 is the default of the paper's code.
 
     Args:
         chosen, rejected, ref_chosen, ref_rejected: [B]. beta: > 0, a number or [B].
-        chosen_kl, rejected_kl: [B], KL(pi_ref || pi) of each token's whole distribution, summed over the answer.
+        chosen_kl, rejected_kl: [B], the exact KL(pi_ref || pi) of each token, summed over the answer.
         alpha: >= 0, or None.
     """
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected)
-    checks.alike(chosen=chosen, chosen_kl=chosen_kl, rejected_kl=rejected_kl)
+    checks.same_shape(chosen=chosen, chosen_kl=chosen_kl, rejected_kl=rejected_kl)
     if alpha is None:
         shift = rejected_kl - chosen_kl
     else:
         alpha = checks.number("alpha", alpha, "finite numbers >= 0, or None", lambda v: v >= 0)
-        shift = weighed(alpha, rejected_kl - chosen_kl.detach())
+        shift = weighted(alpha, rejected_kl - chosen_kl.detach())
     return -logsigmoid(checks.positive_like("beta", beta, w, "chosen") * (w - l - shift))
 
 
 def plackett_luce_dpo(
     logps: Tensor, ref_logps: Optional[Tensor] = None, mask: Optional[Tensor] = None, *, beta: float = 0.1
 ) -> Tensor:
-    """DPO for rankings: `plackett_luce` of the implicit rewards beta (logps - ref_logps), the best answer first.
+    """DPO for rankings: `plackett_luce` on the implicit rewards beta (logps - ref_logps), the best answer first.
 
     Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 20. Lists of two answers give `dpo`.
 
     Args:
-        logps, ref_logps: [B, K], in the order of the ranking; a reference of None is 0. beta: > 0.
+        logps, ref_logps: [B, K], in the order of the ranking; a reference of None means 0. beta: > 0.
         mask: [B, K], True where there is an answer, for lists of unequal lengths. None: everywhere.
 
     Returns:
         [B], unreduced.
     """
-    checks.alike(logps=logps, **checks.given(ref_logps=ref_logps))
+    checks.same_shape(logps=logps, **checks.not_none(ref_logps=ref_logps))
     if logps.ndim != 2:
-        raise ValueError(f"logps: got shape {tuple(logps.shape)}, expected [B, K], the best first")
+        raise ValueError(f"logps: got shape {tuple(logps.shape)}, expected [B, K], the best answer first")
     ratios = logps if ref_logps is None else logps - ref_logps.detach()
     return plackett_luce(checks.positive("beta", beta) * ratios, mask)
 
 
 def wpo_weights(logps: Tensor, mask: Tensor, log_sum_sq_probs: Optional[Tensor] = None) -> Tensor:
-    """WPO's weight of each pair, how likely the policy itself is to say the answers: exp(mean log-prob) of both.
+    """WPO's weight of each pair: the product of exp(mean log-prob) of both answers under the policy.
 
-    Zhou et al. 2024, arXiv:2406.11827, eq. 2. With `log_sum_sq_probs` (of `linear_logps`) each token's probability is
-    divided by what the policy gives a token of its own, the paper's sampled alignment and what TRL does. Multiply a
-    loss with it; not AOT's, which sorts the pairs away.
+    Zhou et al. 2024, arXiv:2406.11827, eq. 2. With `log_sum_sq_probs` (an output of `linear_logps`) each token's
+    probability is divided by sum_v p_v^2, the expected probability of a token that the policy samples: the paper's
+    sampled alignment, as in TRL. Multiply a loss of pairs by it; not AOT, whose losses do not belong to pairs.
 
     Args:
         logps: [2B, T], chosen answers first. mask: [2B, T], True where a token counts.
@@ -368,7 +369,7 @@ def wpo_weights(logps: Tensor, mask: Tensor, log_sum_sq_probs: Optional[Tensor] 
     Returns:
         [B], without gradient.
     """
-    checks.alike(logps=logps, **checks.given(log_sum_sq_probs=log_sum_sq_probs))
+    checks.same_shape(logps=logps, **checks.not_none(log_sum_sq_probs=log_sum_sq_probs))
     if logps.ndim != 2 or len(logps) % 2:
         raise ValueError(f"logps: got shape {tuple(logps.shape)}, expected [2B, T], the chosen answers first")
     mask = checks.mask_like("mask", mask, logps, "logps")

@@ -1,6 +1,8 @@
-"""Policy-gradient losses with one importance ratio an answer. Arguments as in losses.policy, results [B, T] too:
-each counted token holds its answer's loss, so `reduce.aggregate` works on all. With "seq-mean-token-mean" the batch's
-loss is the mean over answers that the papers have; with "seq-mean-token-sum" each answer weighs its length (LUSPO).
+"""Policy-gradient losses with one importance ratio per answer.
+
+Arguments are those of losses.policy. Results are [B, T] too: each counted token holds the loss of its answer, so
+`reduce.aggregate` works for all losses. "seq-mean-token-mean" gives the papers' mean over answers; with
+"seq-mean-token-sum" the weight of an answer is its length (LUSPO).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.losses.numerics import weighed
+from fused_po.losses.numerics import weighted
 from fused_po.losses.policy import (
     clip_range,
     clipped_surrogate,
@@ -36,19 +38,19 @@ def gspo(
     delta: Optional[float] = None,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """GSPO: PPO's clipped surrogate of the answer's ratio, s = exp(mean_t log rho_t).
+    """GSPO: PPO's clipped surrogate with one ratio per answer, s = exp(mean_t log rho_t).
 
         L = -min(s A, clip(s, 1 - epsilon, 1 + epsilon_high) A)
 
-    Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7. `token_level` is its GSPO-token, s_t = sg(s) pi_t / sg(pi_t): the
-    same value, and a gradient of s A grad log pi_t where the plain form gives every token of the answer the answer's
-    mean. Averaged over tokens they are one, for advantages [B]; advantages [B, T] want the token form.
-    TRL: the plain form (importance_sampling_level="sequence"). verl: the token form, log s clamped to 10 from above.
+    Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7. `token_level` selects GSPO-token, s_t = sg(s) pi_t / sg(pi_t). Its
+    value is the same; its gradient for token t is s A grad log pi_t, where the plain form has the answer's mean of
+    grad log pi. For advantages [B] both have the same mean over tokens; advantages [B, T] need the token form. TRL has
+    the plain form (importance_sampling_level="sequence"), verl the token form with log s clamped to at most 10.
 
     Args:
         logps, old_logps, advantages, mask, log_ratio_clamp: see losses.policy.
-        epsilon: in (0, 1]. epsilon_high: > 0; None: epsilon. Defaults: the paper's; ratios of answers move little.
-        token_level: whose gradient, see above.
+        epsilon: in (0, 1]. epsilon_high: > 0; None: epsilon. The defaults are the paper's: sequence ratios vary little.
+        token_level: whether to use GSPO-token, see above.
         delta: > 1 + epsilon_high, or None: see `ppo_clip`.
 
     Returns:
@@ -75,14 +77,14 @@ def luspo(
     delta: Optional[float] = None,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """LUSPO: GSPO whose answers weigh as many times as they have tokens, so that length brings no bias.
+    """LUSPO: GSPO with each answer weighted by its number of tokens, which removes a bias by length.
 
-    arXiv:2602.05261. The tokens' losses are `gspo`'s; their sum over an answer, "seq-mean-token-sum", is LUSPO. TRL's
-    loss_type="luspo" is this with importance_sampling_level="sequence", which it recommends without making it the
-    default; its clip range is GRPO's 0.2, kept here.
+    arXiv:2602.05261. The token losses are those of `gspo`; their sum over an answer, "seq-mean-token-sum", is LUSPO.
+    TRL's loss_type="luspo" is the same with importance_sampling_level="sequence", which TRL recommends but does not set
+    by default. The default clip range is GRPO's 0.2, as in TRL.
 
     Args:
-        As `gspo`.
+        As for `gspo`.
 
     Returns:
         [B, T], unreduced, to be summed with "seq-mean-token-sum".
@@ -109,15 +111,15 @@ def rloo(
     epsilon_high: Optional[float] = None,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """RLOO: PPO's clipped surrogate of whole answers, R = exp(sum_t log rho_t), with leave-one-out advantages.
+    """RLOO: PPO's clipped surrogate on whole answers, R = exp(sum_t log rho_t), for leave-one-out advantages.
 
         L = -min(R A, clip(R, 1 - epsilon, 1 + epsilon_high) A)
 
-    Ahmadian et al. 2024, arXiv:2402.14740, takes an answer as one action and A from `leave_one_out_advantages`; TRL's
-    RLOO trainer has the clip. OpenRLHF and verl use the advantages with `ppo_clip`.
+    Ahmadian et al. 2024, arXiv:2402.14740, treats an answer as one action, with A from `leave_one_out_advantages`. The
+    clip is that of TRL's RLOO trainer. OpenRLHF and verl use these advantages with `ppo_clip`.
 
     Args:
-        logps, old_logps, mask, log_ratio_clamp: see losses.policy. advantages: [B], one an answer.
+        logps, old_logps, mask, log_ratio_clamp: see losses.policy. advantages: [B], one per answer.
         epsilon: in (0, 1]. epsilon_high: > 0; None: epsilon.
 
     Returns:
@@ -139,17 +141,17 @@ def gmpo(
     epsilon_high: Optional[float] = None,
     log_ratio_clamp: Optional[float] = 20.0,
 ) -> Tensor:
-    """GMPO: L = -A exp(mean_t c_t), the geometric mean of token ratios clipped each where the advantage pushes it.
+    """GMPO: L = -A exp(mean_t c_t), the geometric mean of token ratios, each clipped on the side of its advantage.
 
         c_t = min(log rho_t, epsilon_high) where A > 0, max(log rho_t, -epsilon) elsewhere
 
-    Zhao et al. 2025, arXiv:2507.20673. The range is one of logs, (e^-epsilon, e^epsilon_high), 0.4 in the paper. TRL's
-    GMPO trainer agrees; verl's geo_mean takes the mean of the advantages, clips by its clip_ratio, and adds 1e-8 to
-    lengths.
+    Zhao et al. 2025, arXiv:2507.20673. The bounds apply to log rho, so rho is in (e^-epsilon, e^epsilon_high); 0.4 in
+    the paper. TRL's GMPO trainer computes the same. verl's geo_mean averages the advantages, clips by its clip_ratio
+    and adds 1e-8 to lengths.
 
     Args:
-        logps, old_logps, mask, log_ratio_clamp: see losses.policy. advantages: [B], one an answer.
-        epsilon: > 0, of log rho. epsilon_high: > 0; None: epsilon.
+        logps, old_logps, mask, log_ratio_clamp: see losses.policy. advantages: [B], one per answer.
+        epsilon: > 0, the bound on log rho. epsilon_high: > 0; None: epsilon.
 
     Returns:
         [B, T], unreduced, to be averaged with "seq-mean-token-mean".
@@ -176,10 +178,10 @@ def vespo_weight(
     k_neg: float = 3.0,
     lambda_neg: float = 2.0,
 ) -> Tensor:
-    """phi of `vespo`, like the advantages, a constant; log_ratio is 0 where masked."""
-    given = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
-    given = {name: checks.positive(name, value) for name, value in given.items()}
-    # In float64: k times the rounding of a large log w would be the error of phi.
+    """phi of `vespo`, with the shape of the advantages, without gradient. log_ratio is 0 where masked."""
+    shape = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
+    shape = {name: checks.positive(name, value) for name, value in shape.items()}
+    # In float64: the rounding error of a large log w is multiplied by k in the exponent of phi.
     log_w = log_ratio.detach().double().clamp(-20.0, 20.0).sum(-1, keepdim=True)
     if weights is not None:
         if checks.floating("weights", weights).shape not in (mask.shape, mask[:, :1].shape):
@@ -191,8 +193,8 @@ def vespo_weight(
         log_w = log_w + torch.where(counted, log_weights, 0).sum(-1, keepdim=True)
     log_w = log_w.clamp(LOWEST, 20.0)
     positive = advantages >= 0
-    k = torch.where(positive, given["k_pos"], torch.full_like(advantages, given["k_neg"]))
-    lam = torch.where(positive, given["lambda_pos"], torch.full_like(advantages, given["lambda_neg"]))
+    k = torch.where(positive, shape["k_pos"], torch.full_like(advantages, shape["k_neg"]))
+    lam = torch.where(positive, shape["lambda_pos"], torch.full_like(advantages, shape["lambda_neg"]))
     return (k * log_w - lam * log_w.expm1()).clamp(max=60.0).exp().to(log_ratio.dtype)
 
 
@@ -210,13 +212,13 @@ def vespo(
 ) -> Tensor:
     """VESPO: L = -sg(phi(w)) A log pi, w = prod_t rho_t the answer's ratio, phi(w) = e^lambda w^k e^(-lambda w).
 
-    arXiv:2602.10693. phi(1) = 1; phi falls to 0 on both sides of k / lambda, so nothing is clipped. log rho_t is taken
-    within +-20 and log w in [log 1e-8, 20], as TRL does, whose loss_type="vespo" agrees.
+    arXiv:2602.10693. phi(1) = 1, and phi falls to 0 on both sides of k / lambda, so nothing is clipped. As in TRL's
+    loss_type="vespo", log rho_t is clamped to [-20, 20] and log w to [log 1e-8, 20].
 
     Args:
         logps, old_logps, advantages, mask: see losses.policy.
-        weights: the sampler's token weights >= 0, [B, T] (`importance_weights`), which enter w, not the loss.
-        k_pos, lambda_pos: > 0, where A >= 0. k_neg, lambda_neg: > 0, elsewhere.
+        weights: [B, T], token weights >= 0 for the sampler (`importance_weights`). They enter w, not the loss.
+        k_pos, lambda_pos: > 0, used where A >= 0. k_neg, lambda_neg: > 0, used elsewhere.
 
     Returns:
         [B, T], unreduced.
@@ -224,4 +226,4 @@ def vespo(
     t = tokens(logps, old_logps, advantages, mask)
     shape = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
     phi = vespo_weight(t.log_ratio, t.advantages, t.mask, weights, **shape)
-    return unreduced(-weighed(phi * t.advantages, t.logps), t.mask)
+    return unreduced(-weighted(phi * t.advantages, t.logps), t.mask)

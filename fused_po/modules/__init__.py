@@ -1,4 +1,4 @@
-"""Losses as nn.Modules, with the call signatures people already have in their trainers."""
+"""Losses as nn.Modules with the call signatures of Liger and OpenRLHF."""
 
 from fused_po.modules.liger import (
     FusedLinearCPOLoss,

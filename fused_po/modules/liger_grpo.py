@@ -1,4 +1,4 @@
-"""The GRPO family from hidden states and a head, called as Liger's LigerFusedLinearGRPOLoss 0.8.5: see liger.py."""
+"""The GRPO family from hidden states and an LM head, with the signature of LigerFusedLinearGRPOLoss: see liger.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from fused_po import checks, losses
 from fused_po.lm_head.logps import linear_logps
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.reduce import aggregate
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-OF_STEP = ("dapo", "cispo", "vespo")  # means over the tokens of the whole step, on all ranks
+STEP_MEANS = ("dapo", "cispo", "vespo")  # these losses are means over the tokens of the whole step, on all ranks
 LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
 IGNORE = -100
-# By argument: its default, and the loss_types that read it.
-READERS: dict[str, tuple[object, tuple[str, ...]]] = {
+# argument -> (its default, the loss_types that use it)
+USED_BY: dict[str, tuple[object, tuple[str, ...]]] = {
     "max_completion_length": (None, ("dr_grpo",)),
     "epsilon_low": (0.2, CLIPPED),
     "epsilon_high": (0.2, (*CLIPPED, "cispo")),
@@ -32,29 +33,35 @@ READERS: dict[str, tuple[object, tuple[str, ...]]] = {
 
 
 class FusedLinearGRPOLoss(nn.Module):
-    """Losses of the GRPO family, as LigerFusedLinearGRPOLoss. Math: `losses.grpo`, then `reduce.aggregate`.
+    """Losses of the GRPO family, like LigerFusedLinearGRPOLoss. Math: `losses.grpo`, then `reduce.aggregate`.
 
-    Unlike Liger's: masked positions are neither scored nor looked at ("luspo" there takes a mean over padding too,
-    which shows with a KL, or with ratios or weights of tokens; "vespo" takes in weights of padding); log-ratios are
-    held within +-20, where Liger's overflow; an argument away from its default that the loss_type does not read is an
-    error; "cispo" and "sapo" also take ratios of sequences, as TRL's trainer does without Liger. Over ranks, as there,
-    "dapo", "cispo" and "vespo" divide by the tokens of all, the others by their own.
+    Differences from Liger:
+
+    - Masked positions are not scored and have no effect. In Liger, padding enters the mean of "luspo" (visible with a
+      KL, or with ratios or weights of tokens) and the weights of "vespo".
+    - Log-ratios are clamped to [-20, 20]; Liger's overflow.
+    - An argument that is not at its default and that the loss_type does not use is an error.
+    - "cispo" and "sapo" also support ratios of sequences, as TRL's trainer does without Liger.
+
+    With several ranks, "dapo", "cispo" and "vespo" divide by the number of tokens on all ranks and the other losses by
+    the number on their own rank, as in Liger.
 
     Args:
-        beta: >= 0, of the KL (k3) to the reference.
-        use_ref_model: False: no KL, whatever beta (Liger's is then 0 too); a reference that is passed is not looked at.
-        epsilon_low, epsilon_high: the clip range, 1 - low to 1 + high; "cispo": epsilon_high is the cap on the ratio.
+        beta: >= 0, the coefficient of the KL (k3) to the reference.
+        use_ref_model: False: no KL for any beta (its value in aux is 0, as in Liger), and a reference that is passed is
+            ignored.
+        epsilon_low, epsilon_high: the clip range, 1 - low to 1 + high. "cispo": epsilon_high is the cap on the ratio.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo" or "vespo".
-        max_completion_length: for "dr_grpo", which needs it.
-        importance_sampling_level: "token" or "sequence"; not "vespo"'s.
-        sapo_temperature_pos, sapo_temperature_neg: > 0, "sapo"'s.
-        temperature: > 0, of the logits.
+        max_completion_length: required for "dr_grpo", not allowed for others.
+        importance_sampling_level: "token" or "sequence"; not for "vespo".
+        sapo_temperature_pos, sapo_temperature_neg: > 0, for "sapo".
+        temperature: > 0, divides the logits.
         delta: > 1 + epsilon_high, the two-sided bound on the ratio.
         use_bias_correction_kl: multiply the KL by the ratio.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: > 0, "vespo"'s.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: > 0, for "vespo".
     """
 
-    @checks.called(
+    @checks.rename_in_errors(
         epsilon="epsilon_low",
         **{name: f"sapo_{name}" for name in ("temperature_pos", "temperature_neg")},
         **{name: f"vespo_{name}" for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
@@ -89,27 +96,40 @@ class FusedLinearGRPOLoss(nn.Module):
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
         if (loss_type == "dr_grpo") != (max_completion_length is not None):
             got = f'{max_completion_length} with loss_type="{loss_type}"'
-            raise ValueError(f'max_completion_length: got {got}; "dr_grpo" needs it, and no other reads it')
-        self.how: dict = {}  # arguments of losses.grpo
-        given = dict(
-            epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta,
+            raise ValueError(f'max_completion_length: got {got}; "dr_grpo" needs it, other losses do not use it')
+        self.how = self._used_settings(
+            epsilon_low=epsilon_low,
+            epsilon_high=epsilon_high,
+            delta=delta,
             importance_sampling_level=importance_sampling_level,
-            sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
-            vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
-            vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
-        )  # fmt: skip
-        for name, value in given.items():
-            default, readers = READERS[name]
-            checks.only_with(name, value, default, loss_type in readers, f"loss_type in {readers}")
-            if loss_type in readers:
-                self.how["epsilon" if name == "epsilon_low" else name] = value
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
+        )
         one = torch.zeros(1, 1)
-        losses.grpo(one, one, one, one, loss_type=loss_type, **self.how)  # settings that cannot be are errors already
+        losses.grpo(one, one, one, one, loss_type=loss_type, **self.how)  # raises for invalid settings
 
-    @checks.called(
-        hidden="_input", weight="lin_weight", labels="selected_token_ids", num_tokens="num_items_in_batch",
+    def _used_settings(self, **settings: object) -> dict:
+        """The arguments of losses.grpo that the loss_type uses. Others must be at their defaults."""
+        used = {}
+        for name, value in settings.items():
+            default, losses_using_it = USED_BY[name]
+            is_used = self.loss_type in losses_using_it
+            checks.only_with(name, value, default, is_used, "loss_type " + ", ".join(map(repr, losses_using_it)))
+            if is_used:
+                used["epsilon" if name == "epsilon_low" else name] = value
+        return used
+
+    @checks.rename_in_errors(
+        hidden="_input",
+        weight="lin_weight",
+        labels="selected_token_ids",
+        num_tokens="num_items_in_batch",
         weights="vllm_is_ratio",
-    )  # fmt: skip
+    )
     def forward(
         self,
         _input: Tensor,
@@ -126,16 +146,17 @@ class FusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Optional[Tensor] = None,
         num_items_in_batch: Union[float, Tensor, None] = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(loss, (kl, clip_ratio)), without kl for beta = 0.
+        """Compute the loss. Returns (loss, (kl, clip_ratio)), or (loss, (clip_ratio,)) if beta is 0.
 
         Args:
             _input: [B, T, H], hidden states. lin_weight: [V, H]. bias: [V].
             selected_token_ids, attention_mask: [B, T], labels aligned with _input, and which of them count.
             advantages: [B].
-            ref_per_token_logps: [B, T]; or ref_input, ref_weight, ref_bias, from which they are scored.
-            old_per_token_logps: [B, T]. None: the policy's own, so that ratios are 1.
-            vllm_is_ratio: [B], [B, 1] or [B, T], weights >= 0 for a sampler that is not the old policy.
-            num_items_in_batch: tokens of the whole step, over micro-batches and ranks, for "dapo", "cispo", "vespo".
+            ref_per_token_logps: [B, T]; or pass ref_input, ref_weight and ref_bias, from which they are computed.
+            old_per_token_logps: [B, T]. None: those of the policy, so that ratios are 1.
+            vllm_is_ratio: [B], [B, 1] or [B, T], weights >= 0 for a sampler that differs from the old policy.
+            num_items_in_batch: the number of tokens of the whole step, over micro-batches and ranks, for "dapo",
+                "cispo" and "vespo".
         """
         checks.tensor("selected_token_ids", selected_token_ids)
         mask = checks.mask_like("attention_mask", attention_mask, selected_token_ids, "selected_token_ids")
@@ -143,27 +164,29 @@ class FusedLinearGRPOLoss(nn.Module):
         logps = linear_logps(_input, lin_weight, labels, bias, temperature=self.temperature).logps
         if checks.floating("advantages", advantages).shape != logps.shape[:1]:
             got, expected = tuple(advantages.shape), tuple(logps.shape[:1])
-            raise ValueError(f"advantages: got shape {got}, expected {expected}, one an answer")
+            raise ValueError(f"advantages: got shape {got}, expected {expected}, one per answer")
         old = logps.detach() if old_per_token_logps is None else old_per_token_logps
         ref = self._reference(labels, ref_per_token_logps, (ref_input, ref_weight, ref_bias))
-        checks.alike(logps=logps, old_per_token_logps=old, **checks.given(ref_per_token_logps=ref))
-        weights = vllm_is_ratio
-        if weights is not None:
-            weights = weights[:, None] if checks.floating("vllm_is_ratio", weights).ndim == 1 else weights
-            if weights.shape not in (logps.shape, logps[:, :1].shape):
-                got = tuple(vllm_is_ratio.shape)
-                raise ValueError(
-                    f"vllm_is_ratio: got shape {got}, expected [B], [B, 1] or [B, T], {tuple(logps.shape)}"
-                )
+        checks.same_shape(logps=logps, old_per_token_logps=old, **checks.not_none(ref_per_token_logps=ref))
+        weights = None if vllm_is_ratio is None else self._weights(vllm_is_ratio, logps)
         kl = {} if ref is None else dict(beta=self.beta, use_bias_correction_kl=self.corrected)
-        of_tokens = losses.grpo(
+        token_losses = losses.grpo(
             logps, old, advantages, mask, ref, loss_type=self.loss_type, weights=weights, **kl, **self.how
         )
-        loss = self._mean(of_tokens, mask, num_items_in_batch)
+        loss = self._mean(token_losses, mask, num_items_in_batch)
         return loss, self._metrics(logps.detach(), old, ref, advantages, mask)
 
+    def _weights(self, vllm_is_ratio: Tensor, logps: Tensor) -> Tensor:
+        """vllm_is_ratio as [B, 1] or [B, T]."""
+        weights = checks.floating("vllm_is_ratio", vllm_is_ratio)
+        weights = weights[:, None] if weights.ndim == 1 else weights
+        if weights.shape not in (logps.shape, logps[:, :1].shape):
+            got = tuple(vllm_is_ratio.shape)
+            raise ValueError(f"vllm_is_ratio: got shape {got}, expected [B], [B, 1] or [B, T], {tuple(logps.shape)}")
+        return weights
+
     def _reference(self, labels: Tensor, logps: Optional[Tensor], parts: tuple) -> Optional[Tensor]:
-        """[B, T], or None where there is no KL."""
+        """The log-probs [B, T] of the reference, or None without a KL."""
         if not self.use_ref_model or self.beta == 0:
             return None
         if logps is not None:
@@ -177,10 +200,12 @@ class FusedLinearGRPOLoss(nn.Module):
             return linear_logps(*parts[:2], labels, parts[2], temperature=self.temperature).logps
 
     def _mean(self, loss: Tensor, mask: Tensor, num_items_in_batch: Union[float, Tensor, None]) -> Tensor:
-        """The loss of the tokens' losses [B, T]."""
+        """Reduce token losses [B, T] to the loss."""
         mode, ranks = losses.GRPO_MODES[self.loss_type], 1
-        if self.loss_type not in OF_STEP:
-            checks.only_with("num_items_in_batch", num_items_in_batch, None, False, f"loss_type in {OF_STEP}")
+        if self.loss_type not in STEP_MEANS:
+            checks.only_with(
+                "num_items_in_batch", num_items_in_batch, None, False, "loss_type " + ", ".join(map(repr, STEP_MEANS))
+            )
             counts = {} if mode == "token-mean" else dict(num_sequences=len(loss))
             return aggregate(loss, mask, mode, max_length=self.max_length, **counts)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -196,13 +221,14 @@ class FusedLinearGRPOLoss(nn.Module):
     ) -> tuple[Tensor, ...]:
         log_ratio = torch.where(mask, logps - old.detach(), 0)
         if self.level == "sequence":
-            log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-        ratio, gain = log_ratio.clamp(-20, 20).exp(), advantages[:, None]
+            log_ratio = sequence_mean(log_ratio, mask)
+        ratio, a = importance_ratio(log_ratio, 20.0), advantages[:, None]
         clipped = torch.zeros_like(mask)
         if self.loss_type in CLIPPED:
-            clipped = ((gain > 0) & (ratio > 1 + self.epsilon_high)) | ((gain < 0) & (ratio < 1 - self.epsilon_low))
+            below, above = clip_sides(ratio, a, self.epsilon_low, self.epsilon_high)
+            clipped = below | above
         elif self.loss_type == "cispo":
-            clipped = (gain > 0) & (ratio > self.epsilon_high)
+            clipped = (a > 0) & (ratio > self.epsilon_high)
         clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(logps.dtype), mask)
         if self.beta == 0:
             return (clip_ratio,)

@@ -1,8 +1,8 @@
-"""Losses called as those of OpenRLHF's openrlhf/models/loss.py, version 0.11.2: docs/api.md, "Modules".
+"""Losses with the signatures of openrlhf/models/loss.py in OpenRLHF 0.11.2.
 
-Formulas are those of `losses`, from tokens to a number it is `reduce.aggregate`. Log-probs are per token, [B, T], or
-[B] where it says so. Masks may be boolean, integer or floating; what is masked may be NaN. A batch in which nothing
-counts gives 0, where OpenRLHF's gives NaN.
+docs/api.md, "Modules", describes them. Formulas are those of `losses`, reductions those of `reduce.aggregate`.
+Log-probs are per token, [B, T], or [B] where the class says so. Masks may be boolean, integer or floating; masked
+values may be NaN. A batch without counted tokens gives 0, where OpenRLHF's losses give NaN.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_po import checks, losses
+from fused_po.losses.policy import clip_sides, importance_ratio, sequence_mean
 from fused_po.ops.logps import logps_from_logits, shift_labels
 from fused_po.reduce import aggregate, mean
 
 
-@checks.called(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
+@checks.rename_in_errors(num_tokens="batch_num_tokens", num_sequences="global_batch_size", world_size="dp_size")
 def step_loss(
     loss: Tensor,
     mask: Tensor,
@@ -27,41 +28,41 @@ def step_loss(
     batch_num_tokens: Optional[float],
     global_batch_size: Optional[float],
 ) -> Tensor:
-    """The mean over tokens, or over sequences of means over tokens; with counts, this rank's share of the step's."""
-    checks.whole("world_size", dp_size, 1)
-    name, count, other = "batch_num_tokens", batch_num_tokens, global_batch_size
-    if not token_level_loss:
-        name, count, other = "global_batch_size", global_batch_size, batch_num_tokens
-    if count is None and (dp_size != 1 or other is not None):
-        raise ValueError(f"{name}: got None, expected the whole step's count, since other counts or dp_size are given")
+    """The mean over tokens, or over sequences of their token means. With counts: this rank's share of the step."""
+    checks.whole_number("world_size", dp_size, 1)
+    counts = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
+    name, other = counts if token_level_loss else reversed(counts)
+    if counts[name] is None and (dp_size != 1 or counts[other] is not None):
+        reason = "dp_size > 1" if counts[other] is None else f"{other} is set"
+        raise ValueError(f"{name}: got None, expected the count of the whole step, since {reason}")
     mode = "token-mean" if token_level_loss else "seq-mean-token-mean"
-    counts = dict(num_tokens=batch_num_tokens, num_sequences=global_batch_size)
-    return aggregate(loss, mask, mode, world_size=dp_size, **counts)
+    return aggregate(loss, mask, mode, num_tokens=batch_num_tokens, num_sequences=global_batch_size, world_size=dp_size)
 
 
 def action_mask_like(action_mask: Optional[Tensor], log_probs: Tensor) -> Tensor:
-    """The mask as booleans; None: all ones. log_probs: those, or values."""
+    """The mask as booleans, all True for None. log_probs: log-probs or values of the mask's shape."""
     if action_mask is None:
         return torch.ones_like(log_probs, dtype=torch.bool)
     return checks.mask_like("action_mask", action_mask, log_probs, "the log-probs or values")
 
 
 class PolicyLoss(nn.Module):
-    """PPO's or GSPO's loss, and what to log. Math: `losses.ppo_clip`, `losses.gspo`, `losses.importance_weights`.
+    """PPO's or GSPO's loss, and metrics. Math: `losses.ppo_clip`, `losses.gspo`, `losses.importance_weights`.
 
     Args:
         clip_eps_low, clip_eps_high: the clip range, 1 - low to 1 + high.
-        dual_clip: > 1, the bound where the advantage is negative. None: none.
-        token_level_loss: mean over the tokens of the batch, or over sequences of means; "gspo" takes the latter.
+        dual_clip: > 1, the bound where the advantage is negative, or None.
+        token_level_loss: True: mean over the tokens of the batch. False: mean over sequences of their token means;
+            "gspo" always uses this.
         policy_loss_type: "ppo" or "gspo".
-        is_correction_level: "off", "token" or "seq": correct for a sampler that is not the old policy. "gspo" takes the
-            sampler's log-probs in the place of the old ones, whichever of the two levels; "ppo" weighs each token by
-            pi_old / pi_sampler, and with the rest drops tokens or whole sequences:
-        is_correction_mode: "mask" drops what lies outside the threshold, "clip" clamps a token's weight into it.
-        is_correction_gating: what is held against the threshold: "ratio" (of a sequence its geometric mean), or of the
-            drawn token against all others the "binary_kl" from sampler to old policy or the distance "tv" of their
-            probabilities (of a sequence the mean).
-        is_correction_threshold: (low, high); low at most 0 for "binary_kl" and "tv", which have no lower bound.
+        is_correction_level: "off", "token" or "seq": correct for a sampler that differs from the old policy. "gspo"
+            uses the sampler's log-probs as the old ones at both levels. "ppo" multiplies the loss of each token by
+            pi_old / pi_sampler, and drops tokens ("token") or whole sequences ("seq") by the next three arguments:
+        is_correction_mode: "mask" drops what is outside the threshold, "clip" clamps the weight of a token to it.
+        is_correction_gating: the quantity that is compared with the threshold. "ratio": pi_old / pi_sampler, for a
+            sequence its geometric mean. "binary_kl", "tv": the KL from sampler to old policy, or the total variation
+            distance, of the sampled token against all other tokens; for a sequence the mean.
+        is_correction_threshold: (low, high). low must be <= 0 for "binary_kl" and "tv", which have no lower bound.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class PolicyLoss(nn.Module):
         if dual_clip is not None:
             checks.number("dual_clip", dual_clip, "numbers > 1, or None", lambda v: v > 1)
         weighs = is_correction_level != "off" and policy_loss_type == "ppo"
-        where = 'policy_loss_type="ppo" with is_correction_level="token" or "seq"'
+        where = 'policy_loss_type="ppo" and is_correction_level="token" or "seq"'
         checks.only_with("is_correction_gating", is_correction_gating, "ratio", weighs, where)
         clips = weighs and is_correction_level == "token" and is_correction_gating == "ratio"
-        where = 'policy_loss_type="ppo" with is_correction_level="token" and is_correction_gating="ratio"'
+        where = 'policy_loss_type="ppo", is_correction_level="token" and is_correction_gating="ratio"'
         checks.only_with("is_correction_mode", is_correction_mode, "mask", clips, where)
-        is_correction_threshold = checks.several("is_correction_threshold", is_correction_threshold, "two numbers")
+        is_correction_threshold = checks.as_tuple("is_correction_threshold", is_correction_threshold, "two numbers")
         low = is_correction_threshold[0] if len(is_correction_threshold) == 2 else None
         if low is None or (is_correction_gating != "ratio" and low > 0):
             allowed = "(low, high)" if is_correction_gating == "ratio" else "(low, high) with low <= 0: an upper bound"
@@ -103,7 +104,7 @@ class PolicyLoss(nn.Module):
         self.is_correction_mode, self.is_correction_gating = is_correction_mode, is_correction_gating
         self.is_correction_threshold = is_correction_threshold
 
-    @checks.called(logps="log_probs", old_logps="old_log_probs", mask="action_mask")
+    @checks.rename_in_errors(logps="log_probs", old_logps="old_log_probs", mask="action_mask")
     def forward(
         self,
         log_probs: Tensor,
@@ -115,33 +116,37 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: Optional[float] = None,
         global_batch_size: Optional[float] = None,
     ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
-        """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio) of tokens [B, T]; advantages may be [B] too.
-
-        clip_ratio is the share of tokens whose clipped term is the smaller, ppo_kl the mean of old_log_probs -
-        log_probs; vllm_kl that of rollout_log_probs - old_log_probs and is_filter_ratio the share of tokens or
-        sequences outside the threshold ("ppo" with the correction; else None).
+        """Compute (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio).
 
         Args:
+            log_probs, old_log_probs: [B, T]. advantages: [B] or [B, T].
             action_mask: [B, T]. None: every token counts.
-            rollout_log_probs: [B, T], the sampler's. Read with the correction, which needs them.
-            dp_size, batch_num_tokens, global_batch_size: ranks, and counts of the whole step over all of them: of
-                tokens, which the mean over tokens divides by, or of sequences. None: those of this batch.
+            rollout_log_probs: [B, T], log-probs of the sampler; required with the correction, else ignored.
+            dp_size: the number of data-parallel ranks.
+            batch_num_tokens, global_batch_size: the number of tokens and of sequences of the whole step, over all
+                ranks. The mean over tokens divides by the first, the mean over sequences by the second. None: those of
+                this batch.
+
+        Returns:
+            clip_ratio: the share of tokens whose clipped term is smaller. ppo_kl: the mean of old_log_probs -
+            log_probs. vllm_kl: the mean of rollout_log_probs - old_log_probs. is_filter_ratio: the share of tokens or
+            sequences outside the threshold. The last two are None except for "ppo" with the correction.
         """
         corrects = self.is_correction_level != "off"
         if corrects and rollout_log_probs is None:
             got = f"is_correction_level={self.is_correction_level!r}"
-            raise ValueError(f"rollout_log_probs: got None with {got}; the correction needs them")
+            raise ValueError(f"rollout_log_probs: got None with {got}, expected the log-probs of the sampler")
         rollout_log_probs = rollout_log_probs if corrects else None
-        sampled = checks.given(rollout_log_probs=rollout_log_probs)
-        checks.alike(log_probs=log_probs, old_log_probs=old_log_probs, **sampled)
+        sampler = checks.not_none(rollout_log_probs=rollout_log_probs)
+        checks.same_shape(log_probs=log_probs, old_log_probs=old_log_probs, **sampler)
         mask = action_mask_like(action_mask, log_probs)
         clip = dict(epsilon=self.clip_eps_low, epsilon_high=self.clip_eps_high)
         vllm_kl = filtered = None
         if self.policy_loss_type == "gspo":
-            sampled = rollout_log_probs if corrects else old_log_probs
-            loss = losses.gspo(log_probs, sampled, advantages, mask, delta=self.dual_clip, **clip)
-            log_ratio = torch.where(mask, log_probs - sampled, 0).detach()
-            log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+            old = rollout_log_probs if corrects else old_log_probs
+            loss = losses.gspo(log_probs, old, advantages, mask, delta=self.dual_clip, **clip)
+            log_ratio = torch.where(mask, log_probs - old, 0).detach()
+            log_ratio = sequence_mean(log_ratio, mask)
         else:
             loss = losses.ppo_clip(log_probs, old_log_probs, advantages, mask, dual_clip=self.dual_clip, **clip)
             log_ratio = (log_probs - old_log_probs).detach()
@@ -150,15 +155,15 @@ class PolicyLoss(nn.Module):
                 loss = loss * weights
                 vllm_kl = losses.masked_mean(rollout_log_probs - old_log_probs, mask)
         counts = (dp_size, batch_num_tokens, global_batch_size)
-        ratio = log_ratio.clamp(-20, 20).exp()
-        gains = advantages if advantages.ndim == 2 else advantages[:, None]
-        clipped = ((gains > 0) & (ratio > 1 + self.clip_eps_high)) | ((gains < 0) & (ratio < 1 - self.clip_eps_low))
-        clip_ratio = losses.masked_mean(clipped.expand_as(mask).to(log_probs.dtype), mask)
+        ratio = importance_ratio(log_ratio, 20.0)
+        a = advantages if advantages.ndim == 2 else advantages[:, None]
+        below, above = clip_sides(ratio, a, self.clip_eps_low, self.clip_eps_high)
+        clip_ratio = losses.masked_mean((below | above).expand_as(mask).to(log_probs.dtype), mask)
         ppo_kl = losses.masked_mean(old_log_probs - log_probs, mask)
         return step_loss(loss, mask, self.token_level_loss, *counts), clip_ratio, ppo_kl, vllm_kl, filtered
 
     def _weights(self, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """([B, T] constants for the losses of tokens that the sampler's policy drew, the share that was outside)."""
+        """(importance weights [B, T] without gradient, the share of tokens or sequences outside the threshold)."""
         low, high = self.is_correction_threshold
         logps = (old_log_probs.detach(), rollout_log_probs, mask)
         weights = losses.importance_weights(*logps, high=None)
@@ -166,9 +171,9 @@ class PolicyLoss(nn.Module):
             level = {"token": "token", "seq": "geometric"}[self.is_correction_level]
             measure = losses.importance_weights(*logps, level=level, high=None)
         else:
-            measure = drawn_divergence(*logps, self.is_correction_gating)
+            measure = sampled_token_divergence(*logps, self.is_correction_gating)
             if self.is_correction_level == "seq":
-                measure = measure.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+                measure = sequence_mean(measure, mask)
         measure = measure.expand_as(weights)
         outside = mask & ((measure < low) | (measure > high))
         share = losses.masked_mean(outside.to(weights.dtype), mask)
@@ -179,20 +184,20 @@ class PolicyLoss(nn.Module):
         return torch.where(outside, 0, weights), share
 
 
-def drawn_divergence(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, kind: str) -> Tensor:
-    """[B, T] between sampler and old policy, each as a coin that shows the drawn token or another; 0 where masked."""
-    least = 1e-6  # OpenRLHF's: of both probabilities and what they leave
-    p, q = (torch.where(mask, v, 0).exp().clamp(least, 1 - least) for v in (sampler_logps, old_logps))
-    apart = (p - q).abs() if kind == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    return torch.where(mask, apart, 0)
+def sampled_token_divergence(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """[B, T], the divergence of two Bernoulli distributions: the sampled token or any other. 0 where masked."""
+    eps = 1e-6  # OpenRLHF clamps probabilities to [eps, 1 - eps]
+    p, q = (torch.where(mask, v, 0).exp().clamp(eps, 1 - eps) for v in (sampler_logps, old_logps))
+    divergence = (p - q).abs() if kind == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    return torch.where(mask, divergence, 0)
 
 
 class ValueLoss(nn.Module):
-    """The critic's loss. Math: `losses.value_loss`, with its factor of 1/2.
+    """The loss of the critic. Math: `losses.value_loss`, with the factor 1/2.
 
     Args:
         clip_eps: > 0, how far values may move from the old ones. None: no clip.
-        token_level_loss: mean over the tokens of the batch, or over sequences of means.
+        token_level_loss: True: mean over the tokens of the batch. False: mean over sequences of their token means.
     """
 
     def __init__(self, clip_eps: Optional[float] = None, token_level_loss: bool = True) -> None:
@@ -211,7 +216,7 @@ class ValueLoss(nn.Module):
         batch_num_tokens: Optional[float] = None,
         global_batch_size: Optional[float] = None,
     ) -> Tensor:
-        """The loss of values, old values and returns [B, T]; the other arguments as in `PolicyLoss`."""
+        """The loss of values, old values and returns [B, T]. Other arguments as in `PolicyLoss.forward`."""
         mask = action_mask_like(action_mask, checks.floating("values", values))
         loss = losses.value_loss(values, old_values, returns, mask, clip_eps=self.clip_eps)
         return step_loss(loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
@@ -221,7 +226,7 @@ class SFTLoss(nn.Module):
     """The mean NLL of tokens. Math: `losses.sft`.
 
     Args:
-        token_level_loss: mean over the tokens of the batch, or over sequences of means.
+        token_level_loss: True: mean over the tokens of the batch. False: mean over sequences of their token means.
     """
 
     def __init__(self, token_level_loss: bool = True) -> None:
@@ -229,7 +234,7 @@ class SFTLoss(nn.Module):
         checks.flags(token_level_loss=token_level_loss)
         self.token_level_loss = token_level_loss
 
-    @checks.called(token_loss="per_token_logps", mask="loss_mask")
+    @checks.rename_in_errors(token_loss="per_token_logps", mask="loss_mask")
     def forward(
         self,
         per_token_logps: Tensor,
@@ -238,7 +243,7 @@ class SFTLoss(nn.Module):
         batch_num_tokens: Optional[float] = None,
         global_batch_size: Optional[float] = None,
     ) -> Tensor:
-        """The loss of log-probs and mask [B, T]; the other arguments as in `PolicyLoss`."""
+        """The loss of log-probs [B, T] with a mask [B, T]. Other arguments as in `PolicyLoss.forward`."""
         checks.floating("per_token_logps", per_token_logps)
         mask = checks.mask_like("loss_mask", loss_mask, per_token_logps, "per_token_logps")
         loss = losses.sft(per_token_logps, mask)
@@ -249,37 +254,40 @@ class GPTLMLoss(nn.Module):
     """The mean NLL of the next token, from logits. Math: `logps_from_logits`.
 
     Args:
-        ring_attn_group: None. Sequences cut over ranks are not supported here.
+        ring_attn_group: must be None: sequences sharded over ranks are not supported.
     """
 
     def __init__(self, ring_attn_group: Any = None) -> None:
         super().__init__()
         if ring_attn_group is not None:
-            raise ValueError("ring_attn_group: given, allowed is None; shift the labels before they are cut over ranks")
+            raise ValueError(
+                "ring_attn_group: got a group, allowed is None; for sequences sharded over ranks, shift the labels "
+                "before sharding and use fused_po.logps_from_logits"
+            )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of logits [..., T, V] and labels [..., T] that are not shifted; -100 does not count."""
+        """The loss of logits [..., T, V] for unshifted labels [..., T]; labels of -100 do not count."""
         shifted = shift_labels(labels)
         return -logps_from_logits(logits, shifted).logps.sum() / (shifted != -100).sum().clamp(min=1)
 
 
 class PairWiseLoss(nn.Module):
-    """The loss of a reward model on pairs. Math: `losses.bradley_terry`."""
+    """The pairwise loss of a reward model. Math: `losses.bradley_terry`."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
         """The mean loss of rewards and margins, all of one shape."""
-        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.given(margin=margin))
+        checks.same_shape(chosen_reward=chosen_reward, reject_reward=reject_reward, **checks.not_none(margin=margin))
         return mean(losses.bradley_terry(chosen_reward, reject_reward, margin=margin))
 
 
 class LogExpLoss(nn.Module):
-    """PairWiseLoss in its other form, log(1 + e^(reject - chosen)), which here does not overflow."""
+    """The same loss as PairWiseLoss without a margin, log(1 + e^(reject - chosen)), here without overflow."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Optional[Tensor] = None) -> Tensor:
-        """The mean loss of rewards of one shape. A margin, which OpenRLHF's drops without a word, is an error."""
+        """The mean loss of rewards of one shape. A margin is an error; OpenRLHF ignores it."""
         if margin is not None:
-            raise ValueError("margin: given, but LogExpLoss has none; PairWiseLoss does")
-        checks.alike(chosen_reward=chosen_reward, reject_reward=reject_reward)
+            raise ValueError("margin: LogExpLoss does not use it, expected None; use PairWiseLoss for a margin")
+        checks.same_shape(chosen_reward=chosen_reward, reject_reward=reject_reward)
         return mean(losses.bradley_terry(chosen_reward, reject_reward))
 
 
@@ -287,8 +295,8 @@ class DPOLoss(nn.Module):
     """DPO's or IPO's loss from sequence log-probs. Math: `losses.dpo`, `losses.ipo` (on sums).
 
     Args:
-        beta: > 0. label_smoothing: in [0, 0.5); not for IPO, where OpenRLHF's drops it without a word.
-        ipo: IPO in the place of DPO.
+        beta: > 0. label_smoothing: in [0, 0.5); an error with IPO, where OpenRLHF ignores it.
+        ipo: use IPO instead of DPO.
     """
 
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
@@ -307,8 +315,8 @@ class DPOLoss(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean loss, chosen rewards [B], rejected rewards [B]) from four [B] log-probs; the rewards are detached."""
-        checks.sequences(
+        """(mean loss, chosen rewards [B], rejected rewards [B]) from four log-probs [B]; the rewards are detached."""
+        checks.per_sequence(
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
             reference_chosen_logps=reference_chosen_logps,

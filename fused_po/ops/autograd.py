@@ -1,13 +1,13 @@
-"""What the public functions check for autograd: forward mode, torch.func inside a graph, inference tensors.
+"""Checks of the public functions for autograd: forward mode, torch.func inside a graph, inference tensors.
 
-Every op has one derivative, in reverse mode: see register.py.
+Every op has first derivatives, in reverse mode: see register.py.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Optional, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable)
 P = ParamSpec("P")  # the arguments and the result of a decorated function, for type checkers
 R = TypeVar("R")
 
-INSTEAD = "compute these log-probs with torch.log_softmax where you need them"
+INSTEAD = "use torch.log_softmax for these log-probs"
 SECOND = (
     "fused_po: second derivatives are not implemented (create_graph=True, or a gradient penalty, through fused "
     f"log-probs); {INSTEAD}"
@@ -48,16 +48,16 @@ def has_tangent(value: Tensor) -> bool:
 
 
 def refuse_forward_mode(function: str, name: str) -> None:
-    """The error for a tangent."""
+    """Raise the error for a forward-mode tangent."""
     raise NotImplementedError(
         f"{function}: {name} has a forward-mode tangent (torch.func.jvp, jacfwd or hessian, or "
-        "torch.autograd.forward_ad), and fused_po has reverse-mode derivatives only; use torch.autograd.grad, "
-        f"torch.func.vjp or jacrev, detach what is constant, or {INSTEAD}"
+        "torch.autograd.forward_ad), but fused_po supports only reverse mode; use torch.autograd.grad, torch.func.vjp "
+        f"or jacrev, detach constants, or {INSTEAD}"
     )
 
 
 def no_tangent(function: str, name: str, run: Callable[[], Tensor]) -> Tensor:
-    """What run returns, refused if it has a tangent, also where an autograd.Function has switched forward mode off."""
+    """Call run, and refuse a result with a tangent, even where an autograd.Function has disabled forward mode."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return run()
     with forward_ad._set_fwd_grad_enabled(True):
@@ -82,19 +82,19 @@ transform_in_graph._dynamo_marked_constant = True  # asked once, while tracing: 
 
 
 def check_graph(function: str) -> None:
-    """Refuse what torch.compile cannot trace: forward mode, and reverse mode by torch.func."""
+    """Raise for what torch.compile cannot trace here: forward mode, and torch.func's reverse mode."""
     transform = transform_in_graph()
     if transform == "jvp":
         refuse_forward_mode(function, "an argument")
     if transform == "grad":
         raise NotImplementedError(
-            f"{function}: torch.func.grad, vjp and jacrev do not run inside torch.compile here; put torch.compile "
-            "inside them, or call backward() on the compiled function's loss"
+            f"{function}: torch.func.grad, vjp and jacrev are not supported inside torch.compile; call torch.compile "
+            "inside them, or call backward() on the loss of the compiled function"
         )
 
 
 def usable(value: Tensor) -> Tensor:
-    """A tensor that autograd can save: one made under inference_mode becomes a normal tensor over the same memory."""
+    """A tensor that autograd can save: an inference tensor becomes a normal tensor that shares its memory."""
     if not value.is_inference() or torch.is_inference_mode_enabled() or value.requires_grad:
         return value
     if type(value) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -103,15 +103,19 @@ def usable(value: Tensor) -> Tensor:
     return torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage(), *place)
 
 
-def made_in_inference(value: object) -> bool:
-    """Whether a value is, or holds, a tensor that was made under inference_mode."""
-    if isinstance(value, Tensor):
-        return value.is_inference()
-    return isinstance(value, tuple) and any(isinstance(v, Tensor) and v.is_inference() for v in value)
+def any_made_in_inference(values: Iterable[object]) -> bool:
+    """Whether one of the values is, or is a tuple with, a tensor that was made under inference_mode."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                return True
+        elif isinstance(value, tuple) and any_made_in_inference(value):
+            return True
+    return False
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function over ops: see the top of this file."""
+    """Decorator for public functions: see the module docstring."""
     names = tuple(inspect.signature(function).parameters)
 
     def prepared(name: str, value: object) -> object:
@@ -128,7 +132,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling():
             check_graph(function.__name__)
             return function(*arguments, **options)
-        if forward_ad._current_level < 0 and not any(map(made_in_inference, (*arguments, *options.values()))):
+        if forward_ad._current_level < 0 and not any_made_in_inference((*arguments, *options.values())):
             return function(*arguments, **options)
         arguments = [prepared(name, v) for name, v in zip(names, arguments)] + list(arguments[len(names) :])
         return function(*arguments, **{name: prepared(name, v) for name, v in options.items()})

@@ -1,7 +1,7 @@
 """`dpo_from_logits`: DPO with a per-token KL penalty from logits, fused down to the loss.
 
-Two launches forward (scores of policy and reference; everything from there to the loss), one backward. From log-probs
-of tokens, which `linear_dpo` takes: the second launch alone.
+The forward has two launches: the scores of policy and reference, and everything else up to the loss. The backward has
+one. `linear_dpo` starts from log-probs of tokens and uses only the second launch.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from fused_po import checks
 from fused_po.backend import choose as backends
 from fused_po.backend.interface import Backend, DPORow, PairRow, Scaling, stats_dtype
 from fused_po.ops.autograd import public
+from fused_po.ops.dpo_loss import DPOLoss, check_loss, check_stacked
 from fused_po.ops.kl import KLStats, kl_from_logits
 from fused_po.ops.register import custom_op, differentiable
 from fused_po.ops.rows import GradientOps, as_rows, empty_gradient, on_rows
 from fused_po.reference.dpo import dpo_token_gradient
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-
 
 class DPOOutput(NamedTuple):
-    """What a fused DPO loss returns. fp32 (float64 for float64 inputs); B pairs.
+    """The result of a fused DPO loss for B pairs, fp32 (float64 for float64 inputs).
 
-    loss: scalar, mean(losses) + kl_coef * kl. Carries gradients, as do the next three.
+    loss: scalar, mean(losses) + kl_coef * kl. loss, losses, chosen_logps and rejected_logps have gradients.
     losses: [B], the DPO loss of each pair.
-    chosen_logps, rejected_logps: [B], the policy's log-probs of the answers, summed over tokens.
+    chosen_logps, rejected_logps: [B], log-probs of the answers under the policy, summed over tokens.
     chosen_rewards, rejected_rewards: [B], the implicit rewards beta * (log pi - log pi_ref).
-    margins: [B], chosen_rewards - rejected_rewards. accuracy: [B], 1 where the margin is above 0.
-    kl: scalar, mean of kl_per_token [2B, T] over scored tokens. Both None unless `kl` names an estimator.
+    margins: [B], chosen_rewards - rejected_rewards. accuracy: [B], 1 where the margin is > 0, else 0.
+    kl: scalar, the mean of kl_per_token [2B, T] over scored tokens. Both are None if the argument `kl` is None.
     """
 
     loss: Tensor
@@ -47,7 +46,7 @@ class DPOOutput(NamedTuple):
 
 
 class DPOResults(NamedTuple):
-    """What the ops return: results for callers, then what the backward reads, in memory of their own."""
+    """The results of the ops: those for callers, then separate tensors for the backward."""
 
     loss: Tensor
     losses: Tensor
@@ -65,15 +64,6 @@ class DPOResults(NamedTuple):
 
 
 METRICS = PairRow.CHOSEN_REWARD, PairRow.REJECTED_REWARD, PairRow.MARGIN, PairRow.ACCURACY
-
-
-class DPOLoss(NamedTuple):
-    """The numbers of the loss."""
-
-    beta: float
-    label_smoothing: float
-    kl: Optional[str]
-    kl_coef: float
 
 
 class DPOSettings(NamedTuple):
@@ -325,54 +315,13 @@ def dpo_output(results: DPOResults, labels: Tensor, kl: Optional[str]) -> DPOOut
 def with_exact_kl(
     stats: KLStats, labels: Tensor, loss: DPOLoss, ignore_index: int, backend: Optional[str]
 ) -> DPOOutput:
-    """The loss from log-probs, plus the KL that came with them; autograd joins the two at the log-probs' own op."""
+    """The loss from log-probs, plus the KL from the same op; autograd adds both gradients in that op's backward."""
     name = backends.resolve(backend, stats.logps.device, stats.logps.dtype)
     settings = DPOSettings(loss._replace(kl=None, kl_coef=0.0), ignore_index, name)
     out = dpo_output(from_logps(stats.logps, labels, stats.ref_logps, settings), labels, None)
     mean_kl = stats.kl.sum() / (labels != ignore_index).sum().clamp(min=1)
     total = out.loss + loss.kl_coef * mean_kl if loss.kl_coef else out.loss
     return out._replace(loss=total, kl=mean_kl.detach(), kl_per_token=stats.kl.detach())
-
-
-def check_stacked(name: str, value: Tensor, dims: int) -> None:
-    """Refuse what is not [2B, ..., last]."""
-    checks.floating(name, value)
-    if value.ndim != dims or value.shape[0] % 2 or value.shape[-1] == 0:
-        last = "V" if name.endswith("logits") else "H"
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected [2B, T, {last}] with {last} >= 1: an even number of "
-            "sequences, the B chosen answers first, then the B rejected ones"
-        )
-
-
-def check_loss(
-    beta: float,
-    label_smoothing: float,
-    kl: Optional[str],
-    kl_coef: float,
-    ref_logps: Optional[Tensor],
-    labels: Tensor,
-    device: torch.device,
-) -> DPOLoss:
-    """The numbers of the loss, and what holds between its arguments."""
-    beta = checks.positive("beta", beta)
-    smoothing = checks.number("label_smoothing", label_smoothing, "0 <= label_smoothing < 0.5", lambda v: 0 <= v < 0.5)
-    coef = checks.number("kl_coef", kl_coef, "finite numbers >= 0", lambda v: v >= 0)
-    checks.choice("kl", kl, (None, *KL_ESTIMATORS))
-    if kl is None and coef:
-        raise ValueError(f"kl_coef: got {kl_coef} without an estimator; name one with kl=, of {KL_ESTIMATORS}")
-    loss = DPOLoss(beta, smoothing, kl, coef)
-    if ref_logps is None:
-        return loss
-    if kl == "full":
-        raise ValueError("kl: got 'full' with ref_logps; the exact KL needs the reference's logits, or hidden and head")
-    checks.same_device("ref_logps", checks.floating("ref_logps", ref_logps), device)
-    if ref_logps.shape not in (labels.shape, labels.shape[:1]):
-        allowed = f"{tuple(labels.shape)} per token or {tuple(labels.shape[:1])} summed over tokens"
-        raise ValueError(f"ref_logps: got shape {tuple(ref_logps.shape)}, expected {allowed}")
-    if kl is not None and ref_logps.ndim == 1:
-        raise ValueError(f"kl: got {kl!r} with ref_logps summed over tokens; it needs them per token, [2B, T]")
-    return loss
 
 
 @public
@@ -393,48 +342,48 @@ def dpo_from_logits(
     inplace_backward: bool = False,
     backend: Optional[str] = None,
 ) -> DPOOutput:
-    """The DPO loss from logits of policy and reference, with an optional per-token KL penalty. Fused end to end.
+    """The DPO loss from logits of policy and reference, with an optional per-token KL penalty.
 
     loss = mean_b [-(1 - e) log s(h_b) - e log s(-h_b)] + kl_coef * mean over scored tokens of the KL estimate,
     h = beta * [(log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l))], s the sigmoid, e label_smoothing.
     DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing (cDPO): Mitchell 2023. The estimators, with
-    r = log pi - log pi_ref of a token: k1 = r, k2 = r^2 / 2, k3 = e^-r - 1 + r (Schulman 2020). As a loss, k1's
-    gradient averages to nothing on the policy's own samples; k2's is the reverse KL's. "full" is not an estimate: it is
-    the exact KL(pi || pi_ref) of each position, see `kl_from_logits`, in the same read of the logits.
+    r = log pi - log pi_ref of a token: k1 = r, k2 = r^2 / 2, k3 = e^-r - 1 + r (Schulman 2020). As a loss term, k1 has
+    an expected gradient of zero over the policy's own samples, and k2 has the gradient of the reverse KL. "full" is not
+    an estimate but the exact KL(pi || pi_ref) at each position, see `kl_from_logits`, computed in the same pass.
 
     Args:
-        logits: [2B, T, V], the policy's, chosen answers first. Its processing and dtypes: see `logps_from_logits`.
-        labels: [2B, T], aligned with the logits; ignore_index on prompts and padding, which are not read.
-        ref_logits: [2B, T, V], the reference's; no gradient flows to them. Or else:
-        ref_logps: [2B, T] the reference's log-probs of the labels, or [2B] their sums (then there is no per-token KL).
-        beta: > 0. label_smoothing: the share of flipped preferences, in [0, 0.5).
-        kl: "k1", "k2", "k3", "full" (with ref_logits), or None for no KL.
-        kl_coef: its weight in the loss, >= 0; with 0 it is only reported.
-        inplace_backward: the backward overwrites the logits with their gradient. They must not be used afterwards.
-        backend: "triton" or "reference" ("cuda" has no DPO); None chooses by device. See `backends`.
+        logits: [2B, T, V], of the policy, chosen answers first. Dtypes and strides: see `logps_from_logits`.
+        labels: [2B, T], aligned with the logits; ignore_index at prompts and padding, which are not read.
+        ref_logits: [2B, T, V], of the reference, without gradient. Pass either ref_logits or
+        ref_logps: the reference's log-probs of the labels, [2B, T], or their sums [2B] (then kl must be None).
+        beta: > 0. label_smoothing: the assumed share of flipped preferences, in [0, 0.5).
+        kl: "k1", "k2", "k3", "full" (only with ref_logits), or None for no KL.
+        kl_coef: the weight of the KL in the loss, >= 0. With 0 the KL is only reported.
+        inplace_backward: overwrite the logits with their gradient in the backward. Do not use them afterwards.
+        backend: "triton" or "reference" ("cuda" has no DPO); None selects one by device. See `backends`.
 
     Returns:
-        DPOOutput. A pair without scored tokens has log-probs of 0, the loss log 2, and no gradient.
+        DPOOutput. A pair without scored tokens has log-probs of 0, a loss of log 2, and no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range, by name.
     """
     check_stacked("logits", logits, 3)
-    labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, "the logits' [2B, T]")
+    labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, "[2B, T] of logits")
     if (ref_logits is None) == (ref_logps is None):
         raise ValueError(
-            "ref_logits, ref_logps: expected exactly one of them; a loss without a reference takes "
+            "ref_logits, ref_logps: expected exactly one of them; for a loss without a reference pass "
             "ref_logps=torch.zeros(2B)"
         )
     if ref_logits is not None:
         checks.same_device("ref_logits", checks.floating("ref_logits", ref_logits), logits.device)
         if ref_logits.shape != logits.shape:
             got, expected = tuple(ref_logits.shape), tuple(logits.shape)
-            raise ValueError(f"ref_logits: got shape {got}, expected {expected}, the policy's")
+            raise ValueError(f"ref_logits: got shape {got}, expected {expected}, the shape of logits")
         ref_logits = ref_logits.detach()
     loss = check_loss(beta, label_smoothing, kl, kl_coef, ref_logps, labels, logits.device)
     checks.inplace(inplace_backward, logits)
-    checks.whole("ignore_index", ignore_index)
+    checks.whole_number("ignore_index", ignore_index)
     if kl == "full":
         how = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
         how |= dict(inplace_backward=inplace_backward, backend=backend)

@@ -1,4 +1,4 @@
-"""`gae`: generalised advantage estimation as one scan, not a loop over tokens."""
+"""`gae`: generalized advantage estimation as one scan instead of a loop over tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _dtype(rewards: Tensor, values: Tensor, last_values: Optional[Tensor]) -> to
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether the sum of x is finite; by as many rows as PyTorch does on one thread."""
+    """Whether the sum of x is finite, computed over blocks of rows that PyTorch sums on one thread."""
     return all(bool(rows.sum().isfinite()) for rows in x.split(max(1, (1 << 15) // max(1, x.shape[1]))))
 
 
@@ -41,7 +41,7 @@ def _gae(
     backend: str,
 ) -> GAEResults:
     advantages, returns = backends.get(backend).gae(rewards, values, mask, last_values, gamma, lam)
-    if checks.looked_at(advantages) and not _finite(advantages):  # if it is, so is all that was read
+    if checks.values_checked(advantages) and not _finite(advantages):  # finite results imply finite inputs
         checks.finite("rewards", rewards, mask)
         checks.finite("values", values, mask)
         if last_values is not None:
@@ -66,33 +66,32 @@ def gae(
     lam: float = 0.95,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, and the returns that a value function is fitted to.
+    """Generalized advantage estimation: advantages, and returns as targets of the value function.
 
         delta_t = r_t + gamma V_(t+1) - V_t,   A_t = delta_t + gamma lam A_(t+1),   returns = A + V
 
-    with t + 1 the next position that counts: Schulman et al. 2016, arXiv:1506.02438, eq. 16. No gradient flows: inputs
-    are taken as constants. Advantages are not whitened (verl does that in the same function): `losses.whiten` is.
+    where t + 1 is the next position that counts: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Inputs get no
+    gradient. Advantages are not whitened (verl does that in the same function); use `losses.whiten`.
 
-    Positions that do not count (padding; tokens of a tool between those of the policy) are skipped as if they were not
-    there, as in verl. OpenRLHF takes them, with values and rewards of 0, for positions of their own.
+    Masked positions (padding, or tokens of a tool between those of the policy) are skipped, as in verl. OpenRLHF treats
+    them as positions with values and rewards of 0.
 
     Args:
-        rewards, values: [B, T], float32, bfloat16, float16 or float64, any strides. On CPU, NaN or an infinity
-            where it counts is an error; elsewhere under FUSED_PO_DEBUG=1 only, and else comes out as NaN in its row.
-        mask: [B, T], True or non-zero where a token counts; what lies elsewhere is not looked at. None: all count.
-        last_values: [B], the values after each row's last token that counts, for answers that were cut off.
-            None: 0, for answers that ended.
+        rewards, values: [B, T], float32, bfloat16, float16 or float64, any strides. NaN or infinity at a counted
+            position is an error on CPU, and elsewhere with FUSED_PO_DEBUG=1; without it the row becomes NaN.
+        mask: [B, T], True or non-zero where a token counts; masked values are ignored. None: all tokens count.
+        last_values: [B], the value after the last counted token of each row, for truncated answers. None: 0, for
+            answers that ended.
         gamma, lam: in [0, 1].
-        backend: "triton" or "reference"; None chooses by device. See `backends`.
+        backend: "triton", "cuda" or "reference"; None selects one by device. See `backends`.
 
     Returns:
-        (advantages, returns), [B, T], fp32 (float64 if any input is), 0 where the mask is False. The same bit for bit
-        in every run.
+        (advantages, returns), [B, T], fp32 (float64 if any input is), 0 where the mask is False. Bitwise deterministic.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range, by name.
     """
-    checks.alike(rewards=rewards, values=values)
+    checks.same_shape(rewards=rewards, values=values)
     if rewards.ndim != 2:
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected [B, T]")
     if mask is not None:
@@ -100,7 +99,7 @@ def gae(
     if last_values is not None:
         if checks.floating("last_values", last_values).shape != rewards.shape[:1]:
             shape = tuple(rewards.shape[:1])
-            raise ValueError(f"last_values: got shape {tuple(last_values.shape)}, expected {shape}, one for each row")
+            raise ValueError(f"last_values: got shape {tuple(last_values.shape)}, expected {shape}, one per row")
         checks.same_device("last_values", last_values, rewards.device)
         last_values = last_values.detach()
     gamma, lam = (

@@ -1,4 +1,4 @@
-"""`kl_from_logits`: the exact KL of every token's whole distribution, policy against reference."""
+"""`kl_from_logits`: the exact KL between policy and reference at every token, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PerSide = Union[None, float, tuple[Optional[float], Optional[float]]]
 
 
 class KLStats(NamedTuple):
-    """Per-token divergences and what came in the same pass, each shaped like the tokens; fp32 (float64 for float64).
+    """Per-token divergences and statistics of the same pass, each shaped like the tokens; fp32 (float64 for float64).
 
-    kl: in nats, >= 0. Carries gradients to the policy, as do logps and entropy.
-    logps, ref_logps: log-prob of the label under policy and reference. None without labels, and so is
-    entropy: of the policy.
+    kl: in nats, >= 0. kl, logps and entropy have gradients with respect to the policy.
+    logps, ref_logps: log-probs of the labels under policy and reference. None without labels.
+    entropy: of the policy. None without labels.
     """
 
     kl: Tensor
@@ -36,7 +36,7 @@ class KLStats(NamedTuple):
 
 
 class KLResults(NamedTuple):
-    """What an op returns: tokens for the backward alone, copies for callers; without elements where not asked."""
+    """The results of an op: tokens for the backward, copies for callers. Those not requested have no elements."""
 
     kl: Tensor
     logps: Tensor
@@ -64,7 +64,7 @@ def fake_results(values: Tensor, n_rows, with_labels: bool) -> KLResults:
 
 def kl_stats(results: KLResults, shape: torch.Size, with_labels: bool) -> KLStats:
     """KLStats from an op's results."""
-    kl, logps, entropy, ref_logps, _ = results
+    kl, logps, entropy, ref_logps, *_ = results
     if not with_labels:
         return KLStats(kl.view(shape))
     return KLStats(kl.view(shape), logps.view(shape), ref_logps.detach().view(shape), entropy.view(shape))
@@ -92,7 +92,7 @@ def divergence_of(
     """The divergence that the public arguments name, checked."""
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"{name}: got {len(value)} values, expected one, or a pair (policy's, reference's)")
+            raise ValueError(f"{name}: got {len(value)} values, expected one, or a pair (policy, reference)")
     scalings = (Scaling(*checks.scaling(side(temperature, i), side(logit_scale, i), side(softcap, i))) for i in (0, 1))
     own, reference = scalings
     checks.choice("direction", direction, DIRECTIONS)
@@ -106,12 +106,12 @@ def counted_labels(
     labels: Optional[Tensor], mask: Optional[Tensor], like: Tensor, name: str, ignore_index: int
 ) -> Tensor:
     """Labels in the shape of like [..., *] without its last dimension, ignore_index where a token does not count."""
-    shape, why = like.shape[:-1], f"{name}'s shape without its last dimension"
-    checks.whole("ignore_index", ignore_index)
+    shape, why = like.shape[:-1], f"the shape of {name} without its last dimension"
+    checks.whole_number("ignore_index", ignore_index)
     if labels is None:
         labels = torch.zeros(shape, dtype=torch.int64, device=like.device)
         if ignore_index == 0:
-            raise ValueError("ignore_index: got 0, which without labels marks every token; leave it at -100")
+            raise ValueError("ignore_index: got 0 without labels, which would ignore every token; leave it at -100")
     labels = checks.integer("labels", labels, shape, like.device, why)
     if mask is None:
         return labels
@@ -222,38 +222,40 @@ def kl_from_logits(
     process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
 ) -> KLStats:
-    """The exact KL of each token between policy p and reference q, from logits; one read of both, gradients to p alone.
+    """The exact KL of each token between policy p and reference q, from logits. Only p gets gradients.
 
         reverse   KL(p || q) = sum p (log p - log q)
         forward   KL(q || p) = sum q (log q - log p)
         js        w KL(q || m) + (1 - w) KL(p || m),  m = w q + (1 - w) p,  w = js_weight
 
-    js is the generalised Jensen-Shannon divergence of on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649,
-    eq. 1, with the teacher for q and w for beta; TRL's and Liger's beta). Derivation: docs/derivations.md.
+    js is the generalized Jensen-Shannon divergence of on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649,
+    eq. 1, where q is the teacher and w is beta, as in TRL and Liger). Derivation: docs/derivations.md.
 
-    A token that p gives probability 0 counts nothing. One that p may say and q may not makes the reverse KL +inf, and
-    its row's gradient NaN. One that q may say and p may not does the same to the forward KL. js is always finite.
+    In the reverse KL, a token with p = 0 counts as 0, and a token with p > 0 and q = 0 makes the KL +inf and the
+    gradient of its row NaN. In the forward KL, p and q change roles. js is always finite.
 
     Args:
         logits, ref_logits: [..., V], of the same shape; float32, bfloat16, float16 or float64, any strides.
-        labels: [...], integers in [0, V) or ignore_index: then log-probs and entropy come too. None: the KL alone.
-        mask: [...], True where a token counts. None: everywhere but at ignore_index. The rest is not read, gives 0.
+        labels: [...], integers in [0, V) or ignore_index. With labels, log-probs and entropy are computed too.
+        mask: [...], True where a token counts. None: all tokens except those with ignore_index. Other tokens are not
+            read and give 0.
         direction: "reverse", "forward" or "js". js_weight: in (0, 1).
-        temperature, logit_scale, softcap: as in `logps_from_logits`; one for both, or a pair (policy's, reference's).
-        inplace_backward: the backward overwrites the policy's logits with their gradient. An error where their
-            elements share memory, with each other or with ref_logits (the same view is allowed), and for leaves.
-        process_group: the vocabulary of both is split over its ranks, see `logps_from_logits`; js gathers twice.
-        backend: "triton" or "reference" ("cuda" has no exact KL); None chooses by device. See `backends`.
+        temperature, logit_scale, softcap: as in `logps_from_logits`; one value for both, or a pair (policy, reference).
+        inplace_backward: overwrite the policy's logits with their gradient in the backward. An error for leaves, and if
+            elements share memory with each other or with ref_logits (the same view is allowed).
+        process_group: the ranks over which both vocabularies are sharded, see `logps_from_logits`. js does two
+            all_gathers.
+        backend: "triton" or "reference" ("cuda" has no exact KL); None selects one by device. See `backends`.
 
     Returns:
-        KLStats. With equal logits the KL is exactly 0 and so is its gradient.
+        KLStats. For equal logits the KL and its gradient are exactly 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, by name.
     """
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
-    checks.alike(logits=logits, ref_logits=ref_logits)
+    checks.same_shape(logits=logits, ref_logits=ref_logits)
     checks.inplace(inplace_backward, logits)
     counted = counted_labels(labels, mask, logits, "logits", ignore_index)
     divergence = divergence_of(temperature, logit_scale, softcap, direction, js_weight, labels is not None)

@@ -1,4 +1,4 @@
-"""`logps_from_logits`: log-probs, entropy and the other statistics of labels from logits that exist already."""
+"""`logps_from_logits`: log-probs, entropy and other per-token statistics from existing logits."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ score = differentiable(_forward, _autograd, _setup_context)
 
 
 def logits_shards(logits: Tensor, process_group: ProcessGroupLike) -> Shards:
-    """Where the vocabulary of logits [..., V] lies."""
+    """The shards of the vocabulary of logits [..., V]."""
     shards = shards_of(vocab_parallel(process_group), logits.shape[-1], "logits") if logits.ndim else WHOLE
     if logits.ndim < 1 or shards.n_cols(logits.shape[-1]) == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
     if shards.partial:
-        raise ValueError("process_group: got sequence_dim or partial_grad, which are for hidden states; leave them out")
+        raise ValueError("process_group: sequence_dim and partial_grad are only for hidden states; leave them out")
     return shards
 
 
@@ -205,26 +205,29 @@ def logps_from_logits(
     process_group: ProcessGroupLike = None,
     backend: Optional[str] = None,
 ) -> TokenStats:
-    """Log-probs of labels, and other statistics, from logits; one read forward, one read and one write backward.
+    """Log-probs of labels, and other statistics, from logits.
 
-    The softmax is over z = softcap * tanh(logits * logit_scale / softcap) / temperature, or without the softcap
-    z = logits * logit_scale / temperature. Statistics are fp32 whatever the logits' dtype (float64 for float64).
+    The forward reads the logits once; the backward reads them once and writes the gradient once. The softmax is over
+    z = softcap * tanh(logits * logit_scale / softcap) / temperature, or without a softcap over
+    z = logits * logit_scale / temperature. Statistics are fp32 (float64 for float64 logits).
 
     Args:
-        logits: [..., V], float32, bfloat16, float16 or float64, any strides (columns that do not lie side by side, or
-            rows that two strides cannot describe, cost a copy). -inf marks a masked token: probability 0, gradient 0.
-            With a softcap it does not: the formula makes -softcap of it. Cap first, then mask, and pass no softcap.
-        labels: [...], integers in [0, V) or ignore_index, aligned with the logits: see `shift_labels`. On a GPU they
-            are checked under FUSED_PO_DEBUG=1 only.
+        logits: [..., V], float32, bfloat16, float16 or float64, with any strides (a copy is made if columns are not
+            contiguous, or if two strides cannot describe the rows). -inf marks a forbidden token: probability 0,
+            gradient 0. With a softcap, -inf would become -softcap: apply the softcap yourself, then mask, and do not
+            pass softcap.
+        labels: [...], integers in [0, V) or ignore_index, aligned with the logits: see `shift_labels`. On a GPU the
+            range is checked only with FUSED_PO_DEBUG=1.
         temperature, logit_scale, softcap: finite and > 0.
-        ignore_index: label of positions that are not read and give exactly 0.
-        outputs: names of TokenStats' fields.
-        inplace_backward: the backward overwrites the logits with their gradient. They must not be used afterwards.
-            Logits whose elements share memory, and leaves, are an error.
-        process_group: the vocabulary is cut over its ranks: logits are this rank's columns, labels all the same. See
-            `linear_logps`; costs one all_gather of a few numbers a token, and none backward.
-        backend: "triton", "cuda" (log-probs, entropy and lse without a softcap) or "reference"; None chooses by device.
-            See `backends`.
+        ignore_index: the label of positions that are not read and give exactly 0.
+        outputs: the fields of TokenStats to compute.
+        inplace_backward: overwrite the logits with their gradient in the backward. Do not use them afterwards. Leaves,
+            and logits whose elements share memory, are an error.
+        process_group: the ranks over which the vocabulary is sharded: logits are the columns of this rank, labels are
+            the same on all ranks. See `linear_logps`. The forward does one all_gather of a few numbers per token, the
+            backward does none.
+        backend: "triton", "cuda" (log-probs, entropy, lse; no softcap, no process_group) or "reference"; None selects
+            one by device. See `backends`.
 
     Returns:
         TokenStats; gradients flow through logps, entropy and lse.
@@ -234,26 +237,26 @@ def logps_from_logits(
     """
     checks.floating("logits", logits)
     shards = logits_shards(logits, process_group)
-    why = "the logits' shape without the vocabulary"
+    why = "the shape of logits without the vocabulary"
     labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, why)
     scaling = Scaling(*checks.scaling(temperature, logit_scale, softcap))
     asked = outputs_of(outputs)
     checks.inplace(inplace_backward, logits)
-    checks.whole("ignore_index", ignore_index)
+    checks.whole_number("ignore_index", ignore_index)
     name = backends.resolve(backend, logits.device, logits.dtype)
     settings = LogpsSettings(scaling, ignore_index, asked, inplace_backward, name, shards)
     return token_stats(score(logits, labels.reshape(-1), settings), asked, labels.shape)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Align labels [..., T] with logits: position t gets the label of t + 1, the last one ignore_index.
+    """Align labels [..., T] with logits: position t gets the label of t + 1, the last position gets ignore_index.
 
-    Models return at position t the logits of token t + 1; every function here wants the two aligned. The dtype stays,
-    except that of integers too narrow for ignore_index, such as uint8 for -100: these become int64.
+    A causal LM predicts token t + 1 at position t; the functions of this package expect aligned labels. The dtype is
+    kept, unless it cannot hold ignore_index (uint8 for -100, for example): then the result is int64.
     """
     if checks.tensor("labels", labels).ndim < 1:
         raise ValueError("labels: got shape (), expected [..., T]")
-    checks.whole("ignore_index", ignore_index)
+    checks.whole_number("ignore_index", ignore_index)
     if labels.dtype == torch.bool and ignore_index not in (0, 1):
         raise TypeError(f"labels: got dtype torch.bool, expected an integer dtype, which can hold {ignore_index}")
     if labels.dtype in checks.INTEGERS:

@@ -1,4 +1,4 @@
-"""What an op returns of each token: which statistics are asked for, their fakes, and the tuple a caller gets."""
+"""Per-token outputs of the ops: the requested statistics, their fakes, and TokenStats for callers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fused_po.backend.interface import Outputs, RowStats, SavedRow, stats_dtype
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics, each shaped like the labels, fp32 (float64 for float64 inputs); None if not asked for.
+    """Per-token statistics, each shaped like the labels, fp32 (float64 for float64 inputs); None if not requested.
 
-    With z the processed logits and p their softmax, at positions that are not ignored (those give exactly 0):
+    z are the logits after scale, softcap and temperature, p is their softmax. Ignored positions give exactly 0.
 
-    logps: log p of the label. Carries gradients.
-    entropy: -sum p log p, in nats. Carries gradients.
-    lse: log sum exp z. Carries gradients.
+    logps: log p of the label. Has gradients.
+    entropy: -sum p log p, in nats. Has gradients.
+    lse: log sum exp z. Has gradients.
     mean_logits: mean of z over the vocabulary.
-    is_top1: bool, whether the label is the argmax (the first of equals).
+    is_top1: bool, whether the label is the argmax (the first one in a tie).
     log_sum_sq_probs: log sum p^2.
     """
 
@@ -54,12 +54,12 @@ def outputs_of(names: tuple[str, ...]) -> Outputs:
     """The argument `outputs`, checked: names of TokenStats' fields."""
     if isinstance(names, str):
         raise TypeError(f"outputs: got the string {names!r}, expected a tuple of names such as ({names!r},)")
-    asked = dict.fromkeys(checks.several("outputs", names, "names"), True)
+    asked = dict.fromkeys(checks.as_tuple("outputs", names, "names"), True)
     for name in asked:
         if name not in TokenStats._fields:
             checks.choice("outputs", name, TokenStats._fields)
     if not asked:
-        raise ValueError(f"outputs: got none, allowed are {', '.join(map(repr, TokenStats._fields))}")
+        raise ValueError(f"outputs: got an empty tuple, allowed are {', '.join(map(repr, TokenStats._fields))}")
     return Outputs(**asked)
 
 

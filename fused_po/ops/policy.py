@@ -1,4 +1,4 @@
-"""`policy_loss_from_logits`: PPO, GRPO and their relatives from logits that exist already, down to the batch's loss."""
+"""`policy_loss_from_logits`: the loss of a batch for PPO, GRPO and related methods, from existing logits."""
 
 from __future__ import annotations
 
@@ -14,27 +14,34 @@ from fused_po.backend.interface import Form, PolicyRow, SavedRow, Scaling, Token
 from fused_po.losses.divergence import kl_loss
 from fused_po.losses.entropy import entropy_bonus
 from fused_po.losses.group_relative import ratio_of
-from fused_po.losses.numerics import weighed
-from fused_po.losses.policy import broadcast_advantages, clipped_surrogate
+from fused_po.losses.numerics import weighted
+from fused_po.losses.policy import clipped_surrogate
 from fused_po.losses.policy import tokens as checked_tokens
 from fused_po.ops.autograd import public, transforms_active
 from fused_po.ops.logps import GradientSettings, logits_gradient, logps_from_logits
-from fused_po.ops.policy_forms import TYPES, WITHOUT_RATIO, default_weights, form_of, per_token, terms_besides
+from fused_po.ops.policy_forms import (
+    IGNORE,
+    TYPES,
+    WITHOUT_RATIO,
+    counted_labels,
+    form_of,
+    inputs_of,
+    kl_and_entropy_terms,
+)
 from fused_po.ops.register import custom_op, differentiable
 from fused_po.ops.rows import as_rows
 from fused_po.reference.dpo import times
 
-IGNORE = -100
-
 
 class PolicyOutput(NamedTuple):
-    """A policy loss and its tokens, [B, T] each, fp32 (float64 for float64 logits), 0 where nothing counts.
+    """A policy loss and its per-token values, [B, T], fp32 (float64 for float64 logits), 0 where masked.
 
-    loss: scalar, the weighted sum of losses. Carries gradients, it alone.
-    losses: of tokens, KL and entropy bonus included. logps, entropy: of the policy, nats.
-    kl: the estimate, times the ratio if asked for; None without kl.
-    ratio: pi / pi_old (of an answer, at sequence level). None for reinforce and sft, as is
-    clipped: -1 where the ratio lies below the range and A < 0, 1 where above and A > 0, else 0. None for sapo too.
+    loss: scalar, the weighted sum of losses. The only field with gradients.
+    losses: per token, with KL and entropy bonus. logps, entropy: of the policy, in nats.
+    kl: the estimate, multiplied by the ratio if requested. None without kl.
+    ratio: pi / pi_old (of the answer, at sequence level). None for reinforce and sft.
+    clipped: -1 where the ratio is below the range and A < 0, 1 where it is above and A > 0, else 0. None for reinforce,
+        sft and sapo.
     """
 
     loss: Tensor
@@ -211,7 +218,7 @@ def token_level(logits: Tensor, labels: Tensor, inputs: TokenInputs, settings: P
 def answer_level(
     logits: Tensor, labels: Tensor, inputs: TokenInputs, settings: PolicySettings, temperature: float
 ) -> PolicyOutput:
-    """Losses whose ratio is an answer's: a statistics pass, the losses in plain PyTorch, a gradient pass."""
+    """Losses with one ratio per answer: a statistics pass, the losses in plain PyTorch, and a gradient pass."""
     mask, outputs = labels != IGNORE, ("logps", "entropy")
     stats = logps_from_logits(
         logits,
@@ -230,16 +237,34 @@ def answer_level(
     kl = None
     if form.kl is not None:
         kl = kl_loss(stats.logps, inputs.ref_logps, form.kl)
-        kl = weighed(ratio, kl) if form.kl_times_ratio else kl
-        losses = losses + weighed(form.kl_coef, kl)
+        kl = weighted(ratio, kl) if form.kl_times_ratio else kl
+        losses = losses + weighted(form.kl_coef, kl)
     if form.entropy_coef:
         losses = losses + entropy_bonus(stats.entropy, mask, coef=form.entropy_coef)
     losses = torch.where(mask, losses, 0)
     above, below = (ratio > form.high) & (t.advantages > 0), (ratio < form.low) & (t.advantages < 0)
     clipped = torch.where(mask, above.to(ratio.dtype) - below.to(ratio.dtype), 0)
     rest = losses, stats.logps, stats.entropy, kl, torch.where(mask, ratio, 0), clipped
-    loss = weighed(inputs.weights, losses).sum()
+    loss = weighted(inputs.weights, losses).sum()
     return PolicyOutput(loss, *(None if v is None else v.detach().clone() for v in rest))
+
+
+def policy_output(loss: Tensor, tokens: Tensor, loss_type: str, with_kl: bool) -> PolicyOutput:
+    """What a caller gets, from tokens [PolicyRow.COUNT, B, T]: copies, which may be edited."""
+
+    def field(row: int, wanted: bool = True) -> Optional[Tensor]:
+        return tokens[row].clone() if wanted else None
+
+    with_ratio = loss_type not in WITHOUT_RATIO
+    return PolicyOutput(
+        loss,
+        losses=field(PolicyRow.LOSS),
+        logps=field(PolicyRow.LOGP),
+        entropy=field(PolicyRow.ENTROPY),
+        kl=field(PolicyRow.KL, with_kl),
+        ratio=field(PolicyRow.RATIO, with_ratio),
+        clipped=field(PolicyRow.CLIPPED, with_ratio and loss_type != "sapo"),
+    )
 
 
 @public
@@ -263,89 +288,63 @@ def policy_loss_from_logits(
 ) -> PolicyOutput:
     """A policy-gradient loss from logits: sum_t weights_t (L_t + kl_coef KL_t - entropy_coef H_t).
 
-    L is that of `fused_po.losses` by the same name, formula and paper:
+    L is the loss of this function in `fused_po.losses`:
 
         ppo                                                ppo_clip
         grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo      grpo(loss_type=...)
-        gspo; others at importance_sampling_level="sequence": one ratio an answer, statistics and gradient passes
+        gspo; others at importance_sampling_level="sequence": one ratio per answer, separate passes for statistics and
+                                                           gradient
         reinforce, sft                                     -A log pi, -log pi
 
-    with log-ratios within +-20, where the gradient of the ratio ends. Every L is proportional to |A|: importance
-    weights >= 0 (`losses.importance_weights`) may be multiplied into the advantages.
+    Log-ratios are clamped to [-20, 20]; the ratio has no gradient beyond that. Every L is proportional to |A|, so
+    importance weights >= 0 (`losses.importance_weights`) may be multiplied into the advantages.
 
-    Without `inplace_backward` the logits are read once forward, and read and written once more backward. With it a
-    row's gradient is written over it by the forward already, while it is in the cache, and the backward is left with
-    multiplying by the loss's incoming gradient, which costs nothing where that is 1. (fp16, whose range is too small
-    for that, and one ratio an answer: over the logits too, but by the backward.)
+    Without `inplace_backward`, the forward reads the logits once, and the backward reads them and writes the gradient.
+    With it, the forward overwrites each row with its gradient while the row is in the cache. The backward then only
+    multiplies by the incoming gradient of the loss, and does nothing if that is 1. For fp16, whose range is too small
+    for this, and for one ratio per answer, the backward writes the gradient over the logits.
 
     Args:
-        logits: [B, T, V], as in `logps_from_logits`. labels: [B, T], integers in [0, V), or -100: does not count.
-        advantages: [B], one an answer, or [B, T]; constants. None for sft.
-        old_logps: [B, T], of the policy whose ratio the loss takes. None: the policy itself, the ratio is 1.
-        ref_logps: [B, T], the reference's; needed with kl, and not taken without.
-        mask: [B, T], non-zero where a token counts. None: wherever labels are not -100.
+        logits: [B, T, V], as in `logps_from_logits`. labels: [B, T], integers in [0, V), or -100 to ignore.
+        advantages: [B], one per answer, or [B, T]; no gradient. None for sft.
+        old_logps: [B, T], of the old policy in the ratio. None: the policy itself, so that the ratio is 1.
+        ref_logps: [B, T], of the reference; required with kl, otherwise it must be None.
+        mask: [B, T], non-zero where a token counts. None: where labels are not -100.
         loss_type: one of the above.
-        weights: [B, T], of the tokens in the loss: `token_weights`, with the counts of the whole step. None: by the
-            loss_type's own mode over this batch, `losses.GRPO_MODES` ("token-mean" for the other types).
-        kl: "k2", "k3" or None, as `losses.kl_loss` has them; times the ratio (TRL's use_bias_correction_kl), through
-            which gradients flow, unless the setting use_bias_correction_kl=False says no.
-        kl_coef, entropy_coef: >= 0; a KL with coefficient 0 is reported only.
+        weights: [B, T], the weights of the tokens in the loss: `token_weights` with the counts of the whole step. None:
+            those of the loss_type's mode in `losses.GRPO_MODES` over this batch ("token-mean" for types without one).
+        kl: "k2", "k3" or None, as in `losses.kl_loss`. It is multiplied by the ratio, through which gradients flow
+            (TRL's use_bias_correction_kl), unless the setting use_bias_correction_kl is False.
+        kl_coef, entropy_coef: >= 0. A KL with coefficient 0 is only reported.
         temperature: > 0.
-        inplace_backward: the logits are overwritten with their gradient. They must not be used afterwards.
-        backend: "triton", "cuda" or "reference"; None chooses by device. See `backends`.
-        settings: epsilon, epsilon_high, delta, and ppo's dual_clip: as in `losses.ppo_clip` and `losses.grpo`;
+        inplace_backward: overwrite the logits with their gradient. Do not use them afterwards.
+        backend: "triton", "cuda" or "reference"; None selects one by device. See `backends`.
+        settings: epsilon, epsilon_high, delta, and for ppo dual_clip: as in `losses.ppo_clip` and `losses.grpo`;
             importance_sampling_level, sapo_temperature_pos, sapo_temperature_neg; use_bias_correction_kl.
 
     Returns:
-        PolicyOutput. `losses.policy_metrics(out.logps, old_logps, advantages, mask, ...)` makes TRL's metrics of it.
+        PolicyOutput. `losses.policy_metrics(out.logps, old_logps, advantages, mask, ...)` computes TRL's metrics from
+        it.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range, or one that nothing would read.
+        TypeError, ValueError: an argument has a wrong type, shape, device or range, or would not be used.
     """
     if checks.floating("logits", logits).ndim != 3 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [B, T, V] with V >= 1")
-    labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, "the logits' shape without the last")
+    labels = checks.integer("labels", labels, logits.shape[:-1], logits.device, "the shape of logits without V")
     checks.choice("loss_type", loss_type, TYPES)
     checks.inplace(inplace_backward, logits)
     settings = dict(settings)
-    rest = terms_besides(kl, kl_coef, entropy_coef, ref_logps, settings)
+    rest = kl_and_entropy_terms(kl, kl_coef, entropy_coef, ref_logps, settings)
     form, per_answer = form_of(loss_type, settings, rest)
     temperature = checks.positive("temperature", temperature)
     name = backends.resolve(backend, logits.device, logits.dtype)
-    counted = labels != IGNORE
-    if mask is not None:
-        counted = counted & checks.mask_like("mask", mask, labels, "labels")
-    counted = counted.contiguous()  # sums over tokens go in the same order, whatever the arguments' layouts
-    # labels.where(labels != IGNORE, IGNORE) would be the labels; Inductor 2.13 makes wrong code of it for AVX 2.
-    labels = labels if mask is None else torch.where(counted, labels, IGNORE)
-    labels, dtype = labels.contiguous(), stats_dtype(logits.dtype)
-    if (advantages is None) != (loss_type == "sft"):
-        got = "None" if advantages is None else "a tensor"
-        raise ValueError(f"advantages: got {got} with {loss_type!r}; sft has none, the others need [B] or [B, T]")
+    labels, counted = counted_labels(labels, mask)
     reads_old = loss_type not in WITHOUT_RATIO or (kl is not None and form.kl_times_ratio)
-    checks.only_with("old_logps", None if old_logps is None else "a tensor", None, reads_old, "a ratio")
-    a = counted if advantages is None else broadcast_advantages(advantages, counted)
-    weights = default_weights(counted, loss_type) if weights is None else weights
     numbers = {"weights": weights, "old_logps": old_logps, "ref_logps": ref_logps}
-    per_tokens = (per_token(k, v, counted, dtype) for k, v in numbers.items())
-    inputs = TokenInputs(a.expand(labels.shape).to(dtype), *per_tokens)
+    inputs = inputs_of(advantages, numbers, counted, loss_type, reads_old, stats_dtype(logits.dtype))
     how = PolicySettings(form, 1.0 / temperature, inplace_backward, name)
     if per_answer:
         return answer_level(logits, labels, inputs, how, temperature)
     loss, tokens = token_level(logits, labels, inputs, how)
-
-    fields = tokens.detach().view(tokens.shape[0], *labels.shape)  # -1 would be ambiguous without tokens
-
-    def field(index: int, wanted: bool = True) -> Optional[Tensor]:
-        return fields[index].clone() if wanted else None
-
-    with_ratio = loss_type not in WITHOUT_RATIO
-    return PolicyOutput(
-        loss,
-        losses=field(PolicyRow.LOSS),
-        logps=field(PolicyRow.LOGP),
-        entropy=field(PolicyRow.ENTROPY),
-        kl=field(PolicyRow.KL, kl is not None),
-        ratio=field(PolicyRow.RATIO, with_ratio),
-        clipped=field(PolicyRow.CLIPPED, with_ratio and loss_type != "sapo"),
-    )
+    return policy_output(loss, tokens.detach().view(tokens.shape[0], *labels.shape), loss_type, kl is not None)

@@ -1,13 +1,13 @@
-"""From a function to a PyTorch op: its schema, its fake, its derivative, and a short way past the dispatcher.
+"""Register functions as PyTorch ops: schema, fake, derivative, and calls that skip the dispatcher.
 
-An op's function takes tensors first, then settings: numbers, names, and NamedTuples of them. PyTorch's schemas are
-flat, so each NamedTuple becomes its fields there; everything in this package sees the NamedTuple.
+The function of an op takes tensors first, then settings: numbers, names, and NamedTuples of them. PyTorch's schemas are
+flat, so a NamedTuple is flattened to its fields in the schema; the code of this package uses the NamedTuple.
 
-An op is a `torch.library.custom_op`, which compilers, modes and subclasses see. Its dispatch costs 50 to 250
-microseconds of Python a call. Where nothing but autograd could see the op, its function runs directly.
+An op is a `torch.library.custom_op`, which compilers, modes and tensor subclasses can see. Its dispatch costs 50 to 250
+microseconds of Python per call. Where nothing but autograd would see the op, its function is called directly.
 
-Every op has one derivative, in reverse mode: a second one is an error, and torch.func's reverse-mode transforms work.
-What a backward reads is saved in tensors that no caller gets, so that any result may be edited in place.
+Every op has first derivatives, in reverse mode. Second derivatives are an error; torch.func's reverse-mode transforms
+work. Tensors that a backward reads are never returned to callers, so that callers may modify any result in place.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def field_of(name: str, annotation: object) -> Field:
 
 
 def flatten(values: tuple, fields: tuple[Field, ...]) -> list:
-    """Values as the schema has them: NamedTuples as their fields."""
+    """Flatten NamedTuples to their fields, as in the schema."""
     flat = []
     for value, field in zip(values, fields):
         if field.fields:
@@ -160,13 +160,9 @@ class Op:
         self.definition.register_fake(lambda *values: self._plain(function(*self.packed(values))))
         return function
 
-    def unseen(self, arguments: tuple) -> bool:
-        """Whether nothing but autograd can see the op of these arguments."""
-        return unseen(arguments, self.tensors)
-
     def __call__(self, *arguments):
         """Run without a derivative."""
-        if not self.unseen(arguments):
+        if not unseen(arguments, self.tensors):
             return self.results(self.definition(*self.flattened(arguments)))
         results = self.without_graph(*arguments)
         for i in self.mutated:
@@ -193,7 +189,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as it is; differentiating it is an error."""
+    """Returns a gradient unchanged; differentiating it is an error."""
 
     generate_vmap_rule = True
 
@@ -211,14 +207,14 @@ class _Once(torch.autograd.Function):
 
 
 def once(grads: tuple[Optional[Tensor], ...], inputs: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
-    """Gradients of an op; under create_graph=True they depend on the inputs, in a way that cannot be differentiated."""
+    """The gradients of an op. With create_graph=True they depend on the inputs, but differentiating them raises."""
     inputs = tuple(v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
     if not torch.is_grad_enabled() or not inputs:
         return grads
     return tuple(_Once.apply(g, *inputs) if isinstance(g, Tensor) else g for g in grads)
 
 
-def each_alone(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
+def run_each(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
     """vmap's rule for an op: run on each element of the batch, stack the results."""
     results = []
     for i in range(info.batch_size):
@@ -251,7 +247,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         return op._plain(call(*op.packed(values)))
 
     def call(*arguments):
-        if op.unseen(arguments):
+        if unseen(arguments, op.tensors):
             if torch.is_grad_enabled():
                 return op.results(alone.apply(*arguments))
             return op.without_graph(*arguments)
@@ -269,7 +265,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         forward=flat_call,
         setup_context=setup,
         backward=flat_backward,
-        vmap=functools.partial(each_alone, flat_call),
+        vmap=functools.partial(run_each, flat_call),
     )
     alone = _function(
         op.name.replace("::", "_"), forward=with_graph, backward=functools.partial(first_only, len(op.fields))

@@ -1,4 +1,4 @@
-"""Logits as rows for a backend, and gradients beside or over them."""
+"""Logits as rows for a backend, and gradients in a new tensor or in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_po.ops.register import Op
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """logits [..., V] as [O, I, V] with columns side by side: a view wherever two strides can describe the rows."""
+    """logits [..., V] as [O, I, V] with contiguous columns; a view if two strides can describe the rows."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     leading = logits.shape[:-1]

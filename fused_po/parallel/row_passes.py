@@ -1,9 +1,9 @@
-"""A backend's row passes over logits whose columns are all here, or split over the ranks of a process group.
+"""A backend's row passes over logits whose vocabulary is whole, or sharded over the ranks of a process group.
 
-Split: each rank scores its own columns with the same row passes. Its results go into one record a token (shift, norm,
-log-prob of the label, and what the outputs need). One all_gather gives every rank all records, and a merge in rank
-order, the same on every rank, gives the statistics of the whole row. The basis and the gradient of a rank's columns
-need the statistics of the row alone.
+Sharded: each rank computes statistics of its own columns with the usual row passes. It writes them into one record per
+token (shift, norm, log-prob of the label, and what the outputs need). One all_gather exchanges the records, and every
+rank merges them in rank order, so that all ranks have the same statistics of whole rows. The basis and the gradient of
+a rank's columns need nothing else.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ KL_RECORD = [*KL_RECORD_WITHOUT_LABELS, KLRow.LOGP, KLRow.REF_LOGP, KLRow.ENTROP
 
 @functools.lru_cache
 def column_ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[ranks] where each rank's columns end."""
+    """[ranks], the end of each rank's columns."""
     return torch.tensor(sizes, device=device).cumsum(0)
 
 
 class WholeRows:
-    """A backend's row passes over logits with all columns of the vocabulary."""
+    """The row passes of a backend over logits with the whole vocabulary."""
 
     def __init__(self, run: Backend) -> None:
         self.run = run
@@ -56,13 +56,13 @@ class WholeRows:
         outputs: Outputs,
         basis: Optional[Tensor],
     ) -> Callable[[], RowStats]:
-        """A backend's `score`: the function returned gives the statistics of whole rows, once."""
+        """Start a backend's `score`. The returned function returns the statistics of whole rows; call it once."""
         return lambda: RowStats(*self.run.score(logits, labels, *scaling, ignore_index, outputs.bits, basis))
 
     def begin_kl(
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, divergence: Divergence
     ) -> Callable[[], Tensor]:
-        """A backend's `kl`, likewise: tokens [KLRow.COUNT, N]."""
+        """Start a backend's `kl`. The returned function returns tokens [KLRow.COUNT, N]."""
         return lambda: self.run.kl(logits, ref_logits, labels, *divergence.arguments)
 
     def gradient(
@@ -108,7 +108,7 @@ class WholeRows:
 
 
 class SplitRows(WholeRows):
-    """The same over this rank's columns, with the results of whole rows. The gather runs while the next tile begins."""
+    """The same over this rank's columns, with results of whole rows. The gather overlaps with the next tile."""
 
     def __init__(self, run: Backend, shards: Shards) -> None:
         super().__init__(run)
@@ -125,9 +125,9 @@ class SplitRows(WholeRows):
         return torch.where(owner < 0, -1, here)
 
     def gather(self, record: Tensor, tag: Tensor) -> Callable[[], Tensor]:
-        """All ranks' records [ranks, fields, N], once the function returned is called; this rank's is [fields, N].
+        """Start to gather the records [fields, N] of all ranks. Returns a function that returns [ranks, fields, N].
 
-        tag: a whole number in which the ranks must agree. It travels as one more column.
+        tag: an integer that must be equal on all ranks. It is sent as an extra column.
         """
         record = torch.cat([record, tag.to(record.dtype).expand(len(record), 1)], 1)
         everyone = record.new_empty(self.group.size() * len(record), record.shape[1])
@@ -149,7 +149,7 @@ class SplitRows(WholeRows):
         outputs: Outputs,
         basis: Optional[Tensor],
     ) -> Callable[[], RowStats]:
-        """This rank's part now, the rest when the function returned is called."""
+        """Start with this rank's part; the returned function does the rest."""
         owner = self.owners(labels, labels != ignore_index)
         record = self.record(logits, self.local(labels, owner), scaling, outputs)
         gathered = self.gather(record, fingerprint(labels))
@@ -163,7 +163,7 @@ class SplitRows(WholeRows):
         return finish
 
     def record(self, logits: Tensor, labels: Tensor, scaling: Scaling, outputs: Outputs) -> Tensor:
-        """What the others must know of these columns [O, I, V]: see the backends' `merge_scores`."""
+        """The record of this rank's columns for the other ranks: see the backends' `merge_scores`."""
         n_cols = logits.shape[2]
         if not n_cols:
             n_fields = SavedRow.COUNT + outputs.entropy + sum(outputs.auxiliary)
@@ -181,7 +181,7 @@ class SplitRows(WholeRows):
     def begin_kl(
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, divergence: Divergence
     ) -> Callable[[], Tensor]:
-        """In the same two steps; the Jensen-Shannon divergence gathers once more."""
+        """The same in two steps. The Jensen-Shannon divergence needs a second gather."""
         owner, tag = self.owners(labels, labels >= 0), fingerprint(labels)
         scaling, ref_scaling, direction, with_labels = divergence.arguments
         is_js = divergence.direction == "js"
@@ -258,19 +258,25 @@ def fingerprint(labels: Tensor) -> Tensor:
 
 
 def checked(everyone: Tensor) -> Tensor:
-    """Records [ranks, fields, N] without the last column, in which all ranks must agree; or NaN, on CPU an error."""
+    """Records [ranks, fields, N] without the tag column. Different tags are an error on CPU, and NaN elsewhere."""
     tags = everyone[:, 0, -1]
     agree = (tags == tags[0]).all()
-    if checks.looked_at(tags):
+    if checks.values_checked(tags):
         if not bool(agree):
             raise ValueError(
-                "process_group: its ranks were given different labels; hidden states and labels must be the same on "
-                "all ranks over which the vocabulary is cut: give them the same batch (and, with dropout, one seed)"
+                "process_group: its ranks got different labels; hidden states and labels must be the same on all ranks "
+                "over which the vocabulary is sharded: pass them the same batch (and use one seed for dropout)"
             )
         return everyone[:, :, :-1]
     return everyone[:, :, :-1].where(agree, torch.nan)
 
 
+@functools.cache
+def whole_rows(run: Backend) -> WholeRows:
+    """Those of all columns, made once."""
+    return WholeRows(run)
+
+
 def row_passes(run: Backend, shards: Shards) -> WholeRows:
     """The row passes of a backend, for all columns or for a rank's."""
-    return SplitRows(run, shards) if shards.group else WholeRows(run)
+    return SplitRows(run, shards) if shards.group else whole_rows(run)

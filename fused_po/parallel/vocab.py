@@ -1,6 +1,6 @@
-"""Where a vocabulary lies: whole, or split over the ranks of a process group (tensor parallelism).
+"""How a vocabulary is sharded over the ranks of a process group (tensor parallelism).
 
-row_passes.py has the row passes over a split vocabulary.
+row_passes.py has the row passes for a sharded vocabulary.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fused_po import checks
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """How the rows of a head, or the columns of logits, are split over the ranks of a process group.
+    """How the rows of a head, or the columns of logits, are sharded over the ranks of a process group.
 
-    group: the torch.distributed.ProcessGroup. Rank 0 holds the first part of the vocabulary, and so on. Hidden states
-        and labels are the same on all its ranks.
-    sizes: the rows of each rank, in order; None: the same number on all. A padded vocabulary is one whose last rank
-        passes its rows without the padding, and says so here.
-    sequence_dim: sequence parallelism: hidden holds this rank's share of the tokens, of this dimension, equal on all
-        ranks; the labels are all tokens'. hidden is gathered, and its gradient reduce-scattered.
-    partial_grad: the gradient of hidden stays this rank's part of the sum, for code that adds the parts up itself, as
-        Megatron's gather_from_sequence_parallel_region does.
+    group: the torch.distributed.ProcessGroup. Rank 0 has the first part of the vocabulary, and so on. Hidden states and
+        labels are the same on all ranks.
+    sizes: the number of rows on each rank, in order. None: equal numbers. For a padded vocabulary, the last rank passes
+        its rows without the padding, and sizes gives their number.
+    sequence_dim: for sequence parallelism: the dimension of hidden that is sharded in equal parts over the ranks, while
+        the labels are those of all tokens. hidden is gathered, and its gradient is reduce-scattered.
+    partial_grad: return this rank's partial sum as the gradient of hidden, for code that adds the parts itself, such as
+        Megatron's gather_from_sequence_parallel_region.
     """
 
     group: Any
@@ -47,7 +47,7 @@ class VocabParallel:
                 raise ValueError(f"sizes: got {sizes}, expected the rows of each of the group's {ranks} ranks")
             object.__setattr__(self, "sizes", sizes)
         if self.sequence_dim is not None:
-            checks.whole("sequence_dim", self.sequence_dim)
+            checks.whole_number("sequence_dim", self.sequence_dim)
         checks.flags(partial_grad=self.partial_grad)
 
 
@@ -55,11 +55,11 @@ ProcessGroupLike = Union[None, "dist.ProcessGroup", VocabParallel]
 
 
 class Shards(NamedTuple):
-    """Where a vocabulary lies, in the plain values that an op takes. Without a group all of it is on this rank."""
+    """How a vocabulary is sharded, as plain values that an op can take. Without a group it is not sharded."""
 
     group: str = ""  # the process group's name
     sizes: Sequence[int] = ()  # columns of each rank
-    partial: bool = False  # the gradient of hidden stays this rank's part of the sum
+    partial: bool = False  # the gradient of hidden is this rank's partial sum
 
     @property
     def process_group(self):
@@ -67,11 +67,11 @@ class Shards(NamedTuple):
         return dist.distributed_c10d._resolve_process_group(self.group)
 
     def n_cols(self, own: int) -> int:
-        """The vocabulary's size, of which `own` columns are here."""
+        """The size of the whole vocabulary, of which this rank has `own` columns."""
         return sum(self.sizes) if self.group else own
 
     def widest(self, own: int) -> int:
-        """The most columns a rank has: tiles of rows must be cut alike on all ranks."""
+        """The largest number of columns on any rank. All ranks use it, so that their tiles have the same rows."""
         return max(self.sizes) if self.group else own
 
     def start(self) -> int:
@@ -80,15 +80,15 @@ class Shards(NamedTuple):
 
     @property
     def adds_up(self) -> bool:
-        """Whether the ranks' parts of hidden's gradient are added up here."""
+        """Whether this package sums the gradient of hidden over the ranks."""
         return bool(self.group) and not self.partial
 
     def add_up(self, part: Tensor):
-        """The sum of every rank's part of a gradient, in place, once what is returned has been waited for."""
+        """Start an in-place all-reduce of a gradient and return its work handle."""
         return dist.all_reduce(part, group=self.process_group, async_op=True)
 
     def sum_of_rows(self, part: Tensor, rows: Optional[Tensor]) -> Tensor:
-        """The sum of the ranks' parts [N, H], of which all but `rows` are 0; as it is where nothing is to add up."""
+        """The sum of [N, H] over the ranks, where only `rows` are nonzero; unchanged if there is nothing to sum."""
         if not self.adds_up:
             return part
         some = part if rows is None else part[rows]
@@ -110,13 +110,13 @@ def vocab_parallel(process_group: ProcessGroupLike) -> Optional[VocabParallel]:
 
 
 def shards_of(cut: Optional[VocabParallel], own: int, name: str) -> Shards:
-    """The shards of a vocabulary of which argument `name` has `own` entries here."""
+    """The shards of a vocabulary. `own`: the entries that argument `name` has on this rank."""
     if cut is None:
         return WHOLE
     sizes = cut.sizes or (own,) * cut.group.size()
     if sizes[cut.group.rank()] != own:
         expected = f"{sizes[cut.group.rank()]}, this rank's size"
-        raise ValueError(f"{name}: has {own} entries of the vocabulary, expected {expected}")
+        raise ValueError(f"{name}: got {own} entries of the vocabulary, expected {expected}")
     if cut.group.size() == 1:
         return WHOLE
     return Shards(cut.group.group_name, sizes, cut.partial_grad or cut.sequence_dim is not None)
@@ -125,20 +125,20 @@ def shards_of(cut: Optional[VocabParallel], own: int, name: str) -> Shards:
 def local_head(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], process_group: ProcessGroupLike, name: str = "weight"
 ) -> tuple[Tensor, Tensor, Optional[Tensor], Shards]:
-    """(hidden of all tokens, weight and bias of this rank, where the vocabulary lies); DTensors as plain tensors.
+    """(hidden of all tokens, weight and bias of this rank, shards), with DTensors converted to plain tensors.
 
-    name: of the argument weight.
+    name: the name of the argument weight, for errors.
     """
     if hasattr(weight, "device_mesh"):
         if process_group is not None:
-            raise ValueError(f"process_group: got one with {name} as a DTensor, which knows its own; leave it None")
+            raise ValueError(f"process_group: got a group with {name} as a DTensor, which has its own; leave it None")
         return local_dtensors(hidden, weight, bias, name)
     for value in (hidden, bias):
         if hasattr(value, "device_mesh"):
-            raise TypeError(f"{name}: got a plain tensor beside a DTensor; pass all as DTensors, or none (to_local())")
-    cut = vocab_parallel(process_group)
-    if cut is None:
+            raise TypeError(f"{name}: got a plain tensor with a DTensor; pass all as DTensors, or none (to_local())")
+    if process_group is None:
         return hidden, weight, bias, WHOLE
+    cut = vocab_parallel(process_group)
     if checks.floating(name, weight).ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [V, H], this rank's rows of the head")
     if cut.sequence_dim is not None and cut.group.size() > 1:
@@ -150,7 +150,7 @@ def local_head(
 
 
 def local_dtensors(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], name: str) -> tuple:
-    """`local_head` for a DTensor head, which knows how it is split: ColwiseParallel makes such heads."""
+    """`local_head` for a DTensor head, such as that of parallelize_module with ColwiseParallel."""
     from torch.distributed.tensor import Partial, Replicate
 
     mesh, places = weight.device_mesh, weight.placements
@@ -158,10 +158,12 @@ def local_dtensors(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], name:
     if len(cut) > 1 or any(not place.is_replicate() for i, place in enumerate(places) if i not in cut):
         raise ValueError(
             f"{name}: got a DTensor with placements {places}, allowed are Shard(0) on one dimension of the mesh and "
-            "Replicate() on others; a head that FSDP shards must be used inside the module's forward, where it is whole"
+            "Replicate() on others; use a head that FSDP shards inside the module's forward, where it is gathered"
         )
     if bias is not None and getattr(bias, "placements", None) != places:
-        raise ValueError(f"bias: got {getattr(bias, 'placements', 'a plain tensor')}, expected {places}, as {name} is")
+        raise ValueError(
+            f"bias: got {getattr(bias, 'placements', 'a plain tensor')}, expected {places}, the placements of {name}"
+        )
     partial = False
     if hasattr(hidden, "device_mesh"):
         partial = bool(cut) and not hidden.placements[cut[0]].is_replicate()  # cut along the sequence

@@ -1,1 +1,1 @@
-"""`python -m fused_po plan`: what the head and the loss of a training step will cost on each rank, before it runs."""
+"""`python -m fused_po plan`: estimate the cost of the LM head and the loss of a training step on each rank."""

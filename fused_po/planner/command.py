@@ -29,7 +29,7 @@ GEMM_ROWS, GEMM_COLUMNS = 2048, 2**15  # at most, of the product that --measure 
 
 
 def scaled(text: str, units: dict[str, int]) -> Fraction | None:
-    """The number with its unit, exactly, up to LARGEST; None if it is none."""
+    """Parse a number with a unit, exactly, up to LARGEST; None if it is not one."""
     found = NUMBER.fullmatch(text.strip().upper())
     unit = found and units.get(found[2])
     value = Fraction(found[1]) * unit if unit else None
@@ -55,7 +55,7 @@ def size(text: str) -> int:
 
 
 def fitted(text: str) -> str:
-    """The text with its lines wrapped at the terminal's width, or COLUMNS; whole lines where nobody looks."""
+    """Wrap lines at the terminal's width, or at COLUMNS. Lines are not wrapped if stdout is not a terminal."""
     asked = os.environ.get("COLUMNS", "")
     if not asked.isdecimal() and not (sys.stdout and sys.stdout.isatty()):
         return text
@@ -73,7 +73,7 @@ def fitted(text: str) -> str:
 
 
 def refused(message: str, as_json: bool) -> int:
-    """Say why the command does not run; the exit status."""
+    """Print why the command does not run, and return the exit status."""
     print(f"error: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": message}))
@@ -94,40 +94,44 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     model = parser.add_argument_group("the head")
     model.add_argument("--model", help="a config.json, a folder with one, or a Hub id (which needs transformers)")
-    model.add_argument("--vocab", type=count, help="with --hidden, instead of --model: the head's rows")
-    model.add_argument("--hidden", type=count, help="the width of the hidden states")
-    model.add_argument("--dtype", choices=[*DTYPES], help="of hidden states and head; the model's, or bf16")
+    model.add_argument("--vocab", type=count, help="vocabulary size; --vocab and --hidden replace --model")
+    model.add_argument("--hidden", type=count, help="hidden size")
+    model.add_argument("--dtype", choices=[*DTYPES], help="of hidden states and head; default: the model's, or bf16")
     model.add_argument("--bias", action="store_true", help="the head has a bias")
     model.add_argument("--head", choices=("trainable", "frozen"), default="trainable", help="frozen: LoRA, probes")
     batch = parser.add_argument_group("the batch of one data-parallel rank, and the loss")
-    batch.add_argument("--tokens", type=count, required=True, help="tokens of a sequence, prompt and padding included")
+    batch.add_argument("--tokens", type=count, required=True, help="tokens per sequence, with prompt and padding")
     many = batch.add_mutually_exclusive_group()
-    many.add_argument("--pairs", type=count, help="chosen and rejected answers; 1 if left out")
-    many.add_argument("--sequences", type=count, help="in the place of --pairs, for losses of single answers")
-    batch.add_argument("--scored", type=share, default=1.0, help="share of the tokens that are no prompt or padding")
-    about = "logps: no reference, or its cached log-probs; dpo: its head runs too; kl: exact KL; dpo-kl: both in one"
-    batch.add_argument("--loss", choices=[*LOSSES], default="dpo", help=about)
-    batch.add_argument("--entropy", action="store_true", help="a gradient flows through the entropy too; with logps")
+    many.add_argument("--pairs", type=count, help="number of pairs of a chosen and a rejected answer; default: 1")
+    many.add_argument("--sequences", type=count, help="number of sequences, for losses of single answers")
+    about = "share of the tokens that are not prompt or padding; default: 1"
+    batch.add_argument("--scored", type=share, default=1.0, help=about)
+    about = "logps: no reference, or cached log-probs; dpo: the reference's head runs too; kl: exact KL; dpo-kl: both"
+    batch.add_argument("--loss", choices=[*LOSSES], default="dpo", help=about + "; default: dpo")
+    batch.add_argument("--entropy", action="store_true", help="the entropy has gradients too; only with --loss logps")
     ranks = parser.add_argument_group("the ranks")
-    ranks.add_argument("--tp", type=count, default=1, help="ranks over which the vocabulary is cut")
-    ranks.add_argument("--dp", type=count, default=1, help="ranks with batches of their own")
-    about = "what data-parallel ranks do with the head: copies, or shards gathered once (fsdp) or twice (zero3) a step"
+    ranks.add_argument("--tp", type=count, default=1, help="number of ranks over which the vocabulary is sharded")
+    ranks.add_argument("--dp", type=count, default=1, help="number of data-parallel ranks")
+    about = "the head on data-parallel ranks: a copy (ddp), or a shard gathered once (fsdp) or twice (zero3) per step"
     ranks.add_argument("--dp-mode", choices=("ddp", "fsdp", "zero3"), default="ddp", help=about)
-    how = parser.add_argument_group("how")
-    about = "Schedule.logits_budget, such as 2GiB; 1/32 of the device's memory (1GiB on a CPU), whatever "
-    about += "FUSED_PO_LOGITS_BUDGET says"
+    how = parser.add_argument_group("memory settings and the device")
+    about = "Schedule.logits_budget, such as 2GiB; default: 1/32 of the device's memory (1GiB on a CPU); "
+    about += "FUSED_PO_LOGITS_BUDGET is ignored"
     how.add_argument("--budget", type=size, help=about)
-    how.add_argument("--tile", type=size, help="Schedule.tile_bytes; 512MiB, 128MiB on a CPU")
-    how.add_argument("--device", choices=[*STATED], default="h100", help="whose stated ceilings count; h100")
-    how.add_argument("--measure", action="store_true", help="time a GEMM and a copy here, and plan for this machine")
-    how.add_argument("--free", type=size, help="memory left to the head and the loss; all of the device's")
+    how.add_argument("--tile", type=size, help="Schedule.tile_bytes; default: 512MiB, 128MiB on a CPU")
+    about = "the device whose peak rates from the data sheet are used; default: h100"
+    how.add_argument("--device", choices=[*STATED], default="h100", help=about)
+    about = "time a GEMM and a copy on this machine, and plan for it"
+    how.add_argument("--measure", action="store_true", help=about)
+    about = "memory available for the head and the loss; default: all of the device's"
+    how.add_argument("--free", type=size, help=about)
 
 
 def chosen_head(args: argparse.Namespace) -> HeadShape:
     """The head that --model, or --vocab and --hidden, name."""
     by_hand = (args.vocab is not None) + (args.hidden is not None)
     if args.model is not None and by_hand:
-        raise ValueError("--model: given with --vocab or --hidden; leave out the one or the other")
+        raise ValueError("--model: not allowed with --vocab or --hidden; pass --model, or the other two")
     if args.model is not None:
         head = read_head(args.model)
     elif by_hand == 2:
@@ -141,7 +145,7 @@ def chosen_head(args: argparse.Namespace) -> HeadShape:
 
 
 def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
-    """The device whose ceilings count: stated, or this one."""
+    """The device to plan for: one from its data sheet, or this machine as measured."""
     stated = STATED[args.device]
     if not args.measure:
         return stated
@@ -156,7 +160,7 @@ def chosen_device(args: argparse.Namespace, head: HeadShape) -> Device:
 def chosen_work(args: argparse.Namespace, head: HeadShape, device: Device) -> Work:
     """What one rank does in a step."""
     if args.entropy and args.loss != "logps":
-        raise ValueError(f"--entropy: got it with --loss {args.loss}, but only --loss logps reads it; leave it out")
+        raise ValueError(f"--entropy: used only with --loss logps, got --loss {args.loss}; leave it out")
     if args.tp > head.vocab:
         raise ValueError(f"--tp: got {args.tp}, allowed are 1 to {head.vocab}, the rows of the head")
     budget = default_budget(torch.device(device.kind), device.memory) if args.budget is None else args.budget
@@ -169,18 +173,31 @@ def chosen_work(args: argparse.Namespace, head: HeadShape, device: Device) -> Wo
         raise ValueError("--tile: got 0, allowed are bytes above 0")
     sequences = args.sequences or 2 * (args.pairs or 1)
     if args.sequences and args.loss in ("dpo", "dpo-kl"):
-        raise ValueError(f"--sequences: not with --loss {args.loss}, which is of pairs; give --pairs, or --loss logps")
+        raise ValueError(f"--sequences: not allowed with --loss {args.loss}, a pair loss; pass --pairs or --loss logps")
     tokens = sequences * args.tokens
     return Work(
-        tokens=tokens, scored=max(1, round(tokens * args.scored)), vocab=head.vocab, hidden=head.hidden,
-        ref_hidden=head.hidden, dtype=head.dtype, bias=head.bias, loss=args.loss,
-        needs=(True, args.head == "trainable"), entropy=args.entropy, tile_bytes=tile, budget=budget,
-        device=torch.device(device.kind), sequences=sequences, tp=args.tp, dp=args.dp, dp_mode=args.dp_mode,
-    )  # fmt: skip
+        tokens=tokens,
+        scored=max(1, round(tokens * args.scored)),
+        vocab=head.vocab,
+        hidden=head.hidden,
+        ref_hidden=head.hidden,
+        dtype=head.dtype,
+        bias=head.bias,
+        loss=args.loss,
+        needs=(True, args.head == "trainable"),
+        entropy=args.entropy,
+        tile_bytes=tile,
+        budget=budget,
+        device=torch.device(device.kind),
+        sequences=sequences,
+        tp=args.tp,
+        dp=args.dp,
+        dp_mode=args.dp_mode,
+    )
 
 
 def human(value: float) -> str:
-    """Bytes for people."""
+    """Format bytes."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if value >= UNITS[unit.upper()]:
             scaled = value / UNITS[unit.upper()]
@@ -189,23 +206,23 @@ def human(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time for people."""
+    """Format seconds."""
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
 
 
 def table(title: str, rows: list[dict], mark: str = "") -> list[str]:
-    """Contenders or schedules, one a line."""
-    lines = [f"\n{title:30} {'GEMMs':>6} {'TFLOP':>9} {'at least':>9} {'peak':>9} {'in all':>9} {'tp sends':>9}"]
+    """A table of implementations or schedules, one per line."""
+    lines = [f"\n{title:32} {'GEMMs':>6} {'TFLOP':>9} {'min. time':>9} {'peak':>9} {'total':>9} {'tp sends':>9}"]
     for r in rows:
         figures = f"{r['GEMMs']:6.2f} {r['flops'] / 1e12:9.4g} {seconds(r['seconds']):>9}"
         held = f"{human(r['peak bytes']):>9} {human(r['total bytes']):>9} {human(r['sent bytes']):>9}"
-        said = "" if r["fits"] else "  does not fit"
-        lines.append(f"{r['name']:30} {figures} {held}{said}{'  ' + r['note'] if r['note'] else ''}")
+        suffix = "" if r["fits"] else "  does not fit"
+        lines.append(f"{r['name']:32} {figures} {held}{suffix}{'  ' + r['note'] if r['note'] else ''}")
     return lines
 
 
 def text(found: dict) -> str:
-    """The report for people."""
+    """The report as text."""
     head, work, device = found["head"], found["work"], found["device"]
     tied = {True: "tied to the embedding", False: "not tied", None: ""}[head["tied"]]
     about = [f"[{head['vocab']}, {head['hidden']}]", head["dtype"], tied, "with bias" if head["bias"] else ""]
@@ -213,25 +230,26 @@ def text(found: dict) -> str:
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {name}" for name, rate in device["flops"].items())
     lines = [
         f"{head['name']}: LM head {', '.join(x for x in (*about, softcap, head['note']) if x)}",
-        f"a step of a rank: {work['tokens']} tokens, {work['scored']} scored, loss {work['loss']}; "
+        f"one step of one rank: {work['tokens']} tokens, {work['scored']} scored, loss {work['loss']}; "
         f"tp {work['tp']} x dp {work['dp']} ({work['dp_mode']}) = {found['ranks']} ranks, "
-        f"{found['rows of the head on a rank']} rows of the head on each",
+        f"{found['rows of the head on a rank']} rows of the head per rank",
         f"device: {device['name']}, {rates}, {device['bandwidth'] / 1e12:.3g} TB/s, {human(device['memory'])} "
         f"({device['source']})",
         f"\nruns: {found['runs']}",
-        f"      budget {human(work['budget'])}, {found['kept tokens']} tokens kept; {found['tile rows']} rows a tile",
-        "\nmemory of a rank, without the rest of the model and the optimizer",
+        f"      budget {human(work['budget'])}, {found['kept tokens']} tokens kept; {found['tile rows']} rows per tile",
+        "\nmemory on one rank, without the rest of the model and the optimizer",
     ]
     held = {**found["held bytes"], **found["peak"]["bytes"]}
     lines += [f"  {name:44} {human(value):>9}" for name, value in held.items()]
-    lines.append(f"  {'in all, at its peak in the ' + found['peak']['moment']:44} {human(sum(held.values())):>9}")
-    lines.append(f"\n{'steps':46} {'TFLOP':>9} {'moved':>9} {'sent':>9} {'at least':>9}")
+    lines.append(f"  {'total at the peak, in the ' + found['peak']['moment']:44} {human(sum(held.values())):>9}")
+    lines.append(f"\n{'steps':46} {'TFLOP':>9} {'moved':>9} {'sent':>9} {'min. time':>9}")
     for s in found["steps"]:
         flops = f"{s['flops'] / 1e12:.4g}" if s["flops"] else "-"
         moved, sent = (human(s[k]) if s[k] else "-" for k in ("moved", "sent"))
-        under = f"  under {s['hidden_by']}" if s["hidden_by"] else "  under the model's" * (s["kind"] == "dp")
+        overlap = "  during the model's backward" * (s["kind"] == "dp")
+        under = f"  during {s['hidden_by']}" if s["hidden_by"] else overlap
         lines.append(f"  {s['name']:44} {flops:>9} {moved:>9} {sent:>9} {seconds(s['seconds']):>9}{under}")
-    lines += table("fused_po's schedules", found["schedules"]) + table("on the same work", found["beside"])
+    lines += table("schedules of fused_po", found["schedules"]) + table("other implementations", found["beside"])
     lines.append("\n" + ("fits" if found["fits"] else "does not fit"))
     lines += [f"  {line}" for line in found["advice"]]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the ranks send each other for the head: bytes a rank sends, by the formulas of rings."""
+"""Communication of the ranks for the head: bytes sent per rank, by the formulas of ring collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device can do at most: stated by its makers, or measured here."""
+"""Peak rates of devices, from data sheets or measured on this machine."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 # Where models of several parts keep the language model's configuration, or the decoder's.
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "decoder_config")
-# What the head's two sizes are called; the first that is there counts.
+# Names of the head's two sizes in configurations; the first one found is used.
 VOCABS = ("padded_vocab_size", "vocab_size", "tgt_vocab_size")
 WIDTHS = (
     "output_embedding_size",
@@ -57,7 +57,7 @@ class HeadShape(NamedTuple):
 def read_head(model: str) -> HeadShape:
     """The head of `model`: a path to a config.json, to a folder with one, or the id of a model on the Hub.
 
-    Paths need torch alone; an id goes through transformers, which looks into its cache before it asks the Hub.
+    Paths need only torch. An id needs transformers, which reads its cache before it asks the Hub.
 
     Raises:
         ValueError: nothing there, nothing that can be read, or no LM head. Names the flag and the way out.
@@ -72,7 +72,7 @@ def read_head(model: str) -> HeadShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--model: {path} is no JSON: {error}; expected a model's config.json") from None
+        raise ValueError(f"--model: {path} is not JSON ({error}); expected a model's config.json") from None
     if not isinstance(config, dict):
         raise ValueError(f"--model: {path} holds a {type(config).__name__}, expected a model's config.json, an object")
     return head_of(config, model)
@@ -84,8 +84,8 @@ def _from_hub(model: str) -> dict:
         from transformers import AutoConfig
     except ImportError:
         raise ValueError(
-            f"--model: got {model!r}, no file or folder here; a Hub id needs transformers: pip install transformers. "
-            f"Or give the path of its config.json; {INSTEAD}"
+            f"--model: got {model!r}, which is not a file or folder; a Hub id needs transformers: pip install "
+            f"transformers, or pass the path of its config.json; {INSTEAD}"
         ) from None
     try:
         try:
@@ -98,8 +98,8 @@ def _from_hub(model: str) -> dict:
     except Exception as error:  # the Hub's, the network's and transformers' errors are of many types
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--model: got {model!r}, no file or folder here, and transformers cannot load its configuration "
-            f"({first}). Give the path of its config.json; {INSTEAD}"
+            f"--model: got {model!r}, which is not a file or folder, and transformers cannot load its config "
+            f"({first}); pass the path of its config.json; {INSTEAD}"
         ) from None
 
 
@@ -141,7 +141,7 @@ def head_of(config: dict, name: str) -> HeadShape:
             f"{', '.join(VOCABS)} and one of {', '.join(WIDTHS)}; {INSTEAD}"
         )
     bare = [a for a in architectures if a.endswith("Model") and "LMHead" not in a and "auto_map" not in config]
-    note = f"{bare[0]} may have no LM head; planned as if it had" if bare else ""
+    note = f"{bare[0]} may have no LM head; this plan assumes one" if bare else ""
     dtype = next((c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), None)
     tied = next((c["tie_word_embeddings"] for c in (text, config) if "tie_word_embeddings" in c), None)
     bias = text.get("model_type") in BIASED or bool(text.get("lm_head_bias", False))

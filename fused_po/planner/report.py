@@ -1,4 +1,4 @@
-"""From costs to answers: times on a device, which schedule runs, what does not fit, and what to change."""
+"""The report of a plan: times on a device, the schedule that runs, what does not fit, and what to change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fused_po.planner.devices import Device, collective_seconds, rate_name
 from fused_po.planner.work import Cost, Work
 
 MOST_RANKS = 1024  # over which cutting the vocabulary is tried
-WORTH = 0.02  # of the time: what a larger tile must save to be named
+WORTH = 0.02  # the share of the time that a larger tile must save to be recommended
 
 
 class Times(NamedTuple):
@@ -21,7 +21,7 @@ class Times(NamedTuple):
 
 
 def times_of(cost: Cost, work: Work, device: Device) -> Times:
-    """At least so long: products at the device's rate or its memory's, passes at its memory's, collectives on rings."""
+    """Lower bounds of times: GEMMs limited by FLOPs or memory, passes limited by memory, collectives on rings."""
     rate = rate_of(work, device)
     seconds, by_name, total = [], {}, 0.0
     for step in cost.steps:
@@ -38,32 +38,32 @@ def times_of(cost: Cost, work: Work, device: Device) -> Times:
 
 
 def schedules(work: Work) -> dict[str, Work]:
-    """The same work under every schedule."""
+    """The same work with each schedule."""
     row = Sizes(work).basis_row
     everything = work._replace(needs=(True, True), budget=row * work.scored)
     found = {
         "no gradients": work._replace(needs=(False, False), entropy=False),
         "head frozen": work._replace(needs=(True, False)),
-        "head trainable, all kept": everything,
-        "head trainable, nothing kept": everything._replace(budget=0),
+        "head trainable, all tokens kept": everything,
+        "head trainable, no tokens kept": everything._replace(budget=0),
     }
     exact = everything._replace(loss="kl", budget=row * work.scored)
     if not work.kl_bases:
-        found |= {"exact KL, all kept": exact, "exact KL, nothing kept": exact._replace(budget=0)}
+        found |= {"exact KL, all tokens kept": exact, "exact KL, no tokens kept": exact._replace(budget=0)}
     return found
 
 
 def runs(work: Work) -> str:
     """Which schedule will run."""
     if work.keep == "nothing":
-        return "no gradients: scores alone"
+        return "no gradients: forward only"
     what = "linear_kl" if work.kl_bases else "linear_logps"
     if work.keep == "product":
-        return f"{what} with the head frozen: basis x head in the forward, no GEMM in the backward"
+        return f"{what}, head frozen: the forward computes the gradient of hidden, the backward has no GEMM"
     if work.kept_rows == work.scored:
-        return f"{what}, every token's basis kept: nothing is computed again"
+        return f"{what}, all scored tokens kept for the backward: nothing is recomputed"
     share = work.kept_rows / work.scored
-    return f"{what}, {share:.0%} of the scored tokens kept within the budget; the others are projected again"
+    return f"{what}, {share:.0%} of the scored tokens kept within the budget; the others are recomputed"
 
 
 def gemms(cost: Cost, work: Work) -> float:
@@ -83,7 +83,7 @@ def with_tokens(work: Work, share: float) -> Work:
 
 
 def smallest_tp(work: Work, free: int) -> Optional[int]:
-    """The least power of two of ranks over which to cut the vocabulary so that it fits."""
+    """The smallest power of two of ranks for which the sharded vocabulary fits, or None."""
     tp = 2
     while tp <= MOST_RANKS and tp < work.vocab:
         if tp > work.tp and fits(work._replace(tp=tp), free):
@@ -93,7 +93,7 @@ def smallest_tp(work: Work, free: int) -> Optional[int]:
 
 
 def largest_budget(work: Work, free: int) -> Optional[int]:
-    """The most MiB of budget, up to the work's, with which it fits; None where it does not with none either."""
+    """The largest budget that fits, up to that of the work, in whole MiB; None if even a budget of 0 does not fit."""
     if not fits(work._replace(budget=0), free):
         return None
     low, high = 0, work.budget >> 20
@@ -104,7 +104,7 @@ def largest_budget(work: Work, free: int) -> Optional[int]:
 
 
 def tokens_that_fit(work: Work, free: int) -> int:
-    """How many tokens, of an ever halved batch, fit at a time; 0 where none do."""
+    """The number of tokens that fit at a time, found by halving the batch; 0 if none fit."""
     share = 1.0
     while share * work.tokens >= 1:
         if fits(with_tokens(work, share), free):
@@ -114,42 +114,42 @@ def tokens_that_fit(work: Work, free: int) -> int:
 
 
 def advice(work: Work, device: Device, free: int, size) -> list[str]:
-    """What to change, most telling first. size: writes bytes for people."""
-    cost, sizes, said = ours(work), Sizes(work), []
+    """What to change, most important first. size: a function that formats bytes."""
+    cost, sizes, lines = ours(work), Sizes(work), []
     if cost.total > free:
-        said.append(f"does not fit: {size(cost.total)} needed, {size(free)} there")
+        lines.append(f"does not fit: {size(cost.total)} needed, {size(free)} available")
         budget, tp, tokens = largest_budget(work, free), smallest_tp(work, free), tokens_that_fit(work, free)
         if work.kept_rows and budget is not None:
-            said.append(f"--budget {budget >> 20}MiB fits: tokens beyond it cost a GEMM")
+            lines.append(f"--budget {budget >> 20}MiB fits: tokens beyond it are recomputed, which adds up to one GEMM")
         if tp:
-            said.append(f"--tp {tp} fits: each rank then holds {-(-work.vocab // tp)} rows of the head")
+            lines.append(f"--tp {tp} fits: each rank then has {-(-work.vocab // tp)} rows of the head")
         if tokens:
-            said.append(f"{tokens} of the {work.tokens} tokens fit at a time: fewer pairs, and gradients accumulated")
-        if len(said) == 1:
-            said.append("the head and the tokens are too much together: --tp and fewer pairs, or a larger device")
+            lines.append(f"{tokens} of the {work.tokens} tokens fit at a time: accumulate gradients over fewer pairs")
+        if len(lines) == 1:
+            lines.append("no single change is enough: use --tp and fewer pairs, or a larger device")
     elif work.keep == "basis" and work.kept_rows < work.scored:
         whole = work._replace(budget=-(-sizes.basis_row * work.scored >> 20) << 20)
         needed = f"{whole.budget >> 20}MiB"
         if fits(whole, free):
             saved = times_of(cost, work, device).total - times_of(ours(whole), whole, device).total
-            said.append(f"--budget {needed} keeps every token and fits: {saved * 1e3:.3g} ms a step less")
+            lines.append(f"--budget {needed} keeps all tokens and fits: saves {saved * 1e3:.3g} ms per step")
         else:
             other = (
-                "" if work.kl_bases else "; chunked_loss scores nothing twice in any budget, with an fp32 [V, H] sum"
+                "" if work.kl_bases else "; chunked_loss recomputes nothing at any budget, but needs an fp32 [V, H] sum"
             )
-            said.append(f"all tokens kept would take --budget {needed}, which does not fit{other}")
+            lines.append(f"keeping all tokens needs --budget {needed}, which does not fit{other}")
     tile = better_tile(work, device, free)
     if tile:
         saved = times_of(cost, work, device).total - times_of(ours(tile), tile, device).total
-        said.append(
-            f"a tile has {sizes.tile_rows} rows, too few for the head that each reads: --tile "
-            f"{tile.tile_bytes >> 20}MiB fits, {saved * 1e3:.3g} ms a step less"
+        lines.append(
+            f"a tile has {sizes.tile_rows} rows, so reading the head for each tile limits the speed: --tile "
+            f"{tile.tile_bytes >> 20}MiB fits and saves {saved * 1e3:.3g} ms per step"
         )
-    return said
+    return lines
 
 
 def better_tile(work: Work, device: Device, free: int) -> Optional[Work]:
-    """The work with tiles so large that products hardly wait for the head; None if they are, or none fits."""
+    """The work with larger tiles, if reading the head for each tile limits speed and larger tiles fit, else None."""
     best, time = None, times_of(ours(work), work, device).total
     larger = work
     while Sizes(larger).tile_rows < work.scored:
@@ -167,7 +167,7 @@ def rate_of(work: Work, device: Device) -> float:
 
 
 def row_of(cost: Cost, work: Work, device: Device, free: int) -> dict:
-    """One contender's figures."""
+    """The figures of one implementation or schedule."""
     return {
         "name": cost.name,
         "GEMMs": gemms(cost, work),
@@ -182,7 +182,7 @@ def row_of(cost: Cost, work: Work, device: Device, free: int) -> dict:
 
 
 def report(work: Work, device: Device, free: int, size) -> dict:
-    """All that is known of the work, as plain values."""
+    """The whole report as plain values."""
     cost = ours(work)
     moment, items = cost.at_peak
     times = times_of(cost, work, device)

@@ -1,4 +1,4 @@
-"""The flagship: from log-probs of policy and reference to DPO's loss with a KL penalty, and its gradient."""
+"""DPO with a KL penalty: the loss from log-probs of policy and reference, and its gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, vectorised."""
+"""Generalized advantage estimation, vectorized."""
 
 from __future__ import annotations
 
@@ -40,9 +40,16 @@ def packed(values: Tensor, column: Tensor | None, width: int) -> Tensor:
 
 
 def gae_rows(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, last: Tensor | None, gamma: float, decay: float, step: int,
-    advantages: Tensor, returns: Tensor,
-) -> None:  # fmt: skip
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    last: Tensor | None,
+    gamma: float,
+    decay: float,
+    step: int,
+    advantages: Tensor,
+    returns: Tensor,
+) -> None:
     """Write the results into advantages and returns [B, T]; only the scan is over more than `step` rows at once.
 
     With a mask, what counts moves to the right end of a wider row, in order, and the rest to its column 0, which
@@ -76,16 +83,16 @@ def gae_rows(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, last: Tensor | None, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor | None, last_values: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns) [B, T] of rewards, values [B, T], a bool mask [B, T] or None, last values [B] or None."""
-    dtype = stats_dtype(*(x.dtype for x in (rewards, values, last) if x is not None))
-    rewards, values, last = (None if x is None else x.to(dtype) for x in (rewards, values, last))
+    dtype = stats_dtype(*(x.dtype for x in (rewards, values, last_values) if x is not None))
+    rewards, values, last_values = (None if x is None else x.to(dtype) for x in (rewards, values, last_values))
     n_rows, length = rewards.shape
     advantages, returns = (torch.empty(n_rows, length, dtype=dtype, device=rewards.device) for _ in range(2))
     step = max(1, ONE_THREAD // (length + SCAN_WIDTH)) if rewards.device.type == "cpu" else max(1, n_rows)
     for begin in range(0, n_rows if length else 0, SCAN_WIDTH * step):
         rows = slice(begin, begin + SCAN_WIDTH * step)
-        some = (x if x is None else x[rows] for x in (rewards, values, mask, last))
+        some = (x if x is None else x[rows] for x in (rewards, values, mask, last_values))
         gae_rows(*some, gamma, gamma * lam, step, advantages[rows], returns[rows])
     return advantages, returns

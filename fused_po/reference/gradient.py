@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_po.backend.interface import SavedRow
-from fused_po.reference.rows import FLOOR, put_rows, room_in, row_blocks, rows_of, scaled, set_labels, sheets
+from fused_po.reference.rows import FLOOR, buffer_in, put_rows, row_blocks, row_views, rows_of, scaled, set_labels
 
 
 def gradient(
@@ -35,17 +35,19 @@ def gradient(
         g_logps = torch.ones_like(saved[0])
     else:
         live.logical_and_(any_nonzero(g_logps, g_entropy, g_lse))
-    for rows, pick, (x, into) in row_blocks(live, sheets(logits, out), 1):  # live rows are read before they are written
+    for rows, pick, (x, into) in row_blocks(
+        live, row_views(logits, out), 1
+    ):  # live rows are read before they are written
         z, t = scaled(rows_of(x, pick), outer, inner)
-        room = room_in(into, pick, z.dtype)
+        buffer = buffer_in(into, pick, z.dtype)
         shift, norm, logp_label = saved[:, rows, None].unbind(0)
-        logp = torch.sub(z, shift, out=room if g_entropy is None else None).sub_(norm)
+        logp = torch.sub(z, shift, out=buffer if g_entropy is None else None).sub_(norm)
         label = labels[rows, None] if z.shape[0] < labels.numel() else labels[:, None]
         incoming = _at(rows, outer, entropy, g_logps, g_entropy, g_lse)
-        dz = dz_of_logp(logp, logp_label, label - first_col if first_col else label, incoming, room)
+        dz = dz_of_logp(logp, logp_label, label - first_col if first_col else label, incoming, buffer)
         if t is not None:
             dz.mul_((1 - t * t) * inner)
-        if room is None:
+        if buffer is None:
             put_rows(into, pick, dz)
 
 
@@ -68,11 +70,11 @@ def _at(rows: slice | Tensor, outer: float, entropy: Tensor, *grads: Tensor | No
 
 
 def dz_of_logp(
-    logp: Tensor, logp_label: Tensor, label: Tensor, incoming: list[Optional[Tensor]], room: Tensor | None = None
+    logp: Tensor, logp_label: Tensor, label: Tensor, incoming: list[Optional[Tensor]], buffer: Tensor | None = None
 ) -> Tensor:
     """The gradient [rows, V] in the logits from all log-probs, overwritten, and those of the labels.
 
-    label, logp_label and incoming: [rows, 1], labels counted from the first column. room: where it is formed.
+    label, logp_label and incoming: [rows, 1], labels counted from the first column. buffer: where it is formed.
     """
     entropy, a, h, c = incoming
     minus_a = None if a is None else -a
@@ -84,7 +86,7 @@ def dz_of_logp(
     if h is None:
         dz = logp.exp_().mul_(weight)
     else:
-        dz = torch.exp(logp, out=room)
+        dz = torch.exp(logp, out=buffer)
         each = logp.clamp_(min=FLOOR).add_(entropy).mul_(-h)
         dz.mul_(each if weight is None else each.add_(weight))
         of_h = (logp_label.clamp(min=FLOOR) + entropy).mul_(logp_label.exp()).mul_(-h)

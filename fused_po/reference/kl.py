@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from fused_po.backend.interface import KLRow, stats_dtype
-from fused_po.reference.rows import FLOOR, put_rows, row_blocks, rows_of, scaled, set_labels, sheets
+from fused_po.reference.rows import FLOOR, put_rows, row_blocks, row_views, rows_of, scaled, set_labels
 from fused_po.reference.statistics import norm_of
 
 
 def _log_probs(
-    z: Tensor, label: Tensor | None, side: list[Tensor] | None, room: Tensor | None
+    z: Tensor, label: Tensor | None, side: list[Tensor] | None, buffer: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """(log p [rows, V], [shift, norm] [rows, 1]) of z; from a label's log-prob on, the norm is exact: see rows.py.
 
-    side: shift and norm where they are known. room: like z, for exponentials, where they are not.
+    side: shift and norm where they are known. buffer: like z, for exponentials, where they are not.
     """
     if side is not None:
         return (z - side[0]).sub_(side[1]), side
     shift = z.amax(1, keepdim=True)
     u = z - shift
-    e = torch.exp(u, out=room)
+    e = torch.exp(u, out=buffer)
     if label is None:
         norm = e.sum(1, keepdim=True).log_()
     else:
@@ -39,20 +39,20 @@ def _both_sides(
     sides: list[Tensor] | None = None,
     label: Tensor | None = None,
 ) -> tuple:
-    """(log p, log q, sides, slope of a softcap or None, room) of logits x, y [rows, V].
+    """(log p, log q, sides, slope of a softcap or None, buffer) of logits x, y [rows, V].
 
-    sides: 4 shifts and norms [rows, 1]. label [rows, 1]: whose log-probs are to be exact, or None. room: memory of
+    sides: 4 shifts and norms [rows, 1]. label [rows, 1]: whose log-probs are to be exact, or None. buffer: memory of
     [rows, V] that nothing needs any more.
     """
     (z, t), (other, _) = scaled(x, *scaling), scaled(y, *ref_scaling)
     other = other if other.dtype == z.dtype else other.to(z.dtype)
-    known, room = (None, None) if sides is None else (sides[:2], sides[2:]), torch.empty_like(z)
-    log_p, own = _log_probs(z, label, known[0], room)
-    log_q, theirs = _log_probs(other, label, known[1], room)
-    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1], room
+    known, buffer = (None, None) if sides is None else (sides[:2], sides[2:]), torch.empty_like(z)
+    log_p, own = _log_probs(z, label, known[0], buffer)
+    log_q, theirs = _log_probs(other, label, known[1], buffer)
+    return log_p, log_q, [*own, *theirs], None if t is None else (1 - t * t) * scaling[1], buffer
 
 
-def _weighed(p: Tensor, apart: Tensor) -> Tensor:
+def _weighted(p: Tensor, apart: Tensor) -> Tensor:
     """p times a difference of logs, which is overwritten; 0 where p is 0."""
     return apart.mul_(p).masked_fill_(p == 0, 0)
 
@@ -71,7 +71,7 @@ def _above_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor,
 def _mixture_sums(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """(KL(p || m), KL(q || m)) [rows], m = weight q + (1 - weight) p; over some columns, their share of it."""
     above = zip((log_p, log_q), _above_mixture(log_p, log_q, weight))
-    return tuple(_weighed(log.exp(), apart).sum(1) for log, apart in above)
+    return tuple(_weighted(log.exp(), apart).sum(1) for log, apart in above)
 
 
 def kl(
@@ -89,19 +89,19 @@ def kl(
     """
     n_rows, blocks = labels.numel(), []
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
-    for rows, pick, (x, y) in row_blocks(labels >= 0, sheets(logits, ref_logits)):
+    for rows, pick, (x, y) in row_blocks(labels >= 0, row_views(logits, ref_logits)):
         x, y = rows_of(x, pick), rows_of(y, pick)
         label = labels[rows, None] if with_labels else None
-        log_p, log_q, sides, _, room = _both_sides(x, y, scaling, ref_scaling, label=label)
-        p, none = torch.exp(log_p, out=room), torch.zeros_like(sides[0])
+        log_p, log_q, sides, _, buffer = _both_sides(x, y, scaling, ref_scaling, label=label)
+        p, none = torch.exp(log_p, out=buffer), torch.zeros_like(sides[0])
         of_label = [none, none, none]
         if with_labels:
             entropy = (log_p.clamp(min=FLOOR)).mul_(p).sum(1, keepdim=True).neg_()
             of_label = [log_p.gather(1, label), log_q.gather(1, label), entropy]
         if direction == "reverse":
-            value = center = _weighed(p, log_p.sub_(log_q)).sum(1, keepdim=True)
+            value = center = _weighted(p, log_p.sub_(log_q)).sum(1, keepdim=True)
         elif direction == "forward":
-            value, center = _weighed(log_q.exp(), log_q.sub_(log_p)).sum(1, keepdim=True), none
+            value, center = _weighted(log_q.exp(), log_q.sub_(log_p)).sum(1, keepdim=True), none
         else:
             center, of_q = (v[:, None] for v in _mixture_sums(log_p, log_q, direction))
             value = direction * of_q + (1 - direction) * center
@@ -125,7 +125,7 @@ def mixture(
     tokens: of whole rows, of which V may be a part.
     """
     sums = torch.zeros_like(tokens[:2])
-    for rows, pick, (x, y) in row_blocks(tokens[KLRow.NORM] != math.inf, sheets(logits, ref_logits)):
+    for rows, pick, (x, y) in row_blocks(tokens[KLRow.NORM] != math.inf, row_views(logits, ref_logits)):
         x, y = rows_of(x, pick), rows_of(y, pick)
         log_p, log_q, *_ = _both_sides(
             x, y, scaling, ref_scaling, tokens[KLRow.SHIFT : KLRow.CENTER, rows, None].unbind(0)
@@ -154,23 +154,23 @@ def kl_gradient(
     """
     live = (tokens[KLRow.NORM] != math.inf).logical_and_(grads.any(0))
     with_logp, with_entropy = grads[1:].any(1).tolist() if with_labels and logits.shape[2] else (False, False)
-    for rows, pick, (x, y, into) in row_blocks(live, sheets(logits, ref_logits, out), 2):
+    for rows, pick, (x, y, into) in row_blocks(live, row_views(logits, ref_logits, out), 2):
         x, y = rows_of(x, pick), rows_of(y, pick)
         _, logp, ref_logp, entropy, *sides, center = tokens[:, rows, None].unbind(0)
-        log_p, log_q, _, slope, room = _both_sides(x, y, scaling, ref_scaling, sides)
+        log_p, log_q, _, slope, buffer = _both_sides(x, y, scaling, ref_scaling, sides)
         g_kl, g_logp, g_entropy = (grads if scaling[0] == 1 else grads * scaling[0])[:, rows, None].unbind(0)
         if with_labels:
             label = labels[rows, None]
             set_labels(log_p, label, logp)
             set_labels(log_q, label, ref_logp)
-        p = torch.exp(log_p, out=room)
+        p = torch.exp(log_p, out=buffer)
         if direction == "reverse":
-            dz = _weighed(p, torch.sub(log_p, log_q, out=log_q)).addcmul_(p, center, value=-1).mul_(g_kl)
+            dz = _weighted(p, torch.sub(log_p, log_q, out=log_q)).addcmul_(p, center, value=-1).mul_(g_kl)
         elif direction == "forward":
             dz = torch.sub(p, log_q.exp_(), out=log_q).mul_(g_kl)
         else:
             p_above, _ = _above_mixture(log_p, log_q, direction)
-            dz = _weighed(p, p_above).addcmul_(p, center, value=-1).mul_(g_kl * (1 - direction))
+            dz = _weighted(p, p_above).addcmul_(p, center, value=-1).mul_(g_kl * (1 - direction))
         if with_labels and (with_logp or direction == "forward") and logits.shape[2]:
             if direction == "forward":
                 at_label = g_kl * (torch.expm1(logp) - torch.expm1(ref_logp))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2 << 20
-FLOOR = -1e4  # stands for log(0) beside a probability of 0: their product must be 0, not NaN
+FLOOR = -1e4  # replaces log(0) where it is multiplied by a probability of 0, so that the product is 0 and not NaN
 
 
-def sheets(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+def row_views(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
     """Tensors [O, I, V] as one tuple of [O * I, V] if the rows of each lie at equal distances, else O of [I, V]."""
     outer_rows, inner_rows, n_cols = tensors[0].shape
     if outer_rows == 1:
@@ -33,20 +33,20 @@ Block = tuple[Union[slice, Tensor], Optional[Tensor], tuple]
 def row_blocks(wanted: Tensor, tensors: list[tuple[Tensor | None, ...]], out: int | None = None) -> Iterator[Block]:
     """(their numbers, None or which of the block's, the block of each tensor) of `wanted` rows, few enough for a cache.
 
-    tensors: from `sheets`, logits first. A block is consecutive rows; where not all of them are wanted, which are. Rows
-    of the tensor number `out` that are not wanted become 0.
+    tensors: from `row_views`, logits first. A block is consecutive rows; where not all of them are wanted, which are.
+    Rows of the tensor number `out` that are not wanted become 0.
     """
     everything = bool(wanted.all())
     number = 0
-    for sheet in tensors:
-        if sheet[0].requires_grad and torch.is_grad_enabled():  # not inside an op
-            sheet = (sheet[0].detach(), *sheet[1:])
-        n_rows, n_cols = sheet[0].shape
+    for view in tensors:
+        if view[0].requires_grad and torch.is_grad_enabled():  # not inside an op
+            view = (view[0].detach(), *view[1:])
+        n_rows, n_cols = view[0].shape
         step = max(1, BLOCK_BYTES // max(1, 4 * n_cols))
         for begin in range(0, n_rows, step):
             end = min(begin + step, n_rows)
             rows = slice(number + begin, number + end)
-            block = sheet if end - begin == n_rows else tuple(None if t is None else t[begin:end] for t in sheet)
+            block = view if end - begin == n_rows else tuple(None if t is None else t[begin:end] for t in view)
             pick = None if everything else wanted[rows].nonzero().squeeze(1)
             if pick is None or pick.numel() == end - begin:
                 yield rows, None, block
@@ -63,7 +63,7 @@ def rows_of(block: Tensor, pick: Tensor | None) -> Tensor:
     return block if pick is None else block[pick]
 
 
-def room_in(block: Tensor | None, pick: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def buffer_in(block: Tensor | None, pick: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The block as memory to form a result in, if all of its rows are wanted and it has this dtype."""
     return block if block is not None and block.dtype == dtype and pick is None else None
 

@@ -41,7 +41,7 @@ def of_owner(values: Tensor, log_share: Tensor, owner: Tensor) -> Tensor:
     return torch.where(owner < 0, 0, picked)
 
 
-def weighed(log_share: Tensor, values: Tensor) -> Tensor:
+def weighted(log_share: Tensor, values: Tensor) -> Tensor:
     """Sum over parts [R, n] of share times value; a part whose share is 0 counts nothing, whatever its value."""
     share = log_share.exp()
     return torch.where(share == 0, 0, share * values).sum(0)
@@ -61,7 +61,7 @@ def merge_scores(parts: Tensor, owner: Tensor, n_cols: int, outputs: int) -> Row
 
     logp = of_owner(parts[:, 2], of_label, owner)
     logps = logp.clone() if asked.logps else parts.new_empty(0)
-    entropy = kept(weighed(log_share, next(more) - log_share)) if asked.entropy else parts.new_empty(0)
+    entropy = kept(weighted(log_share, next(more) - log_share)) if asked.entropy else parts.new_empty(0)
     lse = kept(shift + norm) if asked.lse else parts.new_empty(0)
     aux = parts.new_zeros(3, len(owner)) if any(asked.auxiliary) else parts.new_empty(0)
     if asked.mean_logits:
@@ -88,12 +88,12 @@ def merge_kl(parts: Tensor, owner: Tensor, direction: str | float) -> Tensor:
     tokens[KLRow.REF_SHIFT], tokens[KLRow.REF_NORM], log_v, ref_own = shares(ref_shift, ref_norm, owner)
     if isinstance(direction, str):
         by, of = (log_w, log_v) if direction == "reverse" else (log_v, log_w)
-        tokens[KLRow.KL] = weighed(by, torch.where(of == -math.inf, math.inf, of_kl + (by - of))).clamp_(min=0)
+        tokens[KLRow.KL] = weighted(by, torch.where(of == -math.inf, math.inf, of_kl + (by - of))).clamp_(min=0)
         tokens[KLRow.CENTER] = tokens[KLRow.KL] if direction == "reverse" else 0
     if more:
         logp, ref_logp, entropy = more
         tokens[KLRow.LOGP], tokens[KLRow.REF_LOGP] = of_owner(logp, own, owner), of_owner(ref_logp, ref_own, owner)
-        tokens[KLRow.ENTROPY] = weighed(log_w, entropy - log_w)
+        tokens[KLRow.ENTROPY] = weighted(log_w, entropy - log_w)
     tokens[:, owner < 0] = 0
     tokens[KLRow.NORM, owner < 0] = math.inf
     return tokens

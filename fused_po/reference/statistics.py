@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_po.backend.interface import Outputs, RowStats, SavedRow, stats_dtype
-from fused_po.reference.rows import FLOOR, collected, put_rows, room_in, row_blocks, rows_of, scaled, sheets
+from fused_po.reference.rows import FLOOR, buffer_in, collected, put_rows, row_blocks, row_views, rows_of, scaled
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype cannot be served, or None if they can."""
+    """Why tensors of this device and dtype are not supported, or None if they are."""
     return None if dtype.is_floating_point and dtype.itemsize > 1 else f"dtype {dtype}"
 
 
@@ -46,17 +46,20 @@ def score(
     """`statistics`, and into basis [O, I, V] (the logits themselves, another tensor, or None) d log p_y / d x."""
     n_rows, blocks, asked = labels.numel(), [], Outputs.of(outputs)
     new = {"dtype": stats_dtype(logits.dtype), "device": logits.device}
-    for rows, pick, (x, out) in row_blocks(labels != ignore_index, sheets(logits, basis), None if basis is None else 1):
-        room, x = room_in(out, pick, new["dtype"]), rows_of(x, pick)
+    for rows, pick, (x, out) in row_blocks(
+        labels != ignore_index, row_views(logits, basis), None if basis is None else 1
+    ):
+        buffer, x = buffer_in(out, pick, new["dtype"]), rows_of(x, pick)
         label = labels[rows, None] if x.shape[0] < n_rows else labels[:, None]
-        fields, d = _block_scores(x, label, (outer, inner), asked, basis is not None, room)
+        fields, d = _block_scores(x, label, (outer, inner), asked, basis is not None, buffer)
         blocks.append((rows, fields))
-        if d is not None and room is None:
+        if d is not None and buffer is None:
             put_rows(out, pick, d)
     n_fields = SavedRow.COUNT + sum(asked) - asked.logps
     shift, norm, logp, *more = collected(blocks, n_rows, n_fields, (SavedRow.NORM,), new)
     saved, fields = torch.stack((shift, norm, logp)), iter(more)
-    entropy, lse = (next(fields) if wanted else torch.empty(0, **new) for wanted in (asked.entropy, asked.lse))
+    entropy = next(fields) if asked.entropy else torch.empty(0, **new)
+    lse = next(fields) if asked.lse else torch.empty(0, **new)
     aux = torch.zeros(3, n_rows, **new) if any(asked.auxiliary) else torch.empty(0, **new)
     for i, wanted in enumerate(asked.auxiliary):
         if wanted:
@@ -70,11 +73,11 @@ def _block_scores(
     scaling: tuple[float, float | None],
     asked: Outputs,
     with_basis: bool,
-    room: Tensor | None,
+    buffer: Tensor | None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(shift, norm, log-prob and what is asked for, [rows] each; the basis) of x [rows, V], label [rows, 1].
 
-    room: where the basis is formed, x itself or another tensor; None: in memory of its own.
+    buffer: where the basis is formed, x itself or another tensor; None: in memory of its own.
     """
     (outer, inner), (z, t) = scaling, scaled(x, *scaling)
     shift = z.amax(1)
@@ -84,13 +87,13 @@ def _block_scores(
         more.append(z.mean(1))
     if asked.is_top1:
         more.append((z.argmax(1, keepdim=True) == label).squeeze(1).to(z.dtype))
-    u = torch.sub(z, top, out=None if asked.entropy else room)
-    e = torch.exp(u, out=room) if asked.entropy else u.exp_()
+    u = torch.sub(z, top, out=None if asked.entropy else buffer)
+    e = torch.exp(u, out=buffer) if asked.entropy else u.exp_()
     norm, rest = norm_of(e.scatter_(1, label, 0).sum(1), target)
     logp, first = target - norm, []
     if asked.entropy:
-        weighed = u.clamp_(min=FLOOR).mul_(e).sum(1).addcmul_(target.exp(), target.clamp(min=FLOOR))
-        first.append(norm - weighed.div_(rest + 1))
+        weighted = u.clamp_(min=FLOOR).mul_(e).sum(1).addcmul_(target.exp(), target.clamp(min=FLOOR))
+        first.append(norm - weighted.div_(rest + 1))
     if asked.lse:
         first.append(shift + norm)
     if asked.log_sum_sq_probs:

@@ -1,4 +1,4 @@
-"""The CUDA backend: what Triton cannot do, a row held on chip by a cluster of blocks and so read once. By name only.
+"""The CUDA backend: a cluster of blocks keeps a row on chip, so that it is read once. Used only if requested by name.
 
 It has not run on a GPU yet. Log-probs, entropy and lse, the basis, gradients and policy losses, without a softcap; for
 the rest there is the Triton backend. Each function as its namesake there:
@@ -23,6 +23,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"clip": 0, "weight": 1, "gate": 2}
 ESTIMATORS = {None: 0, "k2": 1, "k3": 2}
 TOKEN_FIELDS = 9
+LOGPS_OUT, ENTROPY_OUT, LSE_OUT = 1, 2, 4  # bits of `outputs`
 LOGP, ENTROPY, SLOPE = 2, 3, 8
 SAVED_FIELDS = 3  # the first of them, which a backward reads
 LN2 = 0.6931471805599453
@@ -79,7 +80,7 @@ def refuse(inner: float | None, outputs: int) -> None:
     """What the kernels do not compute is an error."""
     if inner is not None:
         raise ValueError("softcap: backend 'cuda' takes none; 'triton' does, and backend=None takes it")
-    if outputs & ~7:
+    if outputs & ~(LOGPS_OUT | ENTROPY_OUT | LSE_OUT):
         raise ValueError("outputs: backend 'cuda' has logps, entropy and lse; 'triton' has the rest")
 
 
@@ -131,10 +132,13 @@ def one_read(p: Problem, logits: torch.Tensor, policy: bool) -> bool:
 def results_of(tokens: torch.Tensor, outputs: int):
     """(logps, entropy, lse, aux, saved), of storage of their own each."""
     nothing = tokens.new_empty(0)
-    lse = (tokens[0] + tokens[1]) * LN2 if outputs & 4 else nothing
-    if outputs & 4:
+    lse = (tokens[0] + tokens[1]) * LN2 if outputs & LSE_OUT else nothing
+    if outputs & LSE_OUT:
         lse = torch.where(tokens[1].isinf(), 0, lse)
-    logps, entropy = (tokens[i].clone() if outputs & bit else nothing.clone() for i, bit in ((LOGP, 1), (ENTROPY, 2)))
+    logps, entropy = (
+        tokens[i].clone() if outputs & bit else nothing.clone()
+        for i, bit in ((LOGP, LOGPS_OUT), (ENTROPY, ENTROPY_OUT))
+    )
     return logps, entropy, lse, nothing.clone(), tokens[:SAVED_FIELDS].clone()
 
 

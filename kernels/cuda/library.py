@@ -39,7 +39,7 @@ def cuda_home() -> Path | None:
 
 
 def nvcc_version(home: Path) -> tuple[int, int] | None:
-    """(13, 0), say; None where there is no nvcc that runs."""
+    """The version of nvcc, such as (13, 0); None if no nvcc runs."""
     try:
         said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     except OSError:

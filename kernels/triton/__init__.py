@@ -5,7 +5,7 @@ statistics     a row of logits to log-prob, entropy, lse, ...
 score          the same, and the basis: the gradient of the label's log-prob in the logits
 gradient       incoming gradients (or none: the basis) to a gradient in the logits
 from_basis     the same from a kept basis, without the logits
-pair_statistics, dpo, dpo_gradient    the same for the flagship, fused
+pair_statistics, dpo, dpo_gradient    the same for DPO, fused
 kl, kl_gradient    the exact KL of two rows of logits, and its gradient
 merge_scores, merge_kl, mixture    whole rows' results out of those of parts of the vocabulary
 policy         losses of tokens as PPO and GRPO have them, on request with the gradient in the logits' place

@@ -1,4 +1,4 @@
-"""The flagship: DPO with a per-token KL penalty, from logits, in two launches forward and one backward.
+"""DPO with a per-token KL penalty, from logits: two launches in the forward, one in the backward.
 
 1. `pair_statistics`: log-prob of every label under policy and reference (a program a row of either) and what the
    backward needs. 2. `dpo`: sequence sums, loss, rewards, margin, accuracy, KL (a program a pair). 3. `dpo_gradient`:

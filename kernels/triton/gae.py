@@ -69,15 +69,15 @@ def gae_kernel(
         next_advantage = tl.sum(tl.where(first, advantage, 0.0), 0)
 
 
-def gae(rewards, values, mask, last, gamma, lam):
-    """(advantages, returns) [B, T] fp32 of contiguous rewards, values, bool mask or None [B, T], last [B] or None."""
+def gae(rewards, values, mask, last_values, gamma, lam):
+    """(advantages, returns) [B, T], fp32, of contiguous tensors; mask: bool [B, T] or None, last_values [B] or None."""
     n_rows, length = rewards.shape
     advantages, returns = (torch.empty(n_rows, length, dtype=torch.float32, device=rewards.device) for _ in range(2))
     if advantages.numel():
         mask = None if mask is None else mask.view(torch.uint8)
         block = min(1024, triton.next_power_of_2(max(length, 32)))
         gae_kernel[(n_rows,)](
-            rewards, values, mask, last, advantages, returns, length, gamma, gamma * lam,
+            rewards, values, mask, last_values, advantages, returns, length, gamma, gamma * lam,
             BLOCK=block, num_warps=max(1, block // 128),
         )  # fmt: skip
     return advantages, returns

@@ -1,4 +1,4 @@
-"""Triton's interpreter rounded as hardware rounds; without this, interpreted kernels give other numbers than a GPU.
+"""Make Triton's interpreter round like hardware, so that interpreted kernels give the same numbers as a GPU.
 
 The kernels rely on an fma that rounds once: with a large offset common to a row's logits, a rounded product loses the
 digits that tell them apart. And the interpreter truncates fp32 to bf16, where hardware rounds to nearest even.

@@ -16,7 +16,7 @@ import triton.language as tl
 from .kl import CENTER, ENTROPY, KL, LOGP, NORM, REF_LOGP, REF_NORM, REF_SHIFT, SHIFT, TOKEN_FIELDS
 from .rowmath import LN2, LOG2E, log1p, log2
 from .statistics import ENTROPY as WITH_ENTROPY
-from .statistics import IS_TOP1, LOG_SUM_SQ, LOGPS, LSE, MEAN_LOGITS, SAVED_FIELDS
+from .statistics import IS_TOP1, LOG_SUM_SQ_PROBS, LOGPS, LSE, MEAN_LOGITS, SAVED_FIELDS
 
 NONE = tl.constexpr(float("-inf"))
 
@@ -93,7 +93,7 @@ def merge_scores_kernel(
         beaten = tl.max(tl.where((shift > mark) | ((shift == mark) & (lanes < owner[None, :])), 1.0, 0.0), 0)
         tl.store(aux_ptr + n_rows + rows, tl.where(scored, here * (1.0 - beaten), 0.0), mask=inside)
         source += field_stride
-    if LOG_SUM_SQ & OUTPUTS:
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
         terms = tl.load(source, mask=mask, other=0.0) * LOG2E + 2.0 * log_share
         terms = tl.where(log_share == NONE, NONE, terms)
         most = tl.max(terms, 0)
@@ -119,7 +119,7 @@ def merge_scores(parts, owner, n_cols, outputs):
     def buffer(bits, *shape):
         return parts.new_empty(shape if outputs & bits else 0)
 
-    aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ.value, 3, n_rows)
+    aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ_PROBS.value, 3, n_rows)
     some = (buffer(bit.value, n_rows) for bit in (LOGPS, WITH_ENTROPY, LSE))
     results = *some, aux, parts.new_empty(SAVED_FIELDS, n_rows)
     if n_rows:

@@ -40,7 +40,7 @@ ENTROPY = tl.constexpr(2)
 LSE = tl.constexpr(4)
 MEAN_LOGITS = tl.constexpr(8)
 IS_TOP1 = tl.constexpr(16)
-LOG_SUM_SQ = tl.constexpr(32)
+LOG_SUM_SQ_PROBS = tl.constexpr(32)
 
 STATE_FIELDS = 7
 SAVED_FIELDS = 3  # what a backward reads of a row: shift, log2 of the sum (inf marks an ignored row), log-prob
@@ -73,7 +73,7 @@ def fold(y, mask, state, scale, OUTPUTS: tl.constexpr):
     e = tl.exp2(u)
     if ENTROPY & OUTPUTS:
         t = (t + step * d) * rescale + tl.sum(e * tl.maximum(u, FLOOR), 1)
-    if LOG_SUM_SQ & OUTPUTS:
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
         q = q * (rescale * rescale) + tl.sum(e * e, 1)
     if (LSE | IS_TOP1) & OUTPUTS:
         m = tl.maximum(m, top)
@@ -254,7 +254,7 @@ def write_row(
         tl.store(aux_ptr + row, tl.where(valid, (total + y) * outer / n_cols, 0.0))
     if IS_TOP1 & OUTPUTS:  # the first of equals, as argmax has it
         tl.store(aux_ptr + n_rows + row, tl.where(valid & (y > before) & (y >= m), 1.0, 0.0))
-    if LOG_SUM_SQ & OUTPUTS:
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
         tl.store(aux_ptr + 2 * n_rows + row, tl.where(valid, log_sum_sq, 0.0))
 
 
@@ -370,7 +370,7 @@ def statistics(logits, labels, outer, inner, ignore_index, outputs):
         return torch.empty(shape if outputs & bits else 0, dtype=torch.float32, device=logits.device)
 
     logps, entropy, lse = buffer(LOGPS.value, n_rows), buffer(ENTROPY.value, n_rows), buffer(LSE.value, n_rows)
-    aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ.value, 3, n_rows)
+    aux = buffer(MEAN_LOGITS.value | IS_TOP1.value | LOG_SUM_SQ_PROBS.value, 3, n_rows)
     saved = torch.empty(SAVED_FIELDS, n_rows, dtype=torch.float32, device=logits.device)
     results = logps, entropy, lse, aux, saved
     if not n_rows:

@@ -1,4 +1,4 @@
-"""The benchmark's cases of single answers, GRPO and KTO: everybody computes the loss that the truth is of."""
+"""The benchmark's GRPO and KTO cases: all providers compute the loss that the exact values are of."""
 
 import math
 
@@ -12,7 +12,7 @@ from test_providers import NAMED, nll
 
 
 class LigerLosses:
-    """The signatures of its chunked losses of answers, in plain PyTorch; they return (loss, metrics)."""
+    """Liger's chunked losses of single answers in plain PyTorch, with its signatures; they return (loss, metrics)."""
 
     class LigerFusedLinearGRPOLoss:
         def __init__(
@@ -73,8 +73,8 @@ class LigerLosses:
 
 
 @pytest.mark.parametrize("task", ["grpo", "kto"])
-def test_losses_of_answers_are_the_cases(task, monkeypatch):
-    """fused_po's own, eager's and Liger's, with a stand-in of its signature; a bound or weight that is off is seen."""
+def test_losses_of_answers_match_the_case(task, monkeypatch):
+    """fused_po, eager PyTorch and a stand-in for Liger agree with the case; a wrong bound or weight is noticed."""
     monkeypatch.setattr(peers, "code", {"liger losses": LigerLosses}.get)
     p = cases.problem(cases.Case(96, 500, 32, prompt=0.5, task=task, reference="live"), "cpu")
     truth, eps = cases.exact(p), torch.finfo(torch.float32).eps
@@ -89,14 +89,14 @@ def test_losses_of_answers_are_the_cases(task, monkeypatch):
         torch.testing.assert_close(NAMED[name].loss(p), expected, rtol=1e-5, atol=1e-6)
         errors, _ = measure.errors_of(NAMED[name], p, truth)
         assert measure.wrong(errors, plain, eps) is None, (name, errors)
-    for module in (cases, providers, peers):  # with another constant nobody agrees with the truth any more
+    for module in (cases, providers, peers):  # with another constant no provider agrees with the exact values
         monkeypatch.setattr(module, *{"grpo": ("EPSILON", 0.9), "kto": ("KTO_KL", 1.0)}[task])
     for name in ("fused_po", "eager", "Liger"):
         errors, _ = measure.errors_of(NAMED[name], p, truth)
         assert measure.wrong(errors, plain, eps).startswith("d_hidden"), name
 
 
-def test_grpos_ratios_keep_away_from_the_ends_of_the_clip_range():
+def test_grpos_ratios_are_not_close_to_the_clip_bounds():
     p = cases.problem(cases.Case(1600, 500, 32, "bf16", prompt=0.5, task="grpo"), "cpu")
     ratio = (NAMED["eager"].values(p).view(p.labels.shape) - p.old_logps).exp()[p.labels != cases.IGNORE]
     outside = (ratio - 1).abs() > cases.EPSILON

@@ -1,4 +1,4 @@
-"""The benchmark suite, tiny: who is right is timed, who is wrong is not, and the figures are what the schedules say."""
+"""The tiny benchmark suite: right results are timed, wrong ones are not, and figures match the schedules."""
 
 import json
 import os
@@ -25,7 +25,7 @@ KL_QUICK = [KL_NAMED[name] for name in ("fused_po", "fused_po, none kept", "fuse
 
 
 def with_gradient(p: cases.Problem) -> int:
-    """How many tokens' log-probs have a gradient."""
+    """The number of tokens whose log-prob has a gradient."""
     if p.case.task != "grpo":
         return p.scored
     values = NAMED["eager"].values(p).detach().view(p.labels.shape).requires_grad_()
@@ -34,11 +34,11 @@ def with_gradient(p: cases.Problem) -> int:
 
 
 @pytest.mark.parametrize("case", cases.suite("tiny"), ids=lambda case: case.name)
-def test_every_case_is_right_and_costs_what_its_schedule_says(case):
+def test_every_case_is_right_and_costs_what_its_schedule_predicts(case):
     p, reports, able = measure.prepare(case, DEVICE, QUICK)
     assert {q.name for q in able} >= {"fused_po", "eager"}
     trainable, live = case.head == "trainable", case.reference == "live"
-    share = with_gradient(p) / p.scored  # a clipped token of GRPO has no backward with us
+    share = with_gradient(p) / p.scored  # our op runs no backward for clipped tokens of GRPO
     expected = {"fused_po": 1 + (1 + trainable) * share, "fused_po, none kept": 1 + 3 * share}
     everything = 1 if DEVICE == "cuda" else p.labels.numel() / p.scored
     expected |= {"TRL": (3 + trainable) * everything}
@@ -59,12 +59,12 @@ def test_every_case_is_right_and_costs_what_its_schedule_says(case):
 
 
 @pytest.mark.parametrize("case", cases.kl_suite("tiny"), ids=lambda case: case.name)
-def test_every_kl_is_right_and_costs_what_its_schedule_says(case):
+def test_every_kl_is_right_and_costs_what_its_schedule_predicts(case):
     p, reports, able = measure.prepare(case, DEVICE, KL_QUICK)
     assert {q.name for q in able} >= {"fused_po", "fused_po, with log-probs", "eager"}
     trainable = case.head == "trainable"
     everything = 1 if DEVICE == "cuda" else p.labels.numel() / p.scored
-    scores = 4 if case.direction == "js" else 2  # TRL goes over both sides' scores once more for the mixture
+    scores = 4 if case.direction == "js" else 2  # for the mixture TRL makes one more pass over both sides' scores
     expected = {"fused_po": (2, 3 + trainable), "fused_po, none kept": (2, 6), "fused_po, with log-probs": (2, 4)}
     expected["TRL"] = (scores * everything, (scores + 3 + trainable) * everything)
     for name, counts in expected.items():
@@ -98,8 +98,8 @@ def test_a_wrong_kl_is_reported_and_not_timed(kind, field):
     assert "**wrong: " in report.case_table(reports, "kl") and "| KL error |" in report.case_table(reports, "kl")
 
 
-def test_everybody_means_the_same_divergence():
-    """Without a bound, so that a peer whose rounding is refused still shows which way round its KL is."""
+def test_all_providers_compute_the_same_divergence():
+    """Without an error bound, so that the direction of the KL is tested even if a peer's rounding is refused."""
     for case in (c for c in cases.kl_suite("tiny") if c.head == "trainable"):
         p = cases.problem(case, DEVICE)
         truth = cases.exact(p)
@@ -108,14 +108,14 @@ def test_everybody_means_the_same_divergence():
                 continue
             try:
                 values = q.values(p)
-            except NotImplementedError:  # a peer's kernel in a rehearsal, which Triton's interpreter does not take
+            except NotImplementedError:  # in a rehearsal a peer's kernel may fail in Triton's interpreter
                 continue
             torch.testing.assert_close(values[truth.rows].double(), truth.values, rtol=1e-4, atol=1e-5)
         assert truth.values.min() > 0
 
 
 def broken(kind):
-    """A provider that is a little wrong."""
+    """A provider with a small error."""
 
     def logps(p):
         score = providers.eager(p.hidden, p.weight, p.labels)
@@ -128,7 +128,7 @@ def broken(kind):
 
 
 @pytest.mark.parametrize("kind, field", [("log-probs", "value_max"), ("gradient", "d_hidden")])
-def test_who_is_wrong_is_reported_and_not_timed(kind, field):
+def test_wrong_providers_are_reported_and_not_timed(kind, field):
     p, reports, able = measure.prepare(cases.suite("tiny")[0], DEVICE, [NAMED["fused_po"], broken(kind)])
     assert [q.name for q in able] == ["fused_po"]
     assert reports["broken"]["wrong"].startswith(field)
@@ -139,7 +139,7 @@ def test_who_is_wrong_is_reported_and_not_timed(kind, field):
     assert "**wrong: " in line and line.startswith("| broken |  |  |")
 
 
-def test_who_fails_does_not_take_the_others_along():
+def test_a_failing_provider_does_not_stop_the_others():
     def fail(p):
         raise RuntimeError("no such kernel")
 
@@ -150,7 +150,7 @@ def test_who_fails_does_not_take_the_others_along():
     assert "RuntimeError" in reports["failing"]["not run"] and "no such kernel" in reports["failing"]["not run"]
 
 
-def test_the_truth_is_float64s(seed):
+def test_exact_values_against_float64_autograd(seed):
     """The closed forms of `exact` against autograd through float64 logits."""
     small = cases.Case(40, 90, 8, prompt=0.25)
     live = [small._replace(task=task, reference="live") for task in ("dpo", "kto")]
@@ -171,8 +171,8 @@ def test_the_truth_is_float64s(seed):
         torch.testing.assert_close(truth.d_weight, d_weight[truth.columns])
 
 
-def test_the_kls_truth_is_float64s(seed):
-    """`exact` in rows and columns against the definition through float64 probabilities in whole."""
+def test_exact_kl_against_its_definition(seed):
+    """`exact`, which works in blocks of rows and columns, against the definition with full float64 probabilities."""
     for direction in ("reverse", "forward", "js"):
         p = cases.problem(cases.Case(300, 90, 8, prompt=0.25, task="kl", reference="live", direction=direction), DEVICE)
         truth = cases.exact(p)
@@ -197,7 +197,8 @@ def test_suite_and_report_end_to_end(tmp_path):
     files = [BENCHMARKS / "test_head.py", BENCHMARKS / "test_kl.py"]
     run = [sys.executable, "-m", "pytest", *files, "--suite", "tiny", "-p", "no:cacheprovider"]
     choice = ["-k", "(logps and trainable) or forward", f"--benchmark-json={results}"]
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # with it nothing is timed
+    # under this flag nothing is timed
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run([*run, *choice], capture_output=True, text=True, cwd=BENCHMARKS.parent, env=alone)
     assert done.returncode == 0, done.stdout[-3000:]
     text = results.read_text(encoding="utf-8")
@@ -226,7 +227,7 @@ def test_suite_and_report_end_to_end(tmp_path):
         assert message in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 
-def test_suites_name_what_the_readme_promises():
+def test_suites_include_the_documented_cases():
     gpu = {(c.tokens, c.vocabulary, c.width) for c in cases.suite("gpu")}
     promised = {(8192, 32000, 4096), (8192, 128256, 4096), (16384, 151936, 3584), (8192, 262144, 2560)}
     assert gpu == promised | {(32768, 128256, 2048)}

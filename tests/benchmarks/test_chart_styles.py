@@ -1,4 +1,4 @@
-"""The charts of the benchmarks: every provider has a look of its own, and keeps it in every panel and chart."""
+"""The charts of the benchmarks: every provider has its own style, the same in every panel and chart."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 
 def every_provider() -> set[str]:
-    """Of the benchmarks and of `make gpu-evidence`."""
+    """The providers of the benchmarks and of `make gpu-evidence`."""
     found = {q.name for q in (*providers.PROVIDERS, *kl_providers.KL_PROVIDERS)} | {"bare GEMMs"}
     return found | {q.name for case, who in cases.evidence("tiny") for q in heads.chosen(case, who)}
 
@@ -28,7 +28,7 @@ def test_no_two_providers_look_the_same():
 
 
 def recorded(names: list[str], **case) -> dict:
-    """What a benchmark says of one case, everybody a little slower than the one before."""
+    """A benchmark's record of one case, where each provider is slightly slower than the one before."""
     about = {"tokens": 8, "vocabulary": 9, "width": 8, "dtype": "fp32", "prompt": 0.0, "task": "logps"} | case
     reports = {
         name: {"seconds": {report.MODE: i + about["tokens"] / 8}, "peak bytes": 1e6 * (i + 1)}
@@ -38,7 +38,7 @@ def recorded(names: list[str], **case) -> dict:
 
 
 @pytest.mark.parametrize("what", ["time", "memory"])
-def test_a_provider_looks_the_same_in_every_panel_and_in_any_company(what, tmp_path):
+def test_a_provider_has_the_same_style_in_every_chart(what, tmp_path):
     names = sorted(looks.LOOKS)
     for order in (names, names[::-1], names[3:9], ["unheard of", *names]):
         found = [recorded(order, tokens=tokens) for tokens in (8, 16, 24)]

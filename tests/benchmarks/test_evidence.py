@@ -1,4 +1,4 @@
-"""`make gpu-evidence` without a GPU: killed and resumed, budgets, what is missing, wrong usage."""
+"""`make gpu-evidence` without a GPU: killed and resumed runs, budgets, missing programs, wrong usage."""
 
 import os
 import re
@@ -46,14 +46,14 @@ def killed_while_the_second_runs(tmp_path: Path) -> None:
     child = int((tmp_path / "pid").read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not alive(child))  # what it had started ends with it
+    until(lambda: not alive(child))  # its child processes end with it
     (tmp_path / "wait").unlink()
 
 
 def until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -64,7 +64,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_run_that_is_killed_loses_the_unit_in_flight_alone(tmp_path):
+def test_a_killed_run_loses_only_the_unit_in_flight(tmp_path):
     units = [unit("first"), unit("second", WAITS), unit("third")]
     killed_while_the_second_runs(tmp_path)
     on_disk = state.read_json(tmp_path / "out" / "evidence-h100.json")["units"]
@@ -94,16 +94,16 @@ def test_a_unit_that_is_killed_twice_is_given_up(tmp_path):
     )
 
 
-def test_the_price_of_what_was_killed_goes_up(tmp_path):
+def test_the_price_of_a_killed_unit_goes_up(tmp_path):
     killed_while_the_second_runs(tmp_path)
     kept = state.State(tmp_path / "out", ABOUT)
     assert kept.units["benchmark/second"]["at_least"] == pytest.approx(0.15)
 
 
-# What units do.
+# Units that fail, hang or do not fit.
 
 
-def test_failures_are_named_and_run_again_on_demand_alone(tmp_path):
+def test_failures_are_named_and_rerun_only_on_demand(tmp_path):
     units = [
         unit("good"),
         unit("bad", "print('before'); sys.exit('no such kernel')"),
@@ -132,7 +132,7 @@ def test_a_unit_that_hangs_is_ended(tmp_path):
     assert ran(tmp_path) == ["test", "test", "hangs", "next"] and run.state.given_up("tests/test")
 
 
-def test_a_unit_takes_what_it_has_started_with_it():
+def test_a_unit_ends_with_its_child_processes():
     words = (
         "import signal, subprocess, sys; from evidence import unit; signal.signal(signal.SIGTERM, unit.end_all)\n"
         "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
@@ -152,7 +152,7 @@ def test_a_unit_begins_only_if_it_fits(tmp_path):
     assert ran(tmp_path) == ["short", "short", "too"] and [u.name for u in run.unfinished()] == ["long"]
 
 
-def test_what_runs_at_the_end_is_stopped_and_tried_again(tmp_path, monkeypatch):
+def test_a_unit_running_at_the_end_is_stopped_and_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 0.5)
     units = [unit("slow", "time.sleep(600) if not (here / 'fast').exists() else None")]
     run, _ = call(tmp_path, units, budget=1.0)
@@ -163,7 +163,7 @@ def test_what_runs_at_the_end_is_stopped_and_tried_again(tmp_path, monkeypatch):
     assert status(run) == {"slow": "done"}
 
 
-def test_a_red_test_stops_what_comes_after_it(tmp_path):
+def test_a_failed_test_stops_later_stages(tmp_path):
     units = [
         unit("red", "sys.exit(1)", "tests"),
         unit("green", "", "tests"),
@@ -203,7 +203,7 @@ def test_tests_run_side_by_side_and_large_ones_alone(tmp_path):
     assert set(status(run).values()) == {"done"}, run.state.units
 
 
-# What is missing.
+# Missing programs, memory and GPUs.
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_tests_run_side_by_side_and_large_ones_alone(tmp_path):
         (("compute-sanitizer",), "no compute-sanitizer on PATH"),
     ],
 )
-def test_a_missing_program_is_said_and_the_rest_goes_on(needs, said, tmp_path, monkeypatch):
+def test_a_missing_program_is_reported_and_the_rest_runs(needs, said, tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -225,7 +225,7 @@ def test_a_missing_program_is_said_and_the_rest_goes_on(needs, said, tmp_path, m
     program = tmp_path / needs[0]
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    run, _ = call(tmp_path, units)  # there now: no RETRY is needed
+    run, _ = call(tmp_path, units)  # available now: no RETRY is needed
     assert status(run) == {"needs it": "done", "other": "done"}
 
 
@@ -251,13 +251,13 @@ def test_a_damaged_state_is_kept_aside(tmp_path):
         assert (tmp_path / "out" / "evidence-h100.damaged.json").read_text() == damage
 
 
-def test_another_gpu_has_a_state_of_its_own(tmp_path):
+def test_another_gpu_has_its_own_state(tmp_path):
     call(tmp_path, [unit("first")])
     assert state.State(tmp_path / "out", ABOUT | {"device": "NVIDIA H200"}).units == {}
     assert state.slug("NVIDIA H100 (rehearsal)") == "nvidia-h100-rehearsal" and state.slug("NVIDIA L40S") == "l40s"
 
 
-def test_out_of_an_earlier_call_is_taken_over(tmp_path):
+def test_results_of_an_earlier_folder_are_reused(tmp_path):
     call(tmp_path, [unit("first")])
     new = tmp_path / "new"
     state.open_folder(new, tmp_path / "out")
@@ -302,7 +302,7 @@ def test_wrong_usage_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_every_stage_says_so_and_nothing_runs(tmp_path):
+def test_without_a_gpu_every_stage_reports_it_and_nothing_runs(tmp_path):
     done = command_line("--out", str(tmp_path / "out"))
     assert done.returncode == 1
     for name in STAGES:
@@ -311,7 +311,7 @@ def test_without_a_gpu_every_stage_says_so_and_nothing_runs(tmp_path):
 
 
 def test_a_dry_run_on_the_cpu_is_no_evidence(tmp_path):
-    """A real unit, the smallest: first it does not fit, then it runs."""
+    """The smallest real unit: at first it does not fit in the budget, then it runs."""
     words = ("--device", "cpu", "--suite", "tiny", "--out", str(tmp_path / "out"), "--stages", "selfcheck")
     done = command_line(*words, "--budget", "1")
     assert done.returncode == 3 and "1 left: call it again" in done.stdout, done.stdout + done.stderr
@@ -324,7 +324,7 @@ def test_a_dry_run_on_the_cpu_is_no_evidence(tmp_path):
         publish.publish([tmp_path / "out"], None, tmp_path)
 
 
-# Tests that were passed are not run again.
+# Tests that have passed are not run again.
 
 SUITE = """
 import os, pathlib, pytest
@@ -334,18 +334,18 @@ def note(name):
 def test_good(): note("good")
 def test_bad():
     note("bad")
-    assert (here / "mended").exists()
+    assert (here / "fixed").exists()
 @pytest.mark.xfail(strict=True)
 def test_expected(): note("expected"); assert False
 def test_skipped(): note("skipped"); pytest.skip("no")
 def test_kills():
     note("kills")
-    (here / "mended").exists() or os._exit(9)
+    (here / "fixed").exists() or os._exit(9)
 def test_last(): note("last")
 """
 
 
-def test_the_plugin_writes_each_test_down(tmp_path):
+def test_the_plugin_records_each_test(tmp_path):
     from evidence.passed import counts, in_shard
 
     (tmp_path / "test_it.py").write_text(SUITE)
@@ -364,14 +364,14 @@ def test_the_plugin_writes_each_test_down(tmp_path):
         "skipped": 1,
         "failed": ["test_it.py::test_bad"],
     }
-    (tmp_path / "mended").touch()
+    (tmp_path / "fixed").touch()
     with open(ended, "a") as file:
-        file.write('["passed", "one", "test_it.py::cut')  # a line that the kill cut short
+        file.write('["passed", "one", "test_it.py::cut')  # a line that was cut off by the kill
         file.write("\n")
     assert run() == 0
     assert ran(tmp_path) == ["good", "bad", "expected", "skipped", "kills", "bad", "kills", "last"]
     assert counts(ended, ["test_it.py"], "0/1", "one") == {"passed": 5, "skipped": 1, "failed": []}
-    assert run() == 5  # nothing left
+    assert run() == 5  # nothing left to run
     assert {run("other code", f"{part}/2") for part in range(2)} <= {0, 5}
     assert len(ran(tmp_path)) == 14
     assert sum(in_shard(f"test {i}", f"{part}/3") for i in range(30) for part in range(3)) == 30

@@ -1,4 +1,4 @@
-"""The plan of `make gpu-evidence`: its units, their prices, and that every test of the device is in it."""
+"""The plan of `make gpu-evidence`: units, prices, and that it runs every test file that uses the device."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_the_plan_fits_three_calls(machine):
         assert re.search(rf"^{name}.* {seconds:.0f} +{seconds / 60:.1f} ", text, re.M), name
 
 
-def test_h200_copies_faster_and_multiplies_alike():
+def test_h200_copies_faster_and_multiplies_at_the_same_speed():
     units = {u.key: u for u in plan_units(tuple(STAGES))}
     one, other = (prices.MACHINES[name] for name in ("H100", "H200"))
     assert units["benchmark/rows-bf16"].price(other) < units["benchmark/rows-bf16"].price(one)
@@ -51,4 +51,4 @@ def test_every_file_that_computes_on_the_device_is_run_there(tmp_path, monkeypat
 
 def test_at_most_eight_files():
     logs = {stage.log for stage in STAGES.values()}
-    assert len(logs | {"evidence-h100.json", state.TESTS, "table.txt"}) <= 7  # and one that is being written
+    assert len(logs | {"evidence-h100.json", state.TESTS, "table.txt"}) <= 7  # and one file that is being written

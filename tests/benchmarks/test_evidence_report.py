@@ -1,4 +1,4 @@
-"""What ncu, the sanitizers and a recorded run say: goals, table, report, and what of it is committed."""
+"""The output of ncu, the sanitizers and a recorded run: goals, table, report, committed results."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from repository import ROOT
 
 from fused_po import selfcheck
 
-# ncu and the sanitizers, by stand-ins that write what these programs write.
+# Stand-ins for ncu and the sanitizers, with the output of these programs.
 
 NCU = """#!/bin/sh
 while [ "$1" != --log-file ]; do shift; done
@@ -41,7 +41,7 @@ def program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_what_ncu_says(tmp_path, monkeypatch):
+def test_reading_ncu(tmp_path, monkeypatch):
     args = SimpleNamespace(words=["statistics"], device="cuda", suite="tiny")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "ncu", NCU)
@@ -54,7 +54,7 @@ def test_what_ncu_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", SUMMARIES)
-def test_what_a_sanitizer_says(line, tmp_path, monkeypatch):
+def test_reading_a_sanitizer(line, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "compute-sanitizer", f"#!/bin/sh\necho '{line}'\n")
     found = tools.sanitizer(SimpleNamespace(words=["memcheck", "parts"], device="cuda", suite="tiny"))
@@ -64,7 +64,7 @@ def test_what_a_sanitizer_says(line, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_kernel_has_a_sanitized_case(monkeypatch):
-    """The Triton kernels that selfcheck and `parts` launch, as if there were multiprocessors to split rows for."""
+    """The Triton kernels that selfcheck and `parts` launch, on a device that splits rows."""
     statistics = importlib.import_module("fused_po.kernels.triton.statistics")
     folder = ROOT / "kernels" / "triton"
     every = {
@@ -86,7 +86,7 @@ def test_every_kernel_has_a_sanitized_case(monkeypatch):
 
 
 def head(width: int, times: float, **case) -> dict:
-    """A unit's result: one case, ours `times` the bare GEMMs, TRL 1.4 times as long as we."""
+    """A unit's result for one case: ours takes `times` the bare GEMMs, and TRL takes 1.4 times as long as ours."""
     about = dict(tokens=8192, vocabulary=128256, width=width, dtype="bf16", head="trainable", prompt=0.0, task="logps")
     about |= {"reference": "cached", "direction": "reverse"} | case
     both = {"forward": 1.0, "forward+backward": 1.0}
@@ -99,7 +99,7 @@ def head(width: int, times: float, **case) -> dict:
 
 
 def recorded() -> dict:
-    """The units of a small run."""
+    """The units of a small recorded run."""
     done = {"attempts": 1, "seconds": 20.0, "expected": 25.0, "code": "one", "reason": None, "status": "done"}
     rows = {"copy, V=500": {"seconds": 1e-3, "GB/s": 3000.0}}
     rows |= {
@@ -131,7 +131,7 @@ def recorded() -> dict:
     return units | {"ncu/policy": missing}
 
 
-def test_goals_beside_what_was_measured():
+def test_goals_beside_measurements():
     found = {name: (bound, value, where) for name, bound, value, where in goals.lines(recorded())}
     assert found["statistics kernel, share of copy bandwidth"][1] == "93.0%"
     assert found["gradient kernel, share of copy bandwidth"][1:] == ("91.0%, missed", "gradient, all, V=500")
@@ -171,7 +171,7 @@ def test_the_table(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A folder with this README and no results."""
+    """A folder with this repository's README and no results."""
     root = tmp_path / "root"
     (root / "benchmarks" / "results").mkdir(parents=True)
     page = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -196,7 +196,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_becomes_results_and_readme_and_again_the_same(tmp_path, repository):
+def test_publishing_a_run_twice_gives_the_same_results_and_readme(tmp_path, repository):
     out = written(tmp_path)
     publish.publish([out], None, repository)
     folder = repository / "benchmarks" / "results" / "h100"
@@ -214,14 +214,14 @@ def test_a_run_becomes_results_and_readme_and_again_the_same(tmp_path, repositor
     readme = (repository / "README.md").read_text()
     assert "not measured on a GPU yet" not in readme and "frozen head, share of the speed of 2 bare GEMMs" in readme
     assert "gradient kernel, share of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
-    assert publish.NOTHING["one-read"] in readme  # not measured: it stays
+    assert publish.NOTHING["one-read"] in readme  # not measured: stays
     before = everything(repository)
     said = publish.publish([out], None, repository)
     assert everything(repository) == before and said[-1].endswith("unchanged")
 
 
 @pytest.mark.parametrize("about", ({"rehearsal": True, "evidence": False}, {"device": "CPU", "evidence": False}))
-def test_what_is_no_evidence_is_not_published(about, tmp_path, repository):
+def test_runs_that_are_not_evidence_are_not_published(about, tmp_path, repository):
     out = written(tmp_path, **about)
     before = everything(repository)
     with pytest.raises(publish.Refused, match="no evidence of a GPU"):
@@ -232,7 +232,7 @@ def test_what_is_no_evidence_is_not_published(about, tmp_path, repository):
     assert "no evidence" in (tmp_path / "elsewhere" / "report.md").read_text().splitlines()[0]
 
 
-def test_report_py_takes_both_and_refuses_in_one_line(tmp_path):
+def test_report_py_reads_both_formats_and_refuses_in_one_line(tmp_path):
     out, script = written(tmp_path, rehearsal=True, evidence=False), ROOT / "benchmarks" / "report.py"
 
     def run(*words):
@@ -248,14 +248,14 @@ def test_report_py_takes_both_and_refuses_in_one_line(tmp_path):
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_readme_says_what_is_committed():
+def test_the_readme_matches_the_committed_results():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert publish.marked(page, publish.readme_lines(ROOT / "benchmarks" / "results")) == page
     with pytest.raises(publish.Refused, match="expected one pair of markers"):
         publish.marked("nothing", {"status": ""})
 
 
-def test_the_makefile_hands_everything_on():
+def test_the_makefile_passes_everything_on():
     if shutil.which("make") is None:
         pytest.skip("needs make")
     words = ["OUT=o", "FROM=f", "STAGES=tests ncu", "BUDGET=9", "SUITE=tiny", "RETRY=1", "KEEP_GOING=1", "PLAN=H100"]

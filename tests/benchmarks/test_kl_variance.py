@@ -1,4 +1,4 @@
-"""benchmarks/kl_variance.py on a policy of a few steps: the estimates' means and errors over the same rollouts."""
+"""benchmarks/kl_variance.py on a briefly trained policy: means and errors of KL estimates over the same rollouts."""
 
 import sys
 
@@ -10,8 +10,8 @@ from repository import ROOT
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import comparisons  # noqa: E402
 import dpo  # noqa: E402
+from trainer import comparisons  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_unbiased_estimates_agree_and_the_exact_kl_errs_least(run):
         apart = values[kind] - values["exact"]
         assert abs(apart.mean()) < 4 * (apart.var() / 600).sqrt(), kind
         assert values[kind].var() > values["exact"].var(), kind
-    # what the draws add is a martingale's variance: as measured, for k1, which has no long tail
+    # sampling adds the variance of a martingale, which matches the measured one for k1, since k1 has no long tail
     measured = (values["k1"] - values["exact"]).var()
     assert measured / added["k1"].mean() == pytest.approx(1, abs=0.3)
     assert (added["exact"] == 0).all() and added["k3"].mean() < added["k1"].mean()
@@ -48,7 +48,7 @@ def test_the_table(run, capsys):
     assert {line.count("|") for line in printed[2:]} == {7}
 
 
-def test_what_is_no_run_is_an_error(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match=r"holds no finished run; make one with python examples/dpo.py --output"):
         kl_variance.main([str(tmp_path)])
     with pytest.raises(SystemExit, match=r"--rollouts: got 1, expected at least 2"):

@@ -1,4 +1,4 @@
-"""The benchmark's peers: broken ones are named and harm nobody, and what each returns is taken for what it is."""
+"""The benchmark's peers: broken ones are reported without stopping the others, and results are adapted correctly."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ KL_NAMED = {q.name: q for q in kl_providers.KL_PROVIDERS}
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """install(name, peer, {path: source}): a package on sys.path, and a peer of that name."""
+    """install(name, peer, {path: source}) puts a package on sys.path and registers a peer of that name."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -49,7 +49,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_peer_that_does_not_import_says_why_in_one_line(install, kind):
+def test_a_peer_that_does_not_import_is_explained_in_one_line(install, kind):
     files, words = BROKEN[kind]
     install("some", peers.Peer("some-peer", "some_peer.kernels"), files)
     reason = peers.absent("some")
@@ -67,11 +67,11 @@ def test_a_peer_that_does_not_import_says_why_in_one_line(install, kind):
         ("", "RuntimeError"),
     ],
 )
-def test_an_error_is_given_in_one_line(message, line):
+def test_an_error_is_reported_in_one_line(message, line):
     assert peers.first_line(RuntimeError(message)) == line
 
 
-def test_a_peer_that_does_not_import_leaves_the_case_to_the_others(install):
+def test_a_peer_that_does_not_import_does_not_stop_the_others(install):
     install("some", peers.Peer("some-peer", "some_peer"), {"some_peer.py": "raise OSError('libsome.so is missing')"})
     broken = providers.Provider("broken", lambda p: peers.code("some").loss(p), peer="some")
     _, reports, able = measure.prepare(cases.suite("tiny")[0], "cpu", [broken, NAMED["fused_po"]])
@@ -89,7 +89,7 @@ def test_a_bare_package_is_imported_without_its_init(install):
     assert peers.absent("none") == "no-peer is not installed"
 
 
-def test_stand_ins_are_for_what_is_missing_and_gone_after_the_import(install):
+def test_stand_ins_replace_missing_modules_only_during_the_import(install):
     source = (
         "import some_absent\nfrom some_absent import Table\nimport some_there\ndef f(t: Table): return some_there.X\n"
     )
@@ -100,7 +100,7 @@ def test_stand_ins_are_for_what_is_missing_and_gone_after_the_import(install):
     assert "some_absent" not in sys.modules and "some_there" in sys.modules
 
 
-def test_what_a_peer_imports_at_its_first_call_is_imported_under_the_stand_ins(install):
+def test_imports_in_a_peers_first_call_find_the_stand_ins(install):
     files = {"some_peer/__init__.py": "", "some_peer/head.py": "def f(): from some_peer.utils import X; return X"}
     files |= {"some_peer/utils.py": "import some_absent\nX = 5"}
     peer = peers.Peer("some-peer", "some_peer.head", stand_ins=("some_absent",), later=("some_peer.utils",))
@@ -126,7 +126,7 @@ def scalar(hidden, weight, labels):
 
 
 class Liger:
-    """Their signatures, in plain PyTorch."""
+    """Liger's functions in plain PyTorch, with its signatures."""
 
     class LigerFusedLinearScaledCrossEntropyFunction:
         @staticmethod
@@ -158,7 +158,7 @@ def unsloth_jsd(student, weight, teacher, teacher_weight, *, labels=None, ignore
 
 
 def verl_ce(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
-    """Every label is a row of the head: there is no ignore_index. Everything is contiguous."""
+    """Every label must be a row of the head, since there is no ignore_index. All tensors must be contiguous."""
     assert isinstance(temperature, float) and reduction == "none"
     assert hidden.is_contiguous() and weight.is_contiguous() and labels.is_contiguous() and labels.min() >= 0
     return -nll(hidden, weight, labels), torch.full(labels.shape, float("nan"))
@@ -188,8 +188,8 @@ SCALARS = {"Liger, cross entropy", "unsloth, cross entropy", "quack"}
 
 @pytest.mark.parametrize("name", [q.name for q in providers.PROVIDERS if q.peer in FAKES])
 @pytest.mark.parametrize("task", ["logps", "dpo"])
-def test_what_a_peer_returns_is_adapted_to_the_tasks_definition(monkeypatch, name, task):
-    """With stand-ins of the peers' signatures in plain PyTorch: half of each sequence is prompt, labelled IGNORE."""
+def test_results_of_peers_are_adapted_to_the_task(monkeypatch, name, task):
+    """Stand-ins in plain PyTorch with the peers' signatures; half of each sequence is a prompt, labelled IGNORE."""
     if task == "dpo" and name in SCALARS:
         assert NAMED[name].refuses(cases.Case(96, 500, 32, task="dpo"), "cuda") == "it has no dpo loss"
         return
@@ -202,7 +202,7 @@ def test_what_a_peer_returns_is_adapted_to_the_tasks_definition(monkeypatch, nam
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward", "js"])
-def test_unsloths_divergence_is_the_cases(monkeypatch, direction):
+def test_unsloths_divergence_matches_the_case(monkeypatch, direction):
     monkeypatch.setattr(peers, "code", FAKES.get)
     case = cases.Case(96, 500, 32, prompt=0.5, task="kl", reference="live", direction=direction)
     p = cases.problem(case, "cpu")
@@ -225,7 +225,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("name, case, device, reason", REFUSED, ids=[f"{r[0]}-{i}" for i, r in enumerate(REFUSED)])
-def test_what_a_peer_cannot_do_is_refused_with_its_reason(name, case, device, reason):
+def test_unsupported_cases_of_a_peer_are_refused_with_the_reason(name, case, device, reason):
     assert NAMED[name].refuses(case, device) == reason
 
 
@@ -251,7 +251,7 @@ def test_ligers_scaled_cross_entropy_on_a_gpu(monkeypatch, capability, dtype, wo
     assert peers.liger_scaled_refuses(cases.Case(8, 16, 8, dtype), "cpu") is None
 
 
-def test_figures_that_no_counter_sees_are_left_out(monkeypatch):
+def test_figures_that_cannot_be_counted_are_left_out(monkeypatch):
     p = cases.problem(cases.suite("tiny")[0], "cpu")
     truth = cases.exact(p)
     plain = measure.plain_errors(p, truth)
@@ -294,7 +294,7 @@ def test_wheels_are_unpacked_without_pip(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["two releases", "none", "cut short", "too large", "not a folder"])
-def test_wheels_that_cannot_be_carried_or_unpacked_are_refused(tmp_path, capsys, monkeypatch, kind):
+def test_unusable_wheels_are_refused(tmp_path, capsys, monkeypatch, kind):
     wheel(tmp_path / "some_peer-1.0-py3-none-any.whl", some_peer="X = 1" * 500)
     target, act = tmp_path / "peers", peer_wheels.unpack
     if kind == "two releases":
@@ -333,8 +333,8 @@ def test_a_download_that_fails_names_the_package(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", ["cpo", "simpo", "orpo"])
-def test_pairs_without_a_reference_are_the_zoos_losses(task):
-    """The cases' definition, of which the truth is made, against fused_po's own."""
+def test_pairs_without_a_reference_match_the_pure_losses(task):
+    """The definition behind the exact values of the cases equals fused_po's losses."""
     p = cases.problem(cases.Case(96, 500, 32, task=task, prompt=0.5), "cpu")
     assert p.case.name.startswith(f"{task}-N96") and p.ref_logps is p.ref_hidden is None
     values = NAMED["eager"].values(p).view(p.labels.shape)

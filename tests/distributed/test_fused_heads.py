@@ -73,7 +73,7 @@ def one_process(dtype: torch.dtype = torch.float64, fused: bool = True) -> list[
     return by_torch(model, model, dict(input_ids=ids, labels=labels), count, fused)
 
 
-def layers_and(model, *more):
+def shard_layers_and(model, *more):
     """Apply fully_shard to the layers, to the named modules and to the whole model."""
     from torch.distributed.fsdp import fully_shard
 
@@ -84,8 +84,8 @@ def layers_and(model, *more):
 
 WRAPS = {
     "ddp": lambda model: torch.nn.parallel.DistributedDataParallel(model),
-    "fully_shard": lambda model: layers_and(model),
-    "fully_shard, head too": lambda model: layers_and(model, model.lm_head),
+    "fully_shard": lambda model: shard_layers_and(model),
+    "fully_shard, head too": lambda model: shard_layers_and(model, model.lm_head),
 }
 
 
@@ -111,7 +111,7 @@ def test_two_ranks_equal_one_process(name, two):
 
 def by_tensor_parallel(fused_first: bool) -> list[dict]:
     """parallelize_module by the model's own plan: the ranks hold 49 and 48 of the head's 97 rows, and all tokens."""
-    from parallel import tensor_parallel
+    from trainer.parallel import tensor_parallel
 
     mesh = distributed.init_device_mesh(device().type, (2,))
     model = causal_lm("Llama").double().train().to(device())

@@ -13,11 +13,18 @@ import transformers
 from example_runs import metrics, script, weights
 from rank_pool import GROUP_TIMEOUT, Ranks
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import dataset  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import (  # isort: skip
+    checkpoints,
+    dataset,
+    formats,
+    models,
+    parallel,
+    plots,
+    rollouts,
+    run_files,
+    sampling,
+    setup,
+)
 
 STEPS = 10
 SHORT = ("--steps", f"{STEPS}", "--batch-size", "7", "--sft-steps", "0")  # 7: not divisible by the number of ranks
@@ -58,7 +65,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     data = example_runs.small_data(folder, uneven=True)
     args = script("dpo").parse(data)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(args.dataset, "train")), vocab_size=167)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)
@@ -67,7 +74,7 @@ def words(tmp_path_factory):
     return [*data, "--model", str(folder / "model"), "--lr", "1e-3", "--sft-lr", "1e-3"]
 
 
-def canned(model, tokenizer, rows, args, longest, **how):
+def sample_from_data(model, tokenizer, rows, args, longest, **how):
     """Replaces sampling: answers from the data, every third one rejected, so that rewards differ."""
     answers = [row["rejected_ids" if sum(row["prompt_ids"]) % 3 == 0 else "chosen_ids"][:longest] for row in rows]
     return [{**row, "answer_ids": ids, "answer_text": tokenizer.decode(ids)} for row, ids in zip(rows, answers)]
@@ -95,9 +102,9 @@ def trained(name: str, words: list[str], output: str, *more: str) -> tuple[dict,
         patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
         patch.setattr(parallel, "Engine", engine)
         patch.setattr(parallel, "clip_grad_norm", recorded)
-        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         if name == "ppo":
-            patch.setattr(models, "sample", canned)
+            patch.setattr(sampling, "sample", sample_from_data)
         args = script(name).parse([*words, *SHORT, *(PPO if name == "ppo" else ()), "--output", output, *more])
         return script(name).train(args), first
 
@@ -183,22 +190,22 @@ def test_memory_saving_options_work_on_ranks(case, words, tmp_path, two):
 
 
 @pytest.mark.parametrize(
-    "size, flags, told",
+    "size, flags, message",
     [
-        (2, (), "--parallel: missing; torchrun started 2 processes, which share work by ddp, fsdp, tp"),
-        (0, ("--parallel", "ddp"), "--parallel: got ddp in a process of its own; start several: torchrun"),
+        (2, (), "--parallel: missing; torchrun started 2 processes, which divide the work by ddp, fsdp, tp"),
+        (0, ("--parallel", "ddp"), "--parallel: got ddp in a single process; start several: torchrun"),
         (4, ("--parallel", "tp", "--tp", "2"), "--tp: got 2 with --parallel tp on 4 ranks; --parallel fsdp --tp 2"),
         (4, ("--parallel", "fsdp", "--tp", "3"), "--tp: got 3 with --parallel fsdp on 4 ranks; it must divide them"),
         (4, ("--parallel", "ddp", "--tp", "2"), "--tp: got 2 with --parallel ddp on 4 ranks"),
-        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which cuts the layers"),
+        (2, ("--parallel", "tp", "--lora"), "--lora: not with --tp 2, which splits the layers"),
         (2, ("--parallel", "fsdp", "--precompute-ref"), "--precompute-ref: not with --parallel fsdp"),
         (2, ("--parallel", "ddp", "--timeout", "0"), "--timeout: got 0.0, expected a number above 0"),
     ],
 )
-def test_flags_that_do_not_fit_the_processes(size, flags, told, monkeypatch):
+def test_flags_that_do_not_fit_the_processes(size, flags, message, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, str(size)) if size else monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match=re.escape(f"error: {told}")):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         script("dpo").parse(list(flags))
 
 
@@ -208,7 +215,7 @@ def test_a_single_process_script_refuses_ranks(monkeypatch):
         script("kto").parse([])
 
 
-def uncut(words: list[str], output: str) -> str:
+def sharding_error(words: list[str], output: str) -> str:
     """The error for a model whose number of attention heads is not divisible by the number of ranks."""
     args = script("dpo").parse([*words, "--parallel", "tp", "--output", output])
     shape = dict(hidden_size=30, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
@@ -219,8 +226,8 @@ def uncut(words: list[str], output: str) -> str:
 
 
 def test_a_model_that_cannot_be_sharded(words, tmp_path, two):
-    for said in two.run(uncut, words, str(tmp_path)):
-        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3"
+    for said in two.run(sharding_error, words, str(tmp_path)):
+        assert said == "error: --tp: 2 does not divide the model's num_attention_heads, 3; use --parallel fsdp"
 
 
 def loaded_weights(words: list[str], output: str, *more: str) -> dict[str, torch.Tensor]:
@@ -242,9 +249,9 @@ def test_two_ranks_or_one_resume_from_four(words, tmp_path, four, two):
     """FSDP2 x TP saves after 5 of 10 steps. Two ranks with FSDP2, two with TP, and one process load the same bits."""
     every = ("--checkpoint-every", "5")
     four.run(trained, "dpo", words, str(tmp_path / "four"), *every, *OF_FOUR["fsdp x tp"])
-    parts = [path.name for path in common.checkpoint(tmp_path / "four", 5).iterdir()]
+    parts = [path.name for path in run_files.checkpoint(tmp_path / "four", 5).iterdir()]
     assert {f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)} | {"state.json"} == set(parts)
-    common.remove(common.checkpoint(tmp_path / "four", 10))
+    run_files.remove(run_files.checkpoint(tmp_path / "four", 10))
     saved, wanted = weights(tmp_path / "four"), metrics(tmp_path / "four")[5:]
     for name, engine in (("fsdp", ENGINES["fsdp"]), ("tp", ENGINES["tp"]), ("one", ())):
         shutil.copytree(tmp_path / "four", tmp_path / name)
@@ -262,9 +269,9 @@ def test_two_ranks_or_one_resume_from_four(words, tmp_path, four, two):
 
 def sampled(words: list[str], output: str) -> tuple[list, torch.Tensor]:
     """(8 answers to the same prompt, the state of torch's generator)."""
-    ppo, rollouts = script("ppo"), script("rollouts")
+    ppo = script("ppo")
     args = ppo.parse([*words, "--parallel", "ddp", "--output", output, "--max-completion-length", "6"])
-    model, tokenizer, prompts, _ = script("loop").start(args, script("loop").load_rows(args, "prompt"))
+    model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
     torch.manual_seed(3)
     rows = rollouts.rollout(model, tokenizer, prompts[:1] * 8, args, lambda rows: [0.0] * len(rows))
     return [row["answer_ids"] for row in rows], torch.get_rng_state()
@@ -277,7 +284,7 @@ def test_each_rank_samples_its_own_answers(words, tmp_path, two):
     assert torch.equal(state, other)
 
 
-def disagreeing(words: list[str], output: str, how: str) -> str:
+def run_with_different_ranks(words: list[str], output: str, how: str) -> str:
     """The error on this rank when the ranks have different models or different flags."""
     other = parallel.dist.get_rank() == 1
     more = ["--beta", "0.3"] if how == "settings" and other else []
@@ -285,25 +292,25 @@ def disagreeing(words: list[str], output: str, how: str) -> str:
     model, _ = models.build(args, [])
     if how == "weights" and other:
         model.resize_token_embeddings(160)
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         if how == "settings":
             parallel.equal("settings", vars(args))
         parallel.Engine(args, model)
-    assert time.monotonic() - begun < GROUP_TIMEOUT
+    assert time.monotonic() - started < GROUP_TIMEOUT
     return str(stopped.value)
 
 
 @pytest.mark.parametrize("how", ["settings", "weights"])
 def test_ranks_that_differ_raise_at_once(how, words, tmp_path, two):
-    said = two.run(disagreeing, words, str(tmp_path), how)
+    said = two.run(run_with_different_ranks, words, str(tmp_path), how)
     found = "beta: 0.3, 0.1 on rank 0" if how == "settings" else r"\(\(160, 32\), 'torch.float32'\), \(\(167, 32\)"
     for message in said:
         assert message.startswith(f"error: the ranks' {how} differ; rank 1 has ")
         assert re.search(found, message), message
 
 
-def dying(words: list[str], output: str, engine: str) -> None:
+def run_until_killed(words: list[str], output: str, engine: str) -> None:
     """A run whose rank 1 is killed in the third step."""
     clip, calls = parallel.clip_grad_norm, []
 
@@ -323,9 +330,9 @@ def test_a_rank_that_dies_ends_the_others(words, tmp_path):
     ranks = Ranks(2)
     try:
         ranks.run(parallel.size)  # the processes have started
-        begun = time.monotonic()
-        (_, left), (_, dead) = ranks.answers(dying, words, str(tmp_path / "run"), "fsdp")
-        assert time.monotonic() - begun < GROUP_TIMEOUT + 10  # and two steps have run before
+        started = time.monotonic()
+        (_, left), (_, dead) = ranks.answers(run_until_killed, words, str(tmp_path / "run"), "fsdp")
+        assert time.monotonic() - started < GROUP_TIMEOUT + 10  # and two steps have run before
     finally:
         ranks.close()
     assert dead.what == "the process is dead"

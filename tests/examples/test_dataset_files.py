@@ -1,4 +1,4 @@
-"""Data sets as files, folders and splits: each format gives the same rows; what is wrong is named with its place."""
+"""Data sets as files, folders and splits: all formats give the same rows; errors name the file and the line."""
 
 import bz2
 import gzip
@@ -10,10 +10,7 @@ import example_runs
 import pytest
 from example_runs import run, script
 
-import dataset  # isort: skip
-import files  # isort: skip
-import models  # isort: skip
-import tokens  # isort: skip
+from trainer import dataset, formats, models, row_files, tokenization  # isort: skip
 
 ROWS = [
     {"prompt": "1 or 2?", "chosen": " 2", "rejected": " 1"},
@@ -24,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "1 or 2?"}, {"role": "assistant", "conte
 
 
 def read(path, want="preference", **how):
-    """The rows by the fields of ROWS."""
+    """The rows, with the fields of ROWS."""
     rows = dataset.read(str(path), "train", want, **how)
     return [
         {name: row[name] for name in ("prompt", "chosen", "rejected", "completion", "label") if name in row}
@@ -36,7 +33,7 @@ def lines(rows=ROWS, **how) -> bytes:
     return "".join(json.dumps(row, **how) + "\n" for row in rows).encode()
 
 
-BYTES = {  # name, what it holds: all of them are ROWS
+BYTES = {  # file name: content; each holds ROWS
     "rows.jsonl": lines(),
     "raw.jsonl": lines(ensure_ascii=False),
     "rows.ndjson": lines(),
@@ -54,15 +51,15 @@ BYTES = {  # name, what it holds: all of them are ROWS
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_json_in_every_dress(name, tmp_path):
+def test_json_in_every_form(name, tmp_path):
     (tmp_path / name).write_bytes(BYTES[name])
     assert read(tmp_path / name) == ROWS
 
 
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\u0085", "\u000b", "\u000c", "\u001c", "\ufeff"])
-def test_what_only_str_splitlines_ends_a_line_at(letter, raw, tmp_path):
-    """JSON's own control characters must be escaped; the others may stand in a string as they are."""
+def test_only_newlines_end_a_line(letter, raw, tmp_path):
+    """JSON requires escapes only for its own control characters; others may be in a string without ending a line."""
     row = {"prompt": f"a{letter}b", "chosen": f" {letter}c", "rejected": f" d{letter}"}
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines([row, *ROWS], ensure_ascii=not raw))
@@ -71,7 +68,7 @@ def test_what_only_str_splitlines_ends_a_line_at(letter, raw, tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz", "rows.parquet", "rows.arrow"])
 def test_tables(name, tmp_path):
-    """Text stays text: NA, None and null are no missing values, 007 is no number."""
+    """Text stays text: NA, None and null are not missing values, and 007 is not a number."""
     datasets = pytest.importorskip("datasets")
     table, path = datasets.Dataset.from_list(ROWS), tmp_path / name
     if ".parquet" in name:
@@ -103,11 +100,11 @@ def test_tables_of_other_formats(tmp_path):
     chats = [{"messages": MESSAGES}, {"messages": [MESSAGES[0], MESSAGES[1] | {"name": "x"}]}]
     datasets.Dataset.from_list(chats).to_parquet(tmp_path / "chats.parquet")
     (first, second) = read(tmp_path / "chats.parquet", "completion")
-    assert [models.dataset.text_of(row["completion"]) for row in (first, second)] == ["2", "2"]
+    assert [formats.text_of(row["completion"]) for row in (first, second)] == ["2", "2"]
 
 
-def test_a_table_that_was_written_anew(tmp_path):
-    """The second reading gives the second file's rows, whatever `datasets` keeps."""
+def test_a_table_that_was_rewritten(tmp_path):
+    """The second read gives the rows of the new file, despite the cache of `datasets`."""
     pytest.importorskip("datasets")
     path = tmp_path / "rows.csv"
     for text in ("first", "other"):
@@ -116,8 +113,8 @@ def test_a_table_that_was_written_anew(tmp_path):
 
 
 HALF = '{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}'
-WRONG = {  # a file, what is said of it
-    "empty.jsonl": (b"", "empty.jsonl: the train set holds no rows; expected one JSON object a line with chosen"),
+WRONG = {  # file: (content, error)
+    "empty.jsonl": (b"", "empty.jsonl: the train set holds no rows; expected one JSON object per line with chosen"),
     "mark.jsonl": (b"\xef\xbb\xbf\r\n\r\n", "mark.jsonl: the train set holds no rows"),
     "none.json": (b"[]", "none.json: the train set holds no rows"),
     "none.csv": (b"prompt,chosen,rejected\n", "none.csv: the train set holds no rows; expected rows with chosen"),
@@ -127,15 +124,15 @@ WRONG = {  # a file, what is said of it
     "wide.jsonl": (lines().decode().encode("utf-16"), r"wide.jsonl: cannot be read \(line 1 is not UTF-8"),
     "cut.jsonl": (lines()[:-3], "cut.jsonl, line 3: not JSON"),
     "array.json": (b'[{"prompt": "a"},\n{"prompt" "b"}]', r"array.json: not JSON \(.*line 2 column 11"),
-    "nested.json": (b'{\n"data": []\n}', "nested.json, line 1: not JSON .*; expected an array, or one object a line"),
+    "nested.json": (b'{\n"data": []\n}', "nested.json, line 1: not JSON .*; expected an array, or one object per line"),
     "scalar.json": (b"[1]", "scalar.json, row 1: expected an object with the fields chosen"),
-    "twice.jsonl": (b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON .the name 'prompt' stands twice in an object"),
+    "twice.jsonl": (b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON .the name 'prompt' occurs twice in an object"),
     "null.jsonl": (b'\n{"prompt": null, "chosen": "a", "rejected": "b"}', "line 2: field 'prompt' is null, expected"),
     "turn.jsonl": (b'{"chosen": [null], "rejected": [{"role": "user"}]}', "line 1: field 'chosen' has None"),
     "deep.jsonl": (b"[" * 100000, "deep.jsonl, line 1: not JSON"),
     "cut.jsonl.gz": (gzip.compress(lines())[:-9], "cut.jsonl.gz: cannot be read"),
     "plain.jsonl.gz": (lines(), "plain.jsonl.gz: cannot be read .*gzip"),
-    "rows.jsonl.zst": (b"\x28\xb5", r"rows.jsonl.zst: cannot be read \(packed as .zst\); unpack it, or pack it as .gz"),
+    "rows.jsonl.zst": (b"\x28\xb5", r"rows.jsonl.zst: cannot be read \(compressed as .zst\); decompress it, or"),
     "plain.jsonl.xz": (lines(), "plain.jsonl.xz: cannot be read"),
     "hole.csv": (b"prompt,chosen,rejected\na,,c\n", "hole.csv, row 1: field 'chosen' is null"),
     "fields.csv": (b"question,answer\na,b\n", "row 1: field 'chosen' is missing; .* it has 'question'"),
@@ -144,7 +141,7 @@ WRONG = {  # a file, what is said of it
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_files_that_are_wrong(name, tmp_path):
+def test_damaged_files(name, tmp_path):
     holds, message = WRONG[name]
     (tmp_path / name).write_bytes(holds)
     with pytest.raises(SystemExit, match=message):
@@ -152,7 +149,7 @@ def test_files_that_are_wrong(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet", "none.jsonl.gz"])
-def test_files_that_are_not_there(name, tmp_path):
+def test_missing_files(name, tmp_path):
     with pytest.raises(SystemExit, match=rf"{name}: cannot be read .*; --dataset takes a file \(.jsonl, .json, .csv"):
         read(tmp_path / name)
 
@@ -162,7 +159,7 @@ def test_without_datasets(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     assert read(tmp_path / "rows.json") == ROWS
     for name in ("rows.csv", "rows.parquet", "some/hub-id"):
-        with pytest.raises(SystemExit, match="reading others takes `pip install datasets`"):
+        with pytest.raises(SystemExit, match="reading others requires `pip install datasets`"):
             read(tmp_path / name if "." in name else name)
 
 
@@ -179,7 +176,7 @@ def test_folders_of_files_and_their_splits(tmp_path):
     assert (args.dataset, args.split, args.test_split) == (str(tmp_path), "test", "train")
     assert tuple(map(len, dataset.read_both(args, "preference"))) == (1, 2)
     with pytest.raises(
-        SystemExit, match=r"no split 'dev' in it .*--split, --test-split and --dataset-config name others"
+        SystemExit, match=r"no split 'dev' in it .*--split, --test-split and --dataset-config select others"
     ):
         dataset.read_both(
             script("dpo").parse(["--dataset", str(tmp_path), "--split", "dev", "--device", "cpu"]), "prompt"
@@ -198,33 +195,33 @@ def test_folders_of_files_and_their_splits(tmp_path):
     ],
 )
 def test_names_with_a_split(source, split, found):
-    assert files.parted(source, split, "--split") == found
+    assert row_files.source_and_split(source, split, "--split") == found
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_incompatible_options(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\n")
     for words, message in (
         (
             ["--dataset", "org/name:dev", "--split", "dev"],
-            "--split: got 'dev', but the name 'org/name:dev' has a split",
+            "--split: got 'dev', but 'org/name:dev' already names a split",
         ),
         (["--dataset", str(path)], "--test-dataset: missing; .* or give --test-share 0.1"),
         (["--dataset", str(path), "--test-dataset", str(path)], "--test-dataset: missing"),
         (["--dataset", str(path), "--test-share", "1"], "--test-share: got 1.0, expected a number between 0 and 1"),
         (["--dataset", str(path), "--test-share", "nan"], "--test-share: got nan, expected"),
-        (["--test-dataset", str(path), "--test-share", "0.5"], "--test-share: given beside --test-dataset"),
-        (["--test-split", "dev", "--test-share", "0.5"], "--test-share: given beside"),
+        (["--test-dataset", str(path), "--test-share", "0.5"], "--test-share: given together with --test-dataset"),
+        (["--test-split", "dev", "--test-share", "0.5"], "--test-share: given together with"),
         (["--dataset", str(path), "--split", "dev"], "--split: got 'dev', but .* is a file, which has no splits"),
         (["--test-split", "dev"], "--test-split: got 'dev', but .* is a file"),
-        (["--dataset", "org/name:test"], "--test-split: got 'test', the split to train on"),
+        (["--dataset", "org/name:test"], "--test-split: got 'test', which is the training split"),
     ):
         with pytest.raises(SystemExit, match=message):
             script("dpo").parse([*words, "--device", "cpu"])
 
 
-def test_a_share_is_held_out_by_prompts(tmp_path):
-    """The same for a seed; no prompt in both; answers to one prompt stay together, as do the halves of a pair."""
+def test_a_share_of_the_prompts_is_held_out(tmp_path):
+    """The split is the same for the same seed. No prompt is in both parts; answers to one prompt stay together."""
     rows = [{"prompt": f"{n % 20}?", "chosen": f" {n}", "rejected": " no"} for n in range(60)]
     (tmp_path / "rows.jsonl").write_bytes(lines(rows))
     words = ["--dataset", str(tmp_path / "rows.jsonl"), "--test-share", "0.25", "--device", "cpu"]
@@ -246,12 +243,12 @@ def test_rows_labelled_false_are_counted(tmp_path, capsys):
     rows = [{"prompt": "a", "completion": "b", "label": bool(n % 3)} for n in range(6)]
     (tmp_path / "rows.jsonl").write_bytes(lines(rows))
     assert len(read(tmp_path / "rows.jsonl", "completion")) == 4
-    assert "rows.jsonl: 2 of 6 rows left out: their label is false" in capsys.readouterr().err
+    assert "rows.jsonl: 2 of 6 rows left out because their label is false" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto", "grpo", "ppo", "online_dpo"])
-def test_a_model_that_is_not_there_is_said_first(name, tmp_path):
-    """Before data sets that are not there either."""
+def test_a_missing_model_is_reported_first(name, tmp_path):
+    """The missing model is reported before the missing data sets."""
     words = [
         "--model",
         str(tmp_path / "nope"),
@@ -268,10 +265,10 @@ def test_a_model_that_is_not_there_is_said_first(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "online_dpo"])
-def test_rewards_that_are_not_there_are_said_first(name, tmp_path):
+def test_a_missing_reward_is_reported_first(name, tmp_path):
     words = ["--dataset", "none.jsonl", "--test-dataset", "none.jsonl.gz", "--device", "cpu"]
     for flag, value, message in (
-        ("--reward-model", "none", "none holds no model"),
+        ("--reward-model", "none", "none contains no model"),
         ("--reward-function", "none.py:f", "expected FILE.py:NAME"),
         ("--reward-function", f"{__file__}", "expected FILE.py:NAME"),
         ("--reward-function", f"{tmp_path}:f", "expected FILE.py:NAME"),
@@ -281,7 +278,7 @@ def test_rewards_that_are_not_there_are_said_first(name, tmp_path):
 
 
 def tiny(kind: str, vocab: int, positions: int):
-    """A model of that kind, so small that a test can afford it."""
+    """A tiny model of this kind."""
     import transformers
 
     models.quiet()
@@ -303,7 +300,7 @@ def tiny(kind: str, vocab: int, positions: int):
 def encoded():
     """(tokenizer, rows, tokens of the longest)."""
     rows = dataset.read(str(example_runs.comparisons.TEST), "test")[:20]
-    tokenizer = models.train_tokenizer(dataset.texts_of(rows))
+    tokenizer = models.train_tokenizer(formats.texts_of(rows))
     rows = dataset.encode(rows, tokenizer, 100, 200)
     return tokenizer, rows, max(len(row["prompt_ids"] + row["chosen_ids"]) for row in rows)
 
@@ -313,23 +310,23 @@ def test_sequences_past_learned_positions(kind, learned, encoded):
     tokenizer, rows, longest = encoded
     parse = script("dpo").parse
     fits, short = (tiny(kind, len(tokenizer), longest - less) for less in (0, 1))
-    tokens.check_fits(fits, tokenizer, rows, parse(["--device", "cpu"]))
+    tokenization.check_fits(fits, tokenizer, rows, parse(["--device", "cpu"]))
     batch = dataset.stack(rows, ("chosen",), tokenizer.pad_token_id, "cpu")
     fits(batch["input_ids"], attention_mask=batch["attention_mask"])
     if not learned:
-        return tokens.check_fits(short, tokenizer, rows, parse(["--device", "cpu"]))
+        return tokenization.check_fits(short, tokenizer, rows, parse(["--device", "cpu"]))
     found = (
         f"learned positions for {longest - 1} tokens, the rows have up to {longest}; give --max-length {longest - 1}"
     )
     with pytest.raises(SystemExit, match=f"--max-length: the model has {found}"):
-        tokens.check_fits(short, tokenizer, rows, parse(["--device", "cpu"]))
-    others = [{**rows[0], "other_ids": [1] * longest}]  # KTO's answers to other prompts
+        tokenization.check_fits(short, tokenizer, rows, parse(["--device", "cpu"]))
+    others = [{**rows[0], "other_ids": [1] * longest}]  # KTO's mismatched answers
     with pytest.raises(SystemExit, match=f"up to {longest + len(rows[0]['prompt_ids'])}"):
-        tokens.check_fits(fits, tokenizer, others, parse(["--device", "cpu"]))
+        tokenization.check_fits(fits, tokenizer, others, parse(["--device", "cpu"]))
     args = parse(["--device", "cpu"])
-    args.max_completion_length = 50  # of answers that will be drawn
+    args.max_completion_length = 50  # lengths of answers to be sampled
     with pytest.raises(SystemExit, match=f"give --max-length {longest} and shorter answers or prompts"):
-        tokens.check_fits(fits, tokenizer, rows, args)
+        tokenization.check_fits(fits, tokenizer, rows, args)
 
 
 def test_tokens_beyond_the_embedding(encoded):
@@ -339,20 +336,20 @@ def test_tokens_beyond_the_embedding(encoded):
     with pytest.raises(
         SystemExit, match=rf"--model: the tokenizer's token '.*' has id {top}, but the model has {top} tokens"
     ):
-        tokens.check_fits(tiny("llama", top, 64), tokenizer, rows, args)
-    tokens.check_fits(tiny("llama", top + 1, 64), tokenizer, rows, args)
+        tokenization.check_fits(tiny("llama", top, 64), tokenizer, rows, args)
+    tokenization.check_fits(tiny("llama", top + 1, 64), tokenizer, rows, args)
     added = models.train_tokenizer(["a"])
     added.add_special_tokens({"pad_token": "<new>"})
     with pytest.raises(
         SystemExit, match=r"--model: the tokenizer's pad_token '<new>' has id \d+, but the model has \d+ tokens"
     ):
-        tokens.check_fits(tiny("llama", len(added) - 1, 64), added, [], args)
+        tokenization.check_fits(tiny("llama", len(added) - 1, 64), added, [], args)
 
 
-def test_a_script_says_so_at_its_start(tmp_path):
-    """A saved GPT-2 with 16 positions, by a script: a message, no traceback, before any step."""
+def test_a_script_reports_it_at_the_start(tmp_path):
+    """A script given a saved GPT-2 with 16 positions prints a message without a traceback, before any step."""
     tokenizer = models.train_tokenizer(
-        dataset.texts_of(dataset.read(str(example_runs.comparisons.TRAIN), "train")[:60])
+        formats.texts_of(dataset.read(str(example_runs.comparisons.TRAIN), "train")[:60])
     )
     models.save(tmp_path / "gpt2", tiny("gpt2", len(tokenizer), 16), tokenizer)
     words = [*example_runs.small_data(tmp_path), "--model", str(tmp_path / "gpt2"), "--steps", "1"]

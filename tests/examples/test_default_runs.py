@@ -1,4 +1,4 @@
-"""Whole default runs of sft.py, reward.py and kto.py; dpo.py's is in test_dpo_script.py."""
+"""Complete default runs of sft.py, reward.py and kto.py; that of dpo.py is in test_dpo_script.py."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ MINUTES = 60  # seconds
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "kto"])
-def test_a_script_is_read_at_one_sitting(name):
+def test_a_script_has_at_most_200_lines(name):
     assert len(Path(script(name).__file__).read_text().splitlines()) <= 200
 
 
@@ -25,7 +25,7 @@ def test_supervised_fine_tuning_learns_to_answer(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_reward_model_tells_right_from_wrong(tmp_path):
+def test_the_reward_model_ranks_right_above_wrong(tmp_path):
     begin = time.time()
     shares = run("reward", [], tmp_path / "run")
     assert shares["before"]["accuracy"] < 0.6

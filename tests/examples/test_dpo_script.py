@@ -1,4 +1,4 @@
-"""The newcomer's example: its data, its bad inputs, its checkpoints; the whole default run is slow."""
+"""examples/dpo.py: data, bad inputs, checkpoints, and its complete default run (slow)."""
 
 import json
 import os
@@ -12,19 +12,15 @@ import pytest
 import torch
 from example_runs import EXAMPLES
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import comparisons  # isort: skip
-import dataset  # isort: skip
+from trainer import checkpoints, comparisons, dataset, models, run_files  # isort: skip
 import dpo  # isort: skip
-import models  # isort: skip
 
 TINY = ["--sft-steps", "3", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
 
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
-    """A few rows of the shipped sets, so that evaluation takes no time: (train, test)."""
+    """(train, test): a few rows of the shipped data sets, so that evaluation is fast."""
     folder = tmp_path_factory.mktemp("data")
     paths = []
     for source, count in ((comparisons.TRAIN, 60), (comparisons.TEST, 10)):
@@ -57,7 +53,7 @@ def test_shipped_data(tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_checking_program_is_not_fooled():
+def test_the_checking_program_rejects_wrong_answers():
     ask = "Which is larger, 3 or 40?"
     assert comparisons.is_correct(ask, " It is the second one. ")
     for answer in ("", "It is the first one.", "It is the second one. It is the first one.", "second"):
@@ -128,7 +124,7 @@ def test_answers_round_trip_through_the_tokenizer():
         assert whole == row["prompt"] + row["chosen"]
 
 
-def test_batches_follow_from_the_step_alone_and_cover_an_epoch():
+def test_batches_depend_only_on_the_step_and_cover_an_epoch():
     rows = [{"n": i} for i in range(10)]
     seen = [row["n"] for step in range(5) for row in dataset.batch_at(rows, step, 4, seed=7)]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
@@ -138,11 +134,11 @@ def test_batches_follow_from_the_step_alone_and_cover_an_epoch():
 def test_resume_is_bit_for_bit(small_data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     uninterrupted = dpo.train(arguments(small_data, whole))
-    for stop in (2, 5):  # once in the supervised stage, once in DPO
+    for stop in (2, 5):  # once in the supervised stage and once in DPO
 
         def interrupt(path, learner, parts, stop=stop, save=checkpoints.save):
             save(path, learner, parts)
-            if path.name >= common.checkpoint(path.parent, stop).name:
+            if path.name >= run_files.checkpoint(path.parent, stop).name:
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -151,14 +147,14 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     shares = dpo.train(arguments(small_data, broken, "--resume"))
     assert shares == uninterrupted
     states = [example_runs.weights(folder) for folder in (whole, broken)]
-    assert common.checkpoints(whole) == common.checkpoints(broken) == [6, 7]
+    assert run_files.checkpoints(whole) == run_files.checkpoints(broken) == [6, 7]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-    metrics = [common.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
+    metrics = [run_files.read_metrics(folder / "metrics.jsonl") for folder in (whole, broken)]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(7))
     for name in ("model/model.safetensors", "model/tokenizer.json", "curves.png", "arguments.json"):
         assert (whole / name).stat().st_size > 100
-    with pytest.raises(SystemExit, match=r"holds a run already"):
+    with pytest.raises(SystemExit, match=r"already holds a run"):
         dpo.train(arguments(small_data, whole))
     with pytest.raises(SystemExit, match=r"started with other arguments .beta: 0.1 then, 0.5 now"):
         dpo.train(arguments(small_data, whole, "--resume", "--beta", "0.5"))
@@ -168,7 +164,7 @@ def test_resume_is_bit_for_bit(small_data, tmp_path):
     assert set(dpo.train(again)) == {"before", "after"}
 
 
-def test_a_killed_run_leaves_whole_checkpoints(small_data, tmp_path):
+def test_a_killed_run_leaves_complete_checkpoints(small_data, tmp_path):
     paths = ["--dataset", str(small_data[0]), "--test-dataset", str(small_data[1]), "--output", str(tmp_path / "run")]
     words = [*paths, "--sft-steps", "500", "--steps", "500", "--checkpoint-every", "1", "--batch-size", "2"]
     process = subprocess.Popen(
@@ -177,11 +173,11 @@ def test_a_killed_run_leaves_whole_checkpoints(small_data, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
-    while len(common.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
+    while len(run_files.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    found = common.checkpoints(tmp_path / "run")
+    found = run_files.checkpoints(tmp_path / "run")
     assert found
     for step in found:
         assert all(value.isfinite().all() for value in example_runs.weights(tmp_path / "run", step).values())
@@ -197,8 +193,8 @@ def test_the_default_run_learns(tmp_path):
     assert time.time() - begin < 240
 
 
-def test_a_loss_of_your_own(capsys):
-    """Its value and gradients are checked against plain PyTorch inside; the loss falls to a hundredth."""
+def test_a_custom_loss(capsys):
+    """The script checks value and gradients against plain PyTorch; the loss falls to a hundredth."""
     import add_a_loss
 
     add_a_loss.main()

@@ -1,4 +1,4 @@
-"""Reward functions of the examples are called as TRL's GRPO calls its own: columns, messages, async, None, logs."""
+"""Reward functions are called as in TRL's GRPO: columns, messages, async functions, None, logs."""
 
 import json
 import math
@@ -10,13 +10,10 @@ import pytest
 import torch
 from example_runs import metrics, run, script
 
-import dataset  # isort: skip
-import formats  # isort: skip
-import models  # isort: skip
-import rollouts  # isort: skip
+from trainer import dataset, formats, models, reward_sources, rollouts  # isort: skip
 
 ASK = [{"role": "user", "content": "2 + 2 = ?"}]
-# Columns with names that the examples use themselves, or that TRL's own recipes have.
+# Columns with names that the examples use internally, or that TRL's recipes have.
 OWN = {
     "answer": "4", "solution": [4], "answer_text": "four", "answer_ids": [9], "prompt_ids": "p", "chosen_ids": None,
     "source_ids": "a1", "label": 0.5, "labels": [1], "reward": -1, "ended": "no", "logged": "x", "old_logps": 1,
@@ -41,14 +38,14 @@ def small():
 
 
 def function(folder, source: str, name: str = "score") -> str:
-    """FILE.py:NAME of a file with that text."""
+    """FILE.py:NAME for a new file with this source."""
     path = folder / "rewards.py"
     path.write_text("seen = []\n" + textwrap.dedent(source))
     return f"{path}:{name}"
 
 
 def encoded(rows, tokenizer) -> list[dict]:
-    return dataset.encode([new for row in rows for new in dataset.rows_of(row, "prompt", "row")], tokenizer, 60, 90)
+    return dataset.encode([new for row in rows for new in formats.rows_of(row, "prompt", "row")], tokenizer, 60, 90)
 
 
 SEES = """
@@ -65,7 +62,7 @@ def called_with(spec: str) -> list[dict]:
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_columns_reach_a_function_untouched(flat, small, tmp_path):
-    """Whatever they are called; also of rows that were not read from a file."""
+    """Columns of any name, also in rows that were not read from a file."""
     model, tokenizer, args = small
     data = [{"prompt": "2 + 2 = ?", **OWN}, {"prompt": "2 + 2 = 5", **OWN, "answer": "no"}]
     own = {k: v for k, v in OWN.items() if not (flat and k in ("prompt_ids", "generation_ids"))}
@@ -77,7 +74,7 @@ def test_columns_reach_a_function_untouched(flat, small, tmp_path):
     else:
         rows = encoded(data, tokenizer)
     spec, views = function(tmp_path, SEES), []
-    judge = rollouts.checked(rollouts.by_function(spec), "rewards")
+    judge = reward_sources.checked(reward_sources.by_function(spec), "rewards")
     answered = rollouts.rollout(model, tokenizer, rows, args, lambda rows: views.extend(rows) or judge(rows), samples=2)
     (given,) = called_with(spec)
     assert {name: given[name] for name in own} == {
@@ -99,15 +96,15 @@ def test_columns_reach_a_function_untouched(flat, small, tmp_path):
         {"prompt": "2 + 2 = ?", "completion": "4", "label": True, "source": "b"},
     ],
 )
-def test_the_call_is_trls(row, small, tmp_path, monkeypatch):
-    """The same names and values as TRL's own trainer gives for these rows and answers."""
+def test_the_call_equals_trls(row, small, tmp_path, monkeypatch):
+    """The arguments have the names and values that TRL's trainer passes for these rows and answers."""
     trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
     from trl.trainer import grpo_trainer
 
     model, tokenizer, args = small
     calls = []
     spec = function(tmp_path, SEES)
-    judge = rollouts.by_function(spec)
+    judge = reward_sources.by_function(spec)
     answered = rollouts.rollout(model, tokenizer, encoded([row, row], tokenizer), args, judge)
     (given,) = called_with(spec)
 
@@ -137,7 +134,7 @@ def judged(spec: str, count: int = 2, **own) -> list[float]:
         {"prompt": "a", "answer_text": "b", "answer_ids": [n], formats.COLUMNS: {"prompt": "a", **own}}
         for n in range(count)
     ]
-    return rollouts.checked(rollouts.by_function(spec), "--reward-function x")(rows)
+    return reward_sources.checked(reward_sources.by_function(spec), "--reward-function x")(rows)
 
 
 RETURNS = {
@@ -170,7 +167,7 @@ def test_functions_that_are_async(source, name, tmp_path):
 
 
 def test_async_functions_share_one_event_loop(tmp_path):
-    """Clients that a function keeps belong to the loop of its first call."""
+    """A client that a function keeps belongs to the event loop of the first call."""
     source = """
         import asyncio
         async def score(prompts, **how):
@@ -178,7 +175,7 @@ def test_async_functions_share_one_event_loop(tmp_path):
             await asyncio.sleep(0)
             return [float(len(set(map(id, seen))))] * len(prompts)
     """
-    judge = rollouts.by_function(function(tmp_path, source))
+    judge = reward_sources.by_function(function(tmp_path, source))
     rows = [{"prompt": "a", "answer_text": "b", "answer_ids": [1], formats.COLUMNS: {}}]
     assert [judge(rows), judge(rows)] == [[1.0], [1.0]]
 
@@ -188,34 +185,34 @@ WRONG = [
     ("def score(**how): return 1.0", {}, "returned float, expected a list of 2 numbers"),
     ("def score(**how): return 'ab'", {}, "returned str, expected a list of 2 numbers"),
     ("def score(**how): return None", {}, "returned NoneType, expected a list"),
-    ("def score(**how): return [1.0, float('inf')]", {}, "returned inf for 'b' to 'a'; a reward is a finite number"),
+    ("def score(**how): return [1.0, float('inf')]", {}, "returned inf for 'b' to 'a'; expected a finite number"),
     ("def score(**how): return [None, float('nan')]", {}, "returned nan for 'b' to 'a'"),
     ("def score(**how): return [1, [2]]", {}, r"returned \[2\] for 'b' to 'a'"),
     ("def score(prompts, completions): return [1, 2]", {"level": 1}, "unexpected keyword argument 'level'"),
-    ("def score(**how): return [1, 2]", {"prompts": 1}, "has a column 'prompts', the name of another argument"),
+    ("def score(**how): return [1, 2]", {"prompts": 1}, "has a column 'prompts', also the name of an argument"),
     ("def score(**how): return [1, 2]", {"log_metric": 1}, "has a column 'log_metric'"),
 ]
 
 
 @pytest.mark.parametrize("source, own, message", WRONG)
-def test_functions_that_are_wrong(source, own, message, tmp_path):
+def test_bad_functions(source, own, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         judged(function(tmp_path, source), **own)
 
 
-def test_columns_that_some_rows_lack(tmp_path):
+def test_columns_missing_in_some_rows(tmp_path):
     spec = function(tmp_path, SEES)
     rows = [
         {"prompt": "a", "answer_text": "b", "answer_ids": [1], formats.COLUMNS: own} for own in ({"x": 1}, {"y": 2})
     ]
-    rollouts.by_function(spec)(rows)
+    reward_sources.by_function(spec)(rows)
     (given,) = called_with(spec)
     assert (given["x"], given["y"]) == ([1, None], [None, 2])
 
 
-def test_answers_that_cannot_be_scored_teach_nothing():
-    """None, as TRL's GRPO has it: out of the group's mean and deviation, advantage 0."""
-    assert rollouts.checked(lambda rows: [None, 1], "x")([{}, {}])[1] == 1
+def test_answers_without_a_reward_have_no_gradient():
+    """As in TRL's GRPO, None is left out of the group's mean and deviation, and has an advantage of 0."""
+    assert reward_sources.checked(lambda rows: [None, 1], "x")([{}, {}])[1] == 1
     nan = math.nan
     rewards = [1.0, nan, 3.0, 5.0, nan, nan, nan, nan, 2.0, nan, nan, nan]
     rows = [{"reward": reward, "answer_ids": [1], "prompt_ids": [0], "ended": True} for reward in rewards]
@@ -243,7 +240,7 @@ def test_answers_that_cannot_be_scored_teach_nothing():
     "name", ["grpo", pytest.param("ppo", marks=pytest.mark.slow), pytest.param("online_dpo", marks=pytest.mark.slow)]
 )
 def test_a_run_with_logs_state_and_none(name, tmp_path):
-    """What a function logs is in metrics.jsonl; it gets the step; some of its rewards are None."""
+    """A function's logs are in metrics.jsonl; it gets the trainer's state; some of its rewards are None."""
     spec = function(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""Sampling examples: masks and log-probs of answers, advantages, losses, KL and rewards against words of their own."""
+"""The sampling examples: masks, log-probs, advantages, losses, KL and rewards against independent code."""
 
 import itertools
 import json
@@ -13,12 +13,9 @@ from example_runs import metrics, run, script, weights
 import fused_po
 from fused_po import losses
 
-import dataset  # isort: skip
-import loop  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import dataset, models, parallel, plots, reward_sources, rollouts, setup  # isort: skip
 
-ppo, grpo, rollouts = (script(name) for name in ("ppo", "grpo", "rollouts"))
+ppo, grpo = script("ppo"), script("grpo")
 TOYS = example_runs.SUPPORT / "toy_rewards.py"
 LETTERS = ("--reward-function", f"{TOYS}:letters")
 ALONE = ("--sft-steps", "0", "--max-completion-length", "6", *LETTERS)
@@ -30,39 +27,41 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(loop.common, "save_picture", lambda figure, path: loop.common.pyplot().close(figure))
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
-def begun(name, words, *more):
+def prepared(name, words, *more):
     """(args, model in float64, reference with other weights or None, tokenizer, rows of answers)."""
     args = script(name).parse([*words, *ALONE, *more])
-    model, tokenizer, prompts, _ = loop.start(args, loop.load_rows(args, "prompt"))
+    model, tokenizer, prompts, _ = setup.start(args, setup.load_rows(args, "prompt"))
     model = model.double()
     with torch.no_grad():
-        model.lm_head.weight.mul_(3)[tokenizer.eos_token_id].add_(0.05)  # surer, and some answers end
+        model.lm_head.weight.mul_(3)[tokenizer.eos_token_id].add_(0.05)  # more confident, so that some answers end
     frozen = models.freeze(model, args)
     model = models.adapt(model, args).double()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
-    judge = rollouts.judge_of(args, tokenizer, prompts)
+    judge = reward_sources.judge_from(args, tokenizer, prompts)
     rows = rollouts.rollout(model, tokenizer, prompts[:6], args, judge, samples=2)
     return args, model, frozen, tokenizer, rows
 
 
 def by_hand(model, row, args):
-    """[n, V] log-probs of one answer's places, the model called on that answer alone, without padding."""
+    """Log-probs [n, V] at the positions of one answer, from a forward of that answer alone without padding."""
     prompt, answer = row["prompt_ids"], row["answer_ids"]
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     return (logits / args.temperature).log_softmax(-1)
 
 
 @pytest.mark.parametrize("temperature", ["1.0", "0.7"])
-def test_rollouts_hold_what_was_sampled_and_its_log_probs(words, temperature, seed):
-    args, model, frozen, tokenizer, rows = begun("grpo", words, "--temperature", temperature, "--micro-batch-size", "5")
+def test_rollouts_hold_samples_and_their_log_probs(words, temperature, seed):
+    args, model, frozen, tokenizer, rows = prepared(
+        "grpo", words, "--temperature", temperature, "--micro-batch-size", "5"
+    )
     assert len(rows) == 12 and [r["prompt_ids"] for r in rows[::2]] == [r["prompt_ids"] for r in rows[1::2]]
-    assert len({tuple(row["answer_ids"]) for row in rows}) > 6  # drawn, not decoded greedily
+    assert len({tuple(row["answer_ids"]) for row in rows}) > 6  # sampled, not decoded greedily
     for row in rows:
         ids, end = row["answer_ids"], tokenizer.eos_token_id
         assert end not in ids[:-1] and row["ended"] == (ids[-1] == end) and 1 <= len(ids) <= 6
@@ -82,19 +81,19 @@ def test_rollouts_hold_what_was_sampled_and_its_log_probs(words, temperature, se
     assert any(not torch.allclose(row["old_logps"], row["ref_logps"]) for row in rows)
 
 
-def test_a_seed_repeats_a_rollout_and_leaves_the_generator(words):
-    args, model, _, tokenizer, rows = begun("grpo", words)
-    judge, state = rollouts.by_program, torch.get_rng_state()
+def test_a_seed_repeats_a_rollout_and_keeps_the_generator(words):
+    args, model, _, tokenizer, rows = prepared("grpo", words)
+    judge, state = reward_sources.by_program, torch.get_rng_state()
     first, again, other = (rollouts.rollout(model, tokenizer, rows, args, judge, seed=n) for n in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert first == again and first != other
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_a_model_says_of_generation(words, lora):
-    """Its ends end answers; its penalties, which would make the draws another policy's, do not count."""
-    args, model, _, tokenizer, rows = begun("grpo", words, *(["--lora"] * lora))
-    how = dict(args=args, judge=rollouts.by_program, seed=1)
+def test_the_generation_config_of_a_model(words, lora):
+    """The EOS tokens of its generation config end answers. Its penalties are ignored: they would change the policy."""
+    args, model, _, tokenizer, rows = prepared("grpo", words, *(["--lora"] * lora))
+    how = dict(args=args, judge=reward_sources.by_program, seed=1)
     plain = rollouts.rollout(model, tokenizer, rows, **how)
     config = model.get_base_model().generation_config if lora else model.generation_config
     config.repetition_penalty, config.top_k, config.min_p = 50.0, 1, 0.9
@@ -109,8 +108,8 @@ def test_what_a_model_says_of_generation(words, lora):
             assert row["ended"]
 
 
-def test_values_of_tokens_go_into_rows_and_come_back(words, seed):
-    args, _, _, tokenizer, rows = begun("grpo", words)
+def test_token_values_round_trip_through_rows(words, seed):
+    args, _, _, tokenizer, rows = prepared("grpo", words)
     _, mask = rollouts.stack(rows, tokenizer, args)
     assert mask.sum(1).tolist() == [len(row["answer_ids"]) for row in rows]
     values = torch.randn(mask.shape)
@@ -122,8 +121,8 @@ def test_values_of_tokens_go_into_rows_and_come_back(words, seed):
 
 
 @pytest.mark.parametrize("more", [(), ("--kl-in", "loss", "--lam", "0.9", "--gamma", "0.8")])
-def test_ppos_advantages_by_a_loop_over_tokens(words, more, seed):
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *more)
+def test_ppos_advantages_against_a_loop_over_tokens(words, more, seed):
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *more)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight)
     rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
@@ -148,7 +147,7 @@ def test_ppos_advantages_by_a_loop_over_tokens(words, more, seed):
 
 
 def ppo_by_hand(actor, frozen, rows, args, kl_coef):
-    """PPO's loss of a whole update, an answer at a time, from all the logits."""
+    """PPO's loss of a whole update, one answer at a time, from full logits."""
     policy_loss, value_loss, kl_loss, tokens = 0.0, 0.0, 0.0, 0
     for row in rows:
         logs, at = by_hand(actor.policy, row, args), torch.tensor(row["answer_ids"])[:, None]
@@ -177,14 +176,14 @@ def ppo_by_hand(actor, frozen, rows, args, kl_coef):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
-def test_ppos_loss_in_parts_is_the_one_by_hand(words, estimator, seed):
+def test_ppos_loss_in_parts_equals_the_loss_by_hand(words, estimator, seed):
     where = ("--kl-in", "reward" if estimator == "k1" else "loss", "--kl-estimator", estimator)
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *where)
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *where)
     actor = ppo.ActorCritic(model)
     torch.nn.init.normal_(actor.value.weight, std=0.1)
     rows = ppo.scored(parallel.Engine(args, actor, frozen), rows, tokenizer, args)
     rows = ppo.with_advantages(rows, tokenizer, args, 0.3)
-    with torch.no_grad():  # the policy has moved on since it sampled
+    with torch.no_grad():  # the policy has changed since sampling
         for parameter in actor.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     tokens = dataset.scored_tokens(rows, rollouts.FIELDS)
@@ -194,14 +193,14 @@ def test_ppos_loss_in_parts_is_the_one_by_hand(words, estimator, seed):
         ppo_by_hand(actor, frozen, rows, args, 0.3),
     ):
         grads.append([loss.detach(), *torch.autograd.grad(loss, list(actor.parameters()))])
-    for ours, theirs in zip(*grads):  # transformers' RMSNorm is fp32 in a float64 model, too
+    for ours, theirs in zip(*grads):  # transformers' RMSNorm computes in fp32 in a float64 model too
         assert (ours - theirs).norm() <= 8 * torch.finfo(torch.float32).eps * theirs.norm()
 
 
 @pytest.mark.parametrize("loss_type", sorted(losses.GRPO_MODES))
-def test_grpos_losses_in_parts_are_the_whole_updates(words, loss_type, seed):
-    """And their gradients: every mode of aggregation, over parts of 5, 5 and 2 answers."""
-    args, model, frozen, tokenizer, rows = begun("grpo", words, "--loss-type", loss_type, "--num-generations", "2")
+def test_grpos_losses_in_parts_equal_the_whole_update(words, loss_type, seed):
+    """Losses and gradients for every mode of aggregation, in parts of 5, 5 and 2 answers."""
+    args, model, frozen, tokenizer, rows = prepared("grpo", words, "--loss-type", loss_type, "--num-generations", "2")
     engine = parallel.Engine(args, model, frozen)
     rows = rollouts.with_old_logps(engine, grpo.with_advantages(rows, args), tokenizer, args)
     rows = rollouts.with_ref_logps(engine, rows, tokenizer, args)
@@ -215,11 +214,11 @@ def test_grpos_losses_in_parts_are_the_whole_updates(words, loss_type, seed):
     assert any(grad.abs().max() > 1e-3 for grad in grads[0])
 
 
-def test_groups_that_are_rewarded_alike_make_room_for_others(words):
-    args, model, _, tokenizer, rows = begun("grpo", words, "--batch-size", "8", "--num-generations", "2")
+def test_groups_with_equal_rewards_are_replaced(words):
+    args, model, _, tokenizer, rows = prepared("grpo", words, "--batch-size", "8", "--num-generations", "2")
     asked = []
 
-    def judge(rows):  # of the first rollout only the second prompt's answers differ
+    def judge(rows):  # in the first rollout only the second prompt's answers get different rewards
         asked.append(len(rows))
         return [float(len(asked) > 1 or i == 2) * (i % 2 == 0) for i in range(len(rows))]
 
@@ -228,10 +227,10 @@ def test_groups_that_are_rewarded_alike_make_room_for_others(words):
     assert asked == [8, 8] and len(drawn) == 16 and len(chosen) == 8
     assert [row["reward"] for row in chosen] == [1.0, 0.0] * 4
     _, drawn = grpo.drawn_groups(model, tokenizer, rows, args, lambda rows: [0.0] * len(rows), 0)
-    assert len(drawn) == 8 * args.max_draws  # and then what there is
+    assert len(drawn) == 8 * args.max_draws  # then the groups that exist
 
 
-def test_online_pairs_are_answers_that_are_rewarded_unlike(words):
+def test_online_pairs_have_different_rewards(words):
     rows = [{"prompt_ids": [1, i // 2], "answer_ids": [5, i], "reward": r} for i, r in enumerate([0, 1, 1, 1, 2, 0.5])]
     assert script("online_dpo").pairs_of(rows) == [
         {"prompt_ids": [1, 0], "chosen_ids": [5, 1], "rejected_ids": [5, 0]},
@@ -240,11 +239,11 @@ def test_online_pairs_are_answers_that_are_rewarded_unlike(words):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_kl_that_was_spent_is_the_sum_over_the_vocabulary(words, lora, seed):
-    args, model, frozen, tokenizer, rows = begun("ppo", words, *(["--lora"] * lora))
+def test_the_measured_kl_is_the_sum_over_the_vocabulary(words, lora, seed):
+    args, model, frozen, tokenizer, rows = prepared("ppo", words, *(["--lora"] * lora))
     assert (frozen is None) == lora
-    found = rollouts.measure(model, frozen, tokenizer, rows, args, rollouts.judge_of(args, tokenizer, rows))
-    answered = rollouts.rollout(model, tokenizer, rows, args, rollouts.by_program, seed=args.seed)
+    found = rollouts.measure(model, frozen, tokenizer, rows, args, reward_sources.judge_from(args, tokenizer, rows))
+    answered = rollouts.rollout(model, tokenizer, rows, args, reward_sources.by_program, seed=args.seed)
     nats = 0.0
     for row in answered:
         with torch.no_grad():
@@ -254,8 +253,8 @@ def test_the_kl_that_was_spent_is_the_sum_over_the_vocabulary(words, lora, seed)
     assert found["kl"] == pytest.approx(nats / len(rows), rel=1e-8) and found["kl"] > 1e-3
 
 
-def test_the_exact_kl_in_the_loss_is_plain_pytorchs(words, tmp_path, monkeypatch):
-    """Three steps of PPO with --kl-estimator full, then the same without a fused op."""
+def test_the_exact_kl_in_the_loss_equals_plain_pytorch(words, tmp_path, monkeypatch):
+    """Three steps of PPO with --kl-estimator full, with and without the fused ops."""
     more = ("--kl-in", "loss", "--kl-estimator", "full", "--kl-coef", "1", "--steps", "3", "--batch-size", "4")
     build = models.build
     monkeypatch.setattr(models, "build", lambda *args: (lambda m, t: (m.double(), t))(*build(*args)))
@@ -276,7 +275,7 @@ def test_the_exact_kl_in_the_loss_is_plain_pytorchs(words, tmp_path, monkeypatch
     assert metrics(tmp_path / "fused")[-1]["loss/kl_avg"] > 0
 
 
-def test_updates_end_where_the_policy_has_gone_too_far(words, tmp_path):
+def test_updates_stop_at_the_kl_limit(words, tmp_path):
     more = ("--steps", "2", "--batch-size", "4", "--num-ppo-epochs", "4", "--lr", "0.1")
     run("ppo", [*words, *ALONE, *more], tmp_path / "run")
     counts = [row["val/updates"] for row in metrics(tmp_path / "run")]
@@ -285,7 +284,7 @@ def test_updates_end_where_the_policy_has_gone_too_far(words, tmp_path):
     assert [row["val/updates"] for row in metrics(tmp_path / "on")] == [8, 8]
 
 
-def test_the_kls_weight_follows_its_target(words, tmp_path):
+def test_the_kl_coefficient_follows_its_target(words, tmp_path):
     more = ("--steps", "3", "--batch-size", "4", "--kl-target", "1e-9", "--kl-horizon", "16", "--lr", "0.01")
     run("ppo", [*words, *ALONE, *more], tmp_path / "run")
     rows = metrics(tmp_path / "run")
@@ -297,9 +296,9 @@ def test_the_kls_weight_follows_its_target(words, tmp_path):
 
 BROKEN = {
     "raising": r"raised ZeroDivisionError: division by zero \(line 11\)",
-    "undefined": r"returned nan for '.*' to '.*'; a reward is a finite number",
-    "short": r"returned \d+ rewards, expected a list of \d+ numbers, one for each answer",
-    "words": r"returned 'good' for '.*' to '.*'; a reward is a finite number",
+    "undefined": r"returned nan for '.*' to '.*'; expected a finite number",
+    "short": r"returned \d+ rewards, expected a list of \d+ numbers, one per answer",
+    "words": r"returned 'good' for '.*' to '.*'; expected a finite number",
     "missing": r"cannot be loaded \(AttributeError: .*missing",
 }
 
@@ -312,7 +311,7 @@ def test_rewards_that_are_none(name, words, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "online_dpo"])
-def test_a_reward_that_fails_in_mid_run_leaves_the_last_checkpoint(name, words, tmp_path, capsys):
+def test_a_reward_that_fails_during_a_run_keeps_the_last_checkpoint(name, words, tmp_path, capsys):
     path = tmp_path / "reward.py"
     good = TOYS.read_text()
     path.write_text(
@@ -321,7 +320,7 @@ def test_a_reward_that_fails_in_mid_run_leaves_the_last_checkpoint(name, words, 
     given = (*ALONE[:-1], f"{path}:letters", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "1")
     given = [*words, *given, "--eval-every", "0"]
     with pytest.raises(SystemExit, match="raised AssertionError"):
-        run(name, given, tmp_path / "run")  # the first call is the evaluation's, the fifth the fourth step's
+        run(name, given, tmp_path / "run")  # the first call is the evaluation, the fifth the fourth step
     assert f"--resume --output {tmp_path / 'run'} continues from step 3" in capsys.readouterr().err
     path.write_text(good)
     resumed = run(name, given, tmp_path / "run", "--resume")
@@ -330,30 +329,30 @@ def test_a_reward_that_fails_in_mid_run_leaves_the_last_checkpoint(name, words, 
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_reward_model_judges(words, tmp_path):
-    """Its rewards are the scalar head's, of prompt and answer; one with another tokenizer is refused."""
+def test_a_reward_model_as_the_reward(words, tmp_path):
+    """Rewards are the scalar head's output for prompt and answer; a model with another tokenizer is refused."""
     given = ["--sft-steps", "2", "--steps", "2", "--batch-size", "4", "--pairs", "given", "--eval-every", "0"]
     run("reward", [*words, *given], tmp_path / "reward")
     folder = tmp_path / "reward" / "model"
-    args, _, _, tokenizer, rows = begun("grpo", words)
-    judge = rollouts.by_model(str(folder), tokenizer, args)
+    args, _, _, tokenizer, rows = prepared("grpo", words)
+    judge = reward_sources.by_model(str(folder), tokenizer, args)
     model = models.load("AutoModelForSequenceClassification", folder, args, num_labels=1)
     for row, reward in zip(rows, judge(rows)):
         with torch.no_grad():
             alone = model(input_ids=torch.tensor([row["prompt_ids"] + row["answer_ids"]])).logits[0, 0]
         assert reward == pytest.approx(alone.item(), rel=1e-4, abs=1e-5)
-    with pytest.raises(SystemExit, match=r"--reward-model: .* holds no model"):
-        rollouts.by_model(str(tmp_path), tokenizer, args)
+    with pytest.raises(SystemExit, match=r"--reward-model: .* contains no model"):
+        reward_sources.by_model(str(tmp_path), tokenizer, args)
     tokenizer.add_tokens(["another"])
-    with pytest.raises(SystemExit, match=r"--reward-model: .* has another tokenizer"):
-        rollouts.by_model(str(folder), tokenizer, args)
+    with pytest.raises(SystemExit, match=r"--reward-model: .* has a different tokenizer"):
+        reward_sources.by_model(str(folder), tokenizer, args)
 
 
 WRONG = [
-    ("ppo", ("--kl-estimator", "k2"), r"--kl-estimator: got k2 with --kl-in reward; k1 belongs into the reward"),
+    ("ppo", ("--kl-estimator", "k2"), r"--kl-estimator: got k2 with --kl-in reward; k1 is for the reward"),
     ("ppo", ("--kl-in", "loss", "--kl-estimator", "k1"), r"--kl-estimator: got k1 with --kl-in loss"),
     ("ppo", ("--kl-target", "1", "--kl-coef", "0"), r"--kl-target: got 1.0 with --kl-coef 0.0; both"),
-    ("ppo", ("--reward-model", "x"), r"--reward-function: given beside --reward-model"),
+    ("ppo", ("--reward-model", "x"), r"--reward-function: given together with --reward-model"),
     ("ppo", ("--max-completion-length", "600"), r"--max-length: got 1024, less than .* 512 \+ 600 tokens"),
     ("grpo", ("--num-generations", "3"), r"--num-generations: got 3, expected 2 or more and a divisor of .* 256"),
     ("online_dpo", ("--missing-eos-penalty", "-1"), r"--missing-eos-penalty: got -1.0, expected 0 or more"),
@@ -361,24 +360,29 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name, given, message", WRONG)
-def test_flags_that_do_not_go_together(name, given, message, words):
+def test_incompatible_flags(name, given, message, words):
     with pytest.raises(SystemExit, match=message):
         script(name).parse([*words, *LETTERS, *given])
 
 
-def test_prompts_alone(tmp_path, words):
-    """They can be answered, by a model that is given; nothing is there to imitate, and the program knows them not."""
+def test_rows_with_only_prompts(tmp_path, words):
+    """Rows with only prompts work with a given model.
+
+    There is nothing to imitate, and the checking program refuses them.
+    """
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}.", "number": n}) + "\n" for n in range(8)))
     given = ["--dataset", str(path), "--test-dataset", str(tmp_path / "test.jsonl"), "--device", "cpu"]
     (tmp_path / "test.jsonl").write_text(path.read_text())
-    with pytest.raises(SystemExit, match=r"--sft-steps: the data set has prompts alone"):
+    with pytest.raises(SystemExit, match=r"--sft-steps: the data set has prompts without answers"):
         run("grpo", given, tmp_path / "sft")
-    with pytest.raises(SystemExit, match=r"the checking program does not know 'Say 0.'; give --reward-model or"):
+    with pytest.raises(
+        SystemExit, match=r"the checking program cannot judge answers to 'Say 0.'; give --reward-model or"
+    ):
         run("grpo", [*given, "--sft-steps", "0"], tmp_path / "unknown")
     rewards = tmp_path / "numbers.py"
     rewards.write_text("def score(prompts, completions, number): return [n / 10 for n in number]")
     given += ["--sft-steps", "0", "--reward-function", f"{rewards}:score", "--missing-eos-penalty", "0"]
     shares = run("online_dpo", [*given, "--steps", "1", "--batch-size", "8"], tmp_path / "run")
     assert math.isnan(shares["after"]["correct"]) and shares["after"]["reward"] == pytest.approx(0.35)
-    assert metrics(tmp_path / "run")[0]["pairs"] == 0  # both answers to a prompt are rewarded alike
+    assert metrics(tmp_path / "run")[0]["pairs"] == 0  # both answers to a prompt get the same reward

@@ -1,4 +1,4 @@
-"""The default runs of ppo.py, grpo.py and online_dpo.py, and pipeline.py: what it compares, and whole."""
+"""Complete default runs of ppo.py, grpo.py, online_dpo.py and pipeline.py, and pipeline.py's comparison."""
 
 import importlib.util
 import time
@@ -12,7 +12,7 @@ MINUTES = 60  # seconds
 
 @pytest.fixture(scope="module")
 def whole():
-    """examples/pipeline.py; `import pipeline` is what the tests share."""
+    """examples/pipeline.py as a module."""
     found = importlib.util.spec_from_file_location("whole_pipeline", EXAMPLES / "pipeline.py")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
@@ -20,7 +20,7 @@ def whole():
 
 
 def test_learning_rates_of_the_stages(whole):
-    """The tiny Llama's, though a stage has it by --model; a user's model has the script's own."""
+    """Stages of the tiny Llama use its rates, although it comes by --model; a user's model has the script's rates."""
     for given, rates in (((), (1e-3, 5e-4, 1e-3)), (("--model", "m"), (1e-5, 3e-6, 1e-6))):
         args = whole.parse([*given, "--output", "none"])
         stages = ("reward", "ppo", "dpo")
@@ -36,11 +36,11 @@ def test_a_stage_that_was_stopped_is_resumed(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "online_dpo", "pipeline"])
-def test_a_script_is_read_at_one_sitting(name):
+def test_a_script_has_at_most_200_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 200
 
 
-def test_who_wins_at_equal_kl(whole):
+def test_comparison_at_equal_kl(whole):
     curves = {
         "PPO": [(0.0, 0.5), (0.2, 0.6), (0.9, 0.55), (0.6, 0.9), (1.2, 0.95)],
         "DPO": [(0.0, 0.5), (0.3, 0.7), (0.5, 0.8)],
@@ -62,12 +62,12 @@ def test_the_pipeline_runs_its_stages_and_continues(whole, tmp_path, monkeypatch
     flags += [f"--reward-flags={short} --samples 3 --max-completion-length 6", "--output", str(tmp_path / "run")]
     words = [*small_data(tmp_path, train=20), "--sft-flags=--steps 60 --batch-size 16 --eval-every 30", *flags[1:]]
     monkeypatch.setattr(whole.dpo, "train", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # stopped on its way
+    with pytest.raises(ZeroDivisionError):  # stopped halfway
         whole.train(whole.parse(words))
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match=r"--output: .* is there already; --resume continues it"):
+    with pytest.raises(SystemExit, match=r"--output: .* already exists; give --resume to continue"):
         whole.parse(words)
-    monkeypatch.setattr(whole.ppo, "train", None)  # is done
+    monkeypatch.setattr(whole.ppo, "train", None)  # already done
     compared = whole.train(whole.parse([*words, "--resume"]))
     assert "--- dpo" in capsys.readouterr().out and len(compared) == 6
     assert (tmp_path / "run" / "pipeline.png").stat().st_size > 5_000
@@ -95,7 +95,7 @@ def test_answers_become_right_at_a_bounded_kl(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
-def test_the_kl_in_ppos_loss_does_what_it_does_in_the_reward(estimator, tmp_path):
+def test_the_kl_in_ppos_loss_acts_like_the_kl_in_the_reward(estimator, tmp_path):
     shares = run("ppo", ["--kl-in", "loss", "--kl-estimator", estimator], tmp_path / "run")
     assert shares["after"]["correct"] >= shares["before"]["correct"] + 0.15
     assert shares["after"]["kl"] < 1.5
@@ -107,6 +107,6 @@ def test_the_whole_pipeline(whole, tmp_path):
     compared = whole.train(whole.parse(["--output", str(tmp_path / "run")]))
     assert time.time() - begin < 12 * MINUTES
     assert compared[-1][0] > 0.1 and max(compared[-1][1].values()) > 0.7
-    for name, nats in (("ppo", 1.5), ("dpo", 6)):  # only PPO's KL is held by its reward
+    for name, nats in (("ppo", 1.5), ("dpo", 6)):  # only PPO's reward limits the KL
         points = whole.curve(tmp_path / "run" / name)
         assert max(share for _, share in points) >= 0.65 and all(kl < nats for kl, _ in points)

@@ -1,4 +1,4 @@
-"""What the scripts of examples/ do with other models: packing, heads, dropout, router losses, rates, pictures."""
+"""The scripts of examples/ with other models: packing, heads, dropout, router losses, learning rates, pictures."""
 
 import argparse
 import json
@@ -13,10 +13,7 @@ import transformers
 from example_runs import metrics, run, script
 from tiny_models import LLAMA, ROUTER, causal_lm
 
-import common  # isort: skip
-import dataset  # isort: skip
-import dropout  # isort: skip
-import models  # isort: skip
+from trainer import dataset, dropout, formats, models, plots, scoring  # isort: skip
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SHORT = ["--steps", "1", "--batch-size", "4", "--eval-every", "0", "--lr", "1e-3"]
@@ -25,16 +22,16 @@ ROWS = [{"prompt_ids": [1, 5, 6], "completion_ids": [8, 9, 10, 2]}, {"prompt_ids
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """words(config): flags of small data and short runs, with a model of this configuration."""
+    """words(config): flags for small data and short runs, with a model of this configuration."""
     folder = tmp_path_factory.mktemp("models")
     data = example_runs.small_data(folder, train=16, test=2, uneven=True)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
     def made(kind: str, **config) -> list[str]:
@@ -70,27 +67,29 @@ def test_sft_pads_for_a_model_that_mixes_sequences(words, tmp_path, capsys):
         ):
             run(name, flags, tmp_path / f"{name}-packed", "--padding-free")
     batch = dataset.stack(ROWS, ("completion",), 0, "cpu")
-    with pytest.raises(SystemExit, match=r"--padding-free: Lfm2ForCausalLM"):  # a model that `build` has not made
+    with pytest.raises(SystemExit, match=r"--padding-free: Lfm2ForCausalLM"):  # a model that `build` did not create
         model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**LFM2))
-        models.hidden_states(model, batch, arguments(padding_free=True))
+        scoring.hidden_states(model, batch, arguments(padding_free=True))
 
 
 # Heads.
 
 
 def test_rewards_and_regularisers_of_other_heads(tmp_path):
-    """A factor before the head is taken along, a layer is refused; rewards are the model's own."""
-    assert models.decoder_head(causal_lm("Granite"))["logit_scale"] == 1 / 8
+    """A factor before the head is included, a layer before the head is refused; rewards equal the model's own."""
+    assert scoring.decoder_head(causal_lm("Granite"))["logit_scale"] == 1 / 8
     config = transformers.ModernBertDecoderConfig(**LLAMA, local_attention=8)
     decoder = transformers.ModernBertDecoderForCausalLM(config).eval()
     with pytest.raises(SystemExit, match=r"--lm-coef: ModernBertDecoderForCausalLM changes .*; give --lm-coef 0"):
-        models.decoder_head(decoder)
+        scoring.decoder_head(decoder)
     config.num_labels = 1
     for kind in (transformers.ModernBertDecoderForSequenceClassification,):
-        with pytest.raises(SystemExit, match=r"--model: .* does more to its hidden states than one linear `score`"):
-            models.check_scores(kind(config).eval(), "--model")
+        with pytest.raises(
+            SystemExit, match=r"--model: .* does more to its hidden states than one linear layer `score`"
+        ):
+            scoring.check_scores(kind(config).eval(), "--model")
     llama = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**LLAMA, num_labels=1))
-    assert models.check_scores(llama, "--model") is llama
+    assert scoring.check_scores(llama, "--model") is llama
 
 
 # Dropout.
@@ -111,7 +110,7 @@ DROPOUT = {
     "Falcon": dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.2, attention_dropout=0.2
     ),  # read from the configuration in the forward
-    "Llama": LLAMA | dict(attention_dropout=0.3),  # given to the attention function
+    "Llama": LLAMA | dict(attention_dropout=0.3),  # passed to the attention function
     "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
     "Mixtral": LLAMA | dict(num_local_experts=4, router_jitter_noise=0.3),
 }
@@ -119,15 +118,15 @@ DROPOUT = {
 
 @pytest.mark.parametrize("kind", DROPOUT)
 def test_every_kind_of_dropout_is_off(kind, tmp_path):
-    """In training the model is the one in evaluation; what is saved has the rates that were loaded."""
+    """In training the model computes what it computes in evaluation; the saved model has its original dropout rates."""
     config = getattr(transformers, f"{kind}Config")(**DROPOUT[kind] | dict(vocab_size=97))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     before = config.to_dict()
     ids = torch.randint(3, 90, (4, 16))
-    run_it = lambda ids: models.run(model, input_ids=ids).hidden  # noqa: E731
+    run_it = lambda ids: scoring.run(model, input_ids=ids).hidden  # noqa: E731
     drawn = [run_it(ids) for _ in range(4)]
-    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])  # the model has dropout
+    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])  # check that the model has dropout
     state = torch.get_rng_state()
     dropout.switch_off(model, run_it)
     assert torch.equal(state, torch.get_rng_state())
@@ -146,14 +145,14 @@ def test_adapters_dropout_and_noise_of_another_kind():
 
     model = causal_lm("Llama")
     wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False))
-    dropout.switch_off(wrapped, lambda ids: models.run(wrapped, input_ids=ids).hidden)
+    dropout.switch_off(wrapped, lambda ids: scoring.run(wrapped, input_ids=ids).hidden)
     inner = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda hidden: inner(hidden + 0.1 * torch.randn_like(hidden))
     with pytest.raises(SystemExit, match=r"--model: .* draws random numbers in training .*; give --keep-dropout"):
-        dropout.switch_off(model, lambda ids: models.run(model, input_ids=ids).hidden)
+        dropout.switch_off(model, lambda ids: scoring.run(model, input_ids=ids).hidden)
 
 
-AT_FIRST = {  # what of the first step's metrics is 0 when policy and reference are one model
+AT_FIRST = {  # metrics of the first step that are 0 when policy and reference are equal
     "dpo": ("rewards/margins", "kl"),
     "kto": ("rewards/chosen", "kl", "z0"),
     "ppo": ("objective/kl", "policy/approxkl_avg"),
@@ -163,9 +162,9 @@ AT_FIRST = {  # what of the first step's metrics is 0 when policy and reference 
 
 
 @pytest.mark.parametrize("name", AT_FIRST)
-def test_policy_and_reference_begin_alike(name, words, tmp_path):
+def test_policy_and_reference_are_equal_at_the_start(name, words, tmp_path):
     flags = [*words("GPT2", **GPT2), *(LETTERS if name in ("ppo", "grpo", "online_dpo") else ())]
-    flags += ["--num-mini-batches", "1"] if name == "ppo" else []  # a second update finds the policy moved
+    flags += ["--num-mini-batches", "1"] if name == "ppo" else []  # in a second update the policy has changed
     run(name, flags, tmp_path / "off")
     (row,) = metrics(tmp_path / "off")
     for key in AT_FIRST[name]:
@@ -184,8 +183,8 @@ def with_router(words):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_sft_has_the_models_own_loss(packed, words):
-    """The whole loss of the model with its labels; packed rows are not filled up, which would count as text."""
+def test_sft_equals_the_models_own_loss(packed, words):
+    """The model's own loss with its labels; packed rows are not padded, since padding would count as text."""
     args = script("sft").parse([*with_router(words), "--padding-free" if packed else "--no-padding-free"])
     model, tokenizer = models.build(args, [])
     rows = [{"prompt_ids": [1] + [7] * (n // 2), "completion_ids": list(range(20, 20 + n))} for n in (3, 90, 41, 60)]
@@ -200,11 +199,11 @@ def test_sft_has_the_models_own_loss(packed, words):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "ppo", "grpo", "online_dpo"])
 def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
-    """The loss is larger by the coefficient times the model's own router loss, a share of each part."""
+    """The loss grows by the coefficient times the model's own router loss, a share for each part of the batch."""
     flags = [*with_router(words), *(LETTERS if name in ("ppo", "grpo", "online_dpo") else ())]
     flags += ["--num-mini-batches", "1"] if name == "ppo" else []
     run(name, [*flags, "--micro-batch-size", "2"], tmp_path / "with")
-    seen, forward = [], models.forward
+    seen, forward = [], scoring.forward
 
     def without(*given):
         states = forward(*given)
@@ -212,7 +211,7 @@ def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
             seen.append(states.router_loss.item())
         return states._replace(router_loss=torch.zeros(()))
 
-    monkeypatch.setattr(models, "forward", without)
+    monkeypatch.setattr(scoring, "forward", without)
     run(name, [*flags, "--micro-batch-size", "2"], tmp_path / "without")
     (ours,), (theirs,) = metrics(tmp_path / "with"), metrics(tmp_path / "without")
     assert min(seen) - 1e-5 <= ours["loss"] - theirs["loss"] <= max(seen) + 1e-5 and min(seen) > 0.4
@@ -222,7 +221,7 @@ def test_the_router_learns_in_every_script(name, words, tmp_path, monkeypatch):
 
 
 def test_learning_rates():
-    """TRL's for a model of the user's, ten times that for adapters; the tiny Llama's otherwise; what is given wins."""
+    """A user's model has TRL's rates, adapters ten times those, the tiny Llama its own; a given rate overrides all."""
     trl_rates = dict(sft=2e-5, reward=1e-5, dpo=1e-6, kto=1e-6, ppo=3e-6, grpo=1e-6, online_dpo=5e-7)
     for name, rate in trl_rates.items():
         parse = script(name).parse
@@ -233,13 +232,13 @@ def test_learning_rates():
 
 
 def test_pictures(tmp_path, monkeypatch):
-    """No empty panel; the last stage's curve is not flattened by one before it."""
+    """No panel is empty, and an earlier stage does not flatten the last stage's curve."""
     drawn = []
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
     rows = [{"step": i, "stage": "SFT", "loss": 5.0 - i / 25} for i in range(100)]
     rows += [{"step": 100 + i, "stage": "DPO", "loss": 0.7 - i / 1000, "eval_correct": math.nan} for i in range(100)]
     panels = {"loss": "loss", "eval_correct": "correct", "entropy": "entropy"}
-    common.plot_metrics(rows, panels, tmp_path / "x.png", "title")
+    plots.plot_metrics(rows, panels, tmp_path / "x.png", "title")
     (figure,) = drawn
     with_data = [axis for axis in figure.axes if axis.has_data()]
     shown = [axis for axis in figure.axes if axis.axison]
@@ -249,10 +248,10 @@ def test_pictures(tmp_path, monkeypatch):
             low, high = axis.get_ylim()
             values = list(line.get_ydata())
             assert max(values) - min(values) > 0.8 * (high - low)
-    common.pyplot().close(figure)
+    plots.pyplot().close(figure)
 
 
-def test_sft_draws_what_it_measures(words, tmp_path):
+def test_sft_plots_its_measurements(words, tmp_path):
     sft = script("sft")
     run("sft", words("Llama", **LLAMA | dict(max_position_embeddings=128)), tmp_path, "--eval-every", "1")
     (row,) = metrics(tmp_path)
@@ -262,8 +261,8 @@ def test_sft_draws_what_it_measures(words, tmp_path):
 # Saving.
 
 
-def test_a_model_that_could_not_be_saved_is_refused_at_the_start(words, tmp_path):
-    """transformers keeps a GGUF file's quantization_config in the configuration, and then refuses to save the model."""
+def test_a_model_that_cannot_be_saved_is_refused_at_the_start(words, tmp_path):
+    """transformers keeps the quantization_config of a GGUF file, and then refuses to save the model."""
     flags = words("Llama", **LLAMA | dict(max_position_embeddings=128))
     at = flags.index("--model") + 1
     config = pathlib.Path(shutil.copytree(flags[at], tmp_path / "model"), "config.json")

@@ -1,4 +1,4 @@
-"""Tied embeddings in every script of examples/: train, checkpoint, resume bit for bit, save, reload."""
+"""Tied embeddings in every script of examples/: train, checkpoint, resume bitwise, save, reload."""
 
 import copy
 import importlib.util
@@ -11,31 +11,37 @@ import transformers
 from example_runs import metrics, run, script, weights
 from rank_pool import Ranks
 
-import checkpoints  # isort: skip
-import common  # isort: skip
-import dataset  # isort: skip
-import models  # isort: skip
-import parallel  # isort: skip
+from trainer import (  # isort: skip
+    checkpoints,
+    dataset,
+    formats,
+    models,
+    optimization,
+    parallel,
+    plots,
+    run_files,
+    sampling,
+)
 
 LETTERS = ("--reward-function", f"{example_runs.SUPPORT / 'toy_rewards.py'}:letters")
 SAMPLING = dict.fromkeys(("ppo", "grpo", "online_dpo"), (*LETTERS, "--max-completion-length", "4"))
 SCRIPTS = {"sft": (), "reward": ("--pairs", "given"), "dpo": (), "kto": (), **SAMPLING}
-LORA = ("sft", "ppo")  # others with --lora, and other models, are slow
+LORA = ("sft", "ppo")  # others with --lora, and other models, are slow tests
 GROUPED = dict(head_dim=8, num_key_value_heads=2)
 KINDS = {"Qwen3": GROUPED, "Gemma": GROUPED, "GPT2": dict(n_positions=128)}
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+def no_plots(monkeypatch):
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """words(kind): flags of small data, short runs and a model with a tied head."""
+    """words(kind): flags for small data, short runs and a model with a tied head."""
     folder = tmp_path_factory.mktemp("tied")
     data = example_runs.small_data(folder, train=16, test=2, uneven=True)
-    tokenizer = models.train_tokenizer(dataset.texts_of(dataset.read(data[1], "train")), vocab_size=167)
+    tokenizer = models.train_tokenizer(formats.texts_of(dataset.read(data[1], "train")), vocab_size=167)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
     def made(kind: str) -> list[str]:
@@ -62,22 +68,22 @@ def cases():
 
 
 @pytest.mark.parametrize("kind, name, lora", list(cases()))
-def test_a_tied_model_from_start_to_end(kind, name, lora, words, tmp_path):
+def test_a_tied_model_from_training_to_reloading(kind, name, lora, words, tmp_path):
     flags = [*words(kind), *SCRIPTS[name], *["--lora"] * lora]
     whole = run(name, flags, tmp_path)
     trained, rows = weights(tmp_path), metrics(tmp_path)
-    common.remove(common.checkpoint(tmp_path, 3))
-    common.remove(tmp_path / "model")
+    run_files.remove(run_files.checkpoint(tmp_path, 3))
+    run_files.remove(tmp_path / "model")
     assert repr(run(name, flags, tmp_path, "--resume")) == repr(whole) and metrics(tmp_path) == rows
     again = weights(tmp_path)
     assert again.keys() == trained.keys() and all(torch.equal(again[key], trained[key]) for key in again)
-    assert not any("lm_head" in key for key in trained)  # once, by its first name
+    assert not any("lm_head" in key for key in trained)  # stored once, under its first name
     assert all("lora_" in key or "score" in key or key.startswith("value") for key in trained) or not lora
     auto = transformers.AutoModelForSequenceClassification if name == "reward" else transformers.AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path / "model")
     state = loaded.state_dict()
     found = [key.removeprefix("policy.") for key in trained if key.removeprefix("policy.") in state]
-    assert lora or len(found) + 2 * (name == "ppo") == len(trained)  # and the two of the value head
+    assert lora or len(found) + 2 * (name == "ppo") == len(trained)  # and the two tensors of the value head
     for key, value in trained.items():
         if key.removeprefix("policy.") in state:
             assert torch.equal(state[key.removeprefix("policy.")], value), key
@@ -87,22 +93,22 @@ def test_a_tied_model_from_start_to_end(kind, name, lora, words, tmp_path):
 
 @pytest.mark.slow
 def test_the_pipeline_of_a_tied_model(words, tmp_path, monkeypatch):
-    """All four stages from a tied model; one that was stopped goes on from its checkpoint."""
+    """All four stages from a tied model; a stopped stage resumes from its checkpoint."""
     found = importlib.util.spec_from_file_location("whole_pipeline", example_runs.EXAMPLES / "pipeline.py")
     whole = importlib.util.module_from_spec(found)
     found.loader.exec_module(whole)
     given = lambda model, tokenizer, rows, *args, **how: [  # noqa: E731
         {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows
     ]
-    monkeypatch.setattr(models, "sampled_pairs", given)  # a model of two steps answers nothing right
+    monkeypatch.setattr(sampling, "sampled_pairs", given)  # after two steps the model answers nothing right
     flags, lengths = words("Qwen3"), "--max-prompt-length 48 --max-length 96 --steps 2 --batch-size 4 --lr 1e-3"
     all_of = [*flags[: flags.index("--steps")], "--output", str(tmp_path / "run")]
     all_of += [f"--{stage}-flags={lengths} --eval-every 1 --checkpoint-every 1" for stage in whole.FLAGS]
     whole.train(whole.parse(all_of))
     dpo = tmp_path / "run" / "dpo"
     trained, rows = weights(dpo), metrics(dpo)
-    common.remove(dpo / "model")
-    common.remove(common.checkpoint(dpo, 2))
+    run_files.remove(dpo / "model")
+    run_files.remove(run_files.checkpoint(dpo, 2))
     whole.train(whole.parse([*all_of, "--resume"]))
     assert metrics(dpo) == rows and all(torch.equal(value, trained[key]) for key, value in weights(dpo).items())
     for stage in ("sft", "ppo", "dpo"):
@@ -119,7 +125,7 @@ def test_the_frozen_reference_stays_tied(words):
 
 
 class Shared(torch.nn.Module):
-    """Every way to share memory: a tied parameter and buffer, views of one storage; and gaps."""
+    """All ways to share memory: a tied parameter and buffer, views of one storage, with gaps."""
 
     def __init__(self):
         super().__init__()
@@ -135,11 +141,11 @@ class Shared(torch.nn.Module):
 
 def learner_of(module):
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    return script("loop").Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    return optimization.Learner(None, module, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
 
 
 def stepped(learner, times: int) -> None:
-    """Steps with gradients that differ from parameter to parameter, so that a moment in a wrong place shows."""
+    """Optimizer steps with a different gradient per parameter, so that a misplaced moment is noticed."""
     for step in range(times):
         for number, p in enumerate(learner.model.parameters()):
             if p.requires_grad:
@@ -168,7 +174,7 @@ def test_shared_memory_and_the_state_of_the_optimizer(frozen, tmp_path):
 
 
 def trained_on_ranks(words: list[str], output: str, *more: str) -> tuple[list[float], bool]:
-    """(losses of a run in float64, are the head and the embedding still one tensor)."""
+    """(losses of a run in float64, whether the head and the embedding are still one tensor)."""
     with pytest.MonkeyPatch.context() as patch:
         load, seen = models.load, {}
 
@@ -178,7 +184,7 @@ def trained_on_ranks(words: list[str], output: str, *more: str) -> tuple[list[fl
 
         patch.setattr(models, "load", lambda *a, **how: load(*a, **how).double())
         patch.setattr(parallel, "Engine", engine)
-        patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))
+        patch.setattr(plots, "save_picture", lambda figure, path: plots.pyplot().close(figure))
         dpo = script("dpo")
         dpo.train(dpo.parse([*words, "--output", output, *more]))
         model = seen["model"]
@@ -199,16 +205,16 @@ def two():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_tied_model_on_two_processes(engine, words, tmp_path, two):
-    """Losses, weights and the saved model are one process's; a checkpoint of two ranks is read by one."""
+    """Losses, weights and the saved model equal those of one process, which can load the two ranks' checkpoint."""
     flags = words("Qwen3")
     alone, _ = trained_on_ranks(flags, str(tmp_path / "one"))
     for losses, tied in two.run(trained_on_ranks, flags, str(tmp_path / "two"), "--parallel", engine):
         assert losses == pytest.approx(alone, rel=1e-9) and tied
-    common.remove(common.checkpoint(tmp_path / "two", 3))
-    common.remove(tmp_path / "two" / "model")
+    run_files.remove(run_files.checkpoint(tmp_path / "two", 3))
+    run_files.remove(tmp_path / "two" / "model")
     assert trained_on_ranks(flags, str(tmp_path / "two"), "--resume")[0] == pytest.approx(alone, rel=1e-9)
-    common.remove(tmp_path / "two" / "model")
-    common.remove(common.checkpoint(tmp_path / "two", 3))
+    run_files.remove(tmp_path / "two" / "model")
+    run_files.remove(run_files.checkpoint(tmp_path / "two", 3))
     for losses, tied in two.run(trained_on_ranks, flags, str(tmp_path / "two"), "--parallel", engine, "--resume"):
         assert losses == pytest.approx(alone, rel=1e-9) and tied
     one, many = (
@@ -219,4 +225,4 @@ def test_a_tied_model_on_two_processes(engine, words, tmp_path, two):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
     files = {path.name for path in (tmp_path / "two" / "model").iterdir()}
     sizes = [(tmp_path / name / "model" / "model.safetensors").stat().st_size for name in ("one", "two")]
-    assert "model.safetensors" in files and sizes[0] == sizes[1]  # the head is not there twice
+    assert "model.safetensors" in files and sizes[0] == sizes[1]  # the head is stored once

@@ -23,8 +23,7 @@ from trl_rows import (
     ours,
 )
 
-import dataset  # isort: skip
-import models  # isort: skip
+from trainer import dataset, formats, models, sampling  # isort: skip
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 datasets.disable_progress_bars()
@@ -36,7 +35,7 @@ def tokenizer(request):
 
 
 def theirs(trainer, rows, tokenizer, **more) -> list[dict]:
-    """What a trainer of TRL's makes of the rows before it trains."""
+    """The rows as prepared by a TRL trainer before training."""
     own = types.SimpleNamespace(_tokenizer=tokenizer, completion_only_loss=True, chat_template=None, calculate_KL=False)
     own.desirable_weight = own.undesirable_weight = 1.0
     args = types.SimpleNamespace(dataset_num_proc=None, max_length=200, truncation_mode="keep_start")
@@ -63,13 +62,13 @@ PREFERENCE = {
 
 
 def with_eos(rows, tokenizer) -> list[dict]:
-    """{eos} in texts is the tokenizer's."""
+    """Replace {eos} in texts by the tokenizer's EOS token."""
     fill = lambda value: value.replace("{eos}", tokenizer.eos_token) if isinstance(value, str) else value  # noqa: E731
     return [{name: fill(value) for name, value in row.items()} for row in rows]
 
 
 @pytest.mark.parametrize("name", PREFERENCE)
-def test_preference_rows_are_dpos_and_rewards(name, tokenizer):
+def test_preference_rows_match_dpo_and_reward_trainers(name, tokenizer):
     rows = with_eos(PREFERENCE[name], tokenizer)
     got = ours(rows, "preference", tokenizer)
     for row, want in zip(got, theirs(trl.DPOTrainer, copy.deepcopy(rows), tokenizer), strict=True):
@@ -93,8 +92,8 @@ SFT = {
 
 
 @pytest.mark.parametrize("name", SFT)
-def test_completions_are_sfts(name, tokenizer):
-    """Token by token; a loss over all of a text leaves out its first token, which nothing predicts."""
+def test_completions_match_the_sft_trainer(name, tokenizer):
+    """Tokens and labels match. A loss over a whole text leaves out its first token, which nothing predicts."""
     rows = with_eos(SFT[name], tokenizer)
     got = ours(rows, "completion", tokenizer)
     for row, want in zip(got, theirs(trl.SFTTrainer, copy.deepcopy(rows), tokenizer), strict=True):
@@ -113,7 +112,7 @@ def test_completions_are_sfts(name, tokenizer):
         [{"chosen": ASK + SAY, "rejected": ASK + ERR, "tools": TOOLS}],
     ],
 )
-def test_unpaired_rows_are_ktos(rows, tokenizer):
+def test_unpaired_rows_match_the_kto_trainer(rows, tokenizer):
     got = ours(rows, "unpaired", tokenizer)
     wanted = theirs(trl.KTOTrainer, copy.deepcopy(rows), tokenizer)
     keys = ("prompt_ids", "completion_ids", "label")
@@ -123,15 +122,15 @@ def test_unpaired_rows_are_ktos(rows, tokenizer):
 @pytest.mark.parametrize(
     "rows", [[{"prompt": "1 or 2?"}, {"prompt": "ab a"}], [{"prompt": ASK}, {"prompt": SYSTEM + ASK}]]
 )
-def test_prompts_are_grpos(rows, tokenizer):
+def test_prompts_match_the_grpo_trainer(rows, tokenizer):
     own = types.SimpleNamespace(processing_class=tokenizer, tools=None, chat_template=None, chat_template_kwargs={})
     own._is_vlm, own.environment_factories = False, None
     wanted, _, _ = trl.GRPOTrainer._tokenize_prompts(own, [row["prompt"] for row in rows])
     assert [row["prompt_ids"] for row in ours(rows, "prompt", tokenizer)] == [list(ids) for ids in wanted]
 
 
-def test_nothing_is_put_twice_around_a_text_that_is_templated():
-    """One BOS, one EOS: whatever of them the row, the template or the tokenizer writes."""
+def test_templated_texts_have_one_bos_and_one_eos():
+    """One BOS and one EOS, whether the row, the template or the tokenizer writes them."""
     for made, bos, eos in (
         (models.train_tokenizer(TEXTS), "<s>", "</s>"),
         (bytes_tokenizer(), "", "<|end|>"),
@@ -153,24 +152,24 @@ def test_nothing_is_put_twice_around_a_text_that_is_templated():
             (alone,) = ours([{"prompt": row["prompt"]}], "prompt", made)
             assert end not in alone["prompt_ids"][1:] and (not bos or alone["prompt_ids"].count(begin) == 1)
         chat = chat_version(made)
-        for row in ours([CHAT], "preference", chat):  # the template's own
+        for row in ours([CHAT], "preference", chat):  # written by the template
             assert (row["prompt_ids"] + row["chosen_ids"]).count(begin) == 1 + 2 * (begin == end) - (not bos)
 
 
-def test_a_prompt_that_is_no_prefix(capsys):
-    """Answers are drawn to the whole prompt; training leaves out its end, and that is said."""
+def test_a_prompt_that_is_not_a_prefix(capsys):
+    """Answers are sampled for the whole prompt; training leaves out the end of the prompt and prints a note."""
     merging = bytes_tokenizer()
     row = {"prompt": "ab a", "chosen": "b abc", "rejected": "bc"}
     (got,) = ours([row], "prompt", merging)
     said = capsys.readouterr().err
     assert got["generation_ids"] == merging("ab a")["input_ids"] != got["prompt_ids"]
     assert merging.decode(got["prompt_ids"] + got["chosen_ids"]) == "ab ab abc<|end|>"
-    assert "in 1 of 1 rows the prompt's tokens are not those it has before an answer: its end, such as ' a', is" in said
+    assert "in 1 of 1 rows the prompt alone has other tokens than before an answer: its end, such as ' a', is" in said
     (got,) = ours([{**row, "chosen": " b", "rejected": " c"}], "prompt", merging)
     assert "generation_ids" not in got and not capsys.readouterr().err
 
 
-def test_answers_are_drawn_to_the_whole_prompt(capsys):
+def test_answers_are_sampled_for_the_whole_prompt(capsys):
     import transformers
 
     merging = bytes_tokenizer()
@@ -179,7 +178,7 @@ def test_answers_are_drawn_to_the_whole_prompt(capsys):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(merging), **shape))
     (row,) = ours([{"prompt": "ab a", "chosen": "b abc", "rejected": "bc"}], "prompt", merging)
     args = script("dpo").parse(["--device", "cpu"])
-    (answered,) = models.sample(model, merging, [row], args, 3)
+    (answered,) = sampling.sample(model, merging, [row], args, 3)
     assert answered["prompt_ids"] == row["generation_ids"]
 
 
@@ -198,22 +197,22 @@ FEEDBACK = {"prompt": "1 or 2?", "chosen": ASK + SAY, "rejected": ASK + ERR, "me
         FEEDBACK,
         {**FEEDBACK, "chosen": ASK + SAY + ASK + SAY, "rejected": ASK + SAY + ASK + ERR},
         {**FEEDBACK, "chosen": SYSTEM + ASK + SAY, "rejected": SYSTEM + ASK + ERR},
-        {**FEEDBACK, "rejected": ASK + SAY},  # the same answers, as some rows of UltraFeedback have
+        {**FEEDBACK, "rejected": ASK + SAY},  # equal answers, as in some rows of UltraFeedback
         CHAT,
         PAIR,
     ],
 )
-def test_prompts_beside_conversations_are_trls(row):
+def test_prompts_beside_conversations_match_trl(row):
     fields = ("prompt", "chosen", "rejected")
     wanted = {field: trl_row(copy.deepcopy(row))[field] for field in fields}
     for want in ("preference", "prompt"):
-        (got,) = dataset.rows_of(row, want, "row 0")
+        (got,) = formats.rows_of(row, want, "row 0")
         assert {field: got[field] for field in fields} == wanted
-    unpaired = dataset.rows_of(row, "unpaired", "row 0")
+    unpaired = formats.rows_of(row, "unpaired", "row 0")
     assert [r["completion"] for r in unpaired] == [wanted["chosen"], wanted["rejected"]]
     if row is not FEEDBACK and "messages" in row:
         return
-    (first,) = dataset.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
+    (first,) = formats.rows_of({k: v for k, v in row.items() if k != "messages"}, "completion", "row 0")
     assert (first["prompt"], first["completion"]) == (wanted["prompt"], wanted["chosen"])
 
 
@@ -223,8 +222,8 @@ def test_parts_of_a_message_are_one_text(tokenizer):
     assert got["prompt_ids"] == plain["prompt_ids"] and got["prompt"] == parts
 
 
-def test_what_datasets_fills_in_is_left_out(tokenizer):
-    """Rows of different messages come back with nulls from `datasets`; the template sees them as they were written."""
+def test_nulls_from_datasets_are_removed(tokenizer):
+    """`datasets` fills rows of different messages with nulls; the template gets the rows as they were written."""
     rows = [
         {"messages": ASK + [CALL], "tools": TOOLS, "chat_template_kwargs": {}},
         {"messages": ASK + SAY, "tools": None, "chat_template_kwargs": {"thinking": True}},
@@ -235,8 +234,8 @@ def test_what_datasets_fills_in_is_left_out(tokenizer):
     assert [row["completion_ids"] for row in ours(filled, "completion", tokenizer)] == wanted
 
 
-def test_the_space_behind_a_prompt_is_kept_in_sampled_pairs():
-    """Texts are joined and tokenized again: the answer must be the one that was sampled."""
+def test_the_space_after_a_prompt_is_kept_in_sampled_pairs():
+    """Texts are joined and tokenized again, and the answer must be the sampled one."""
     for made in (models.train_tokenizer(TEXTS), bytes_tokenizer()):
         (row,) = ours([PAIR], "preference", made)
         text = made.decode(row["chosen_ids"], skip_special_tokens=True)
@@ -246,6 +245,6 @@ def test_the_space_behind_a_prompt_is_kept_in_sampled_pairs():
             "answer_ids": row["chosen_ids"],
             "answer_text": text,
         }
-        assert models.behind_prompt(made, sampled) == PAIR["chosen"]
-    said = models.behind_prompt(made, {**sampled, "prompt": ASK})
+        assert sampling.as_answer(made, sampled) == PAIR["chosen"]
+    said = sampling.as_answer(made, {**sampled, "prompt": ASK})
     assert said == [{"role": "assistant", "content": text}]

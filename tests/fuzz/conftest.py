@@ -9,5 +9,5 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def said(request):
+def report_seed(request):
     request.node.user_properties.append(("seed", fuzzing.SEED))

@@ -51,7 +51,7 @@ def fuzz(share: float, *strategies: st.SearchStrategy) -> Callable:
 
     def decorate(check: Callable) -> Callable:
         def test() -> None:
-            failed, begun = [], time.time()
+            failed, started = [], time.time()
             RATIOS.clear()
             with tqdm.tqdm(total=count, desc=check.__name__, disable=None, file=sys.__stderr__) as bar:
 
@@ -68,7 +68,7 @@ def fuzz(share: float, *strategies: st.SearchStrategy) -> Callable:
                         failed.append(f"{check.__name__}{case}: {type(error).__name__}: {error}")
 
                 every()
-            write(check.__name__, failed, time.time() - begun)
+            write(check.__name__, failed, time.time() - started)
             assert not failed, "\n".join([f"{len(failed)} cases failed:", *failed])
 
         return test
@@ -159,7 +159,7 @@ def plain_and_exact(
     return errors, {name: value[0] for name, value in exact.items()}
 
 
-def kept_as(dtype: str) -> torch.dtype | None:
+def kept_dtype(dtype: str) -> torch.dtype | None:
     """The dtype of the kept basis behind the entropy's gradient; None where it is as precise as the logits."""
     return DTYPES[dtype] if DTYPES[dtype].itemsize == 2 else None
 

@@ -14,7 +14,7 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
-    kept_as,
+    kept_dtype,
     one_nat,
     plain_and_exact,
     scaling_like,
@@ -137,7 +137,7 @@ def check_kl(case: KLCase) -> None:
     names = NAMES if case.labels != "mask" else ("kl",)
     g = case.incoming.draw((case.rows.n,))
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         sides = [wide(t[name]) for name in ("logits", "ref")]
         return counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
 
@@ -152,7 +152,7 @@ def check_kl(case: KLCase) -> None:
 
     numbers = scaling_like(case.scalings[0], len(tensors["logits"]), generator)
     numbers |= scaling_like(case.scalings[1], len(tensors["logits"]), generator, "ref_")
-    errors, exact = plain_and_exact(plainly, tensors, ("logits",), g, numbers)
+    errors, exact = plain_and_exact(in_plain_torch, tensors, ("logits",), g, numbers)
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, ("logits",), g)
     for name, value in found.items():
         assert (value[safe == IGNORE] == 0).all(), f"{name} of a token that does not count"
@@ -240,11 +240,11 @@ def check_linear_kl(case: HeadsCase) -> None:
     g = case.incoming.draw((case.n,))
     schedule = case.plan.schedule(2 * case.v, DTYPES[case.dtype], int((safe != IGNORE).sum()), case.n)
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         sides = raw_logits(t), raw_logits(t, "ref_")
         found = counted(in_torch(*sides, safe, *case.how, scaling_of(t), scaling_of(t, "ref_")), names)
         if case.plan.kept != 0 and "entropy" in g:
-            found["entropy"] = plain(sides[0], safe, scaling_of(t), kept_as(case.dtype))["entropy"]
+            found["entropy"] = plain(sides[0], safe, scaling_of(t), kept_dtype(case.dtype))["entropy"]
         return found
 
     def ours(t: Values) -> Values:
@@ -258,7 +258,7 @@ def check_linear_kl(case: HeadsCase) -> None:
 
     numbers = scaling_like(case.scalings[0], len(tensors["hidden"]), generator)
     numbers |= scaling_like(case.scalings[1], len(tensors["hidden"]), generator, "ref_")
-    errors, exact = plain_and_exact(plainly, tensors, case.trained, g, numbers)
+    errors, exact = plain_and_exact(in_plain_torch, tensors, case.trained, g, numbers)
     found = evaluate(ours, {name: t[0] for name, t in tensors.items()}, case.trained, g)
     rows_bias = torch.full((1,), float(max(1, case.n)))
     factors = {"hidden": tensors["weight"], "weight": max(1, case.n) * tensors["hidden"], "bias": rows_bias}

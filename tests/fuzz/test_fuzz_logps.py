@@ -14,7 +14,7 @@ from fuzzing import (
     fuzz,
     generator_of,
     judge,
-    kept_as,
+    kept_dtype,
     one_nat,
     plain_and_exact,
     scaling_like,
@@ -147,7 +147,7 @@ class HeadCase(NamedTuple):
     @property
     def kept(self) -> torch.dtype | None:
         """The dtype of the kept probabilities behind the entropy's gradient."""
-        return kept_as(self.dtype) if "entropy" in self.incoming.names else None
+        return kept_dtype(self.dtype) if "entropy" in self.incoming.names else None
 
     @property
     def as_rows(self) -> Rows:

@@ -75,14 +75,14 @@ def wide(value: torch.Tensor) -> torch.Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def check(op: str, case: TokensCase, plainly, ours, values: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check(op: str, case: TokensCase, in_plain_torch, ours, values: torch.Tensor, shape: tuple[int, ...]) -> None:
     g = {op: torch.randint(0, 2, shape, generator=generator_of(case.seed)).to(DEVICE).double() * 2 - 1}
-    errors, exact = plain_and_exact(lambda t: {op: plainly(wide(t["x"]))}, {"x": values}, ("x",), g, {})
+    errors, exact = plain_and_exact(lambda t: {op: in_plain_torch(wide(t["x"]))}, {"x": values}, ("x",), g, {})
     found = evaluate(lambda t: {op: ours(t["x"])}, {"x": values[0]}, ("x",), g)
     # The order in which a few numbers are summed is not fixed, so the rounding of their partial sums, at most the sum
     # of sizes, is allowed. In float64 the exact value is such a sum too. The gradient consists of one or two quotients
     # of three numbers, whose roundings are the same in every copy.
-    sizes = plainly(values[:1].double().abs())
+    sizes = in_plain_torch(values[:1].double().abs())
     partial = (8 if case.dtype == "fp64" else 1) * float(sizes.max()) if sizes.numel() else 0.0
     quotient = 2 * float(exact["d x"].abs().max()) if values.numel() else 0.0
     judge(op, found, errors, exact, {op: partial, "d x": quotient})
@@ -92,7 +92,7 @@ def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> Non
     values, mask, places, packed = batch(case, pairs=alpha is not None)
     half = len(places) // 2
 
-    def plainly(x: torch.Tensor) -> torch.Tensor:
+    def in_plain_torch(x: torch.Tensor) -> torch.Tensor:
         sums = []
         for i, place in enumerate(places):
             shared = len(place) if alpha is None else min(len(place), len(places[(i + half) % len(places)]))
@@ -105,7 +105,7 @@ def check_sequences(case: TokensCase, average: bool, alpha: float | None) -> Non
         logps, where = as_given(case, len(places), x, mask)
         return fused_po.sequence_logps(logps, where, **packed, average=average, ld_alpha=alpha)
 
-    check("sequence_logps", case, plainly, ours, values, (len(places),))
+    check("sequence_logps", case, in_plain_torch, ours, values, (len(places),))
 
 
 test_sequence_logps = fuzz(0.14, TOKENS, st.booleans(), st.none() | st.sampled_from((0.0, 0.3, 1.0)))(check_sequences)
@@ -117,7 +117,7 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
     numbers = {} if counts is None else dict(zip(("num_tokens", "num_sequences"), counts))
     ranks = 1 if counts is None else ranks
 
-    def plainly(x: torch.Tensor) -> torch.Tensor:
+    def in_plain_torch(x: torch.Tensor) -> torch.Tensor:
         if not any(map(len, places)):
             return x.sum(-1) * 0
         return aggregate_in_torch([x[:, place] for place in places], mode, **how, **numbers) * ranks
@@ -126,7 +126,7 @@ def check_aggregate(case: TokensCase, mode: str, counts: tuple[int, int] | None,
         loss, where = as_given(case, len(places), x, mask)
         return fused_po.aggregate(loss, where, mode, **packed, **how, **numbers, world_size=ranks)
 
-    check("aggregate", case, plainly, ours, values, ())
+    check("aggregate", case, in_plain_torch, ours, values, ())
 
 
 COUNTS = st.none() | st.tuples(st.integers(1, 1000), st.integers(1, 100))
@@ -178,7 +178,7 @@ def check_gae(case: StepsCase) -> None:
     if not case.cut_off:
         tensors["last"] = torch.zeros_like(tensors["last"])
 
-    def plainly(t: Values) -> Values:
+    def in_plain_torch(t: Values) -> Values:
         many = None if mask is None else mask.expand(len(t["last"]), *shape).flatten(0, 1)
         flat = [wide(t[name]).flatten(0, 1) for name in ("rewards", "values", "last")]
         found = gae_loop(*flat[:2], many, flat[2], case.gamma, case.lam) if case.n and case.length else flat[:2]
@@ -191,7 +191,7 @@ def check_gae(case: StepsCase) -> None:
         found = fused_po.gae(*steps, mask, t["last"] if case.cut_off else None, **how)
         return dict(zip(("advantages", "returns"), found))
 
-    errors, exact = plain_and_exact(plainly, tensors, (), {}, {})
+    errors, exact = plain_and_exact(in_plain_torch, tensors, (), {}, {})
     judge("gae", ours({name: t[0] for name, t in tensors.items()}), errors, exact)
 
 

@@ -1,4 +1,4 @@
-"""The plugin under the real axolotl's plugin manager: `make integrations`."""
+"""The plugin under axolotl's own plugin manager: `make integrations`."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_supervised_training_is_fused(manager, model):
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_reward_models_are_left_alone(manager, model):
+def test_reward_models_are_not_changed(manager, model):
     manager.post_model_load(DictDefault({"reward_model": True}), model)
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits is not None
 
@@ -57,10 +57,10 @@ def test_rl_patches_trl(manager, model):
 
 
 def test_two_heads_are_refused(manager):
-    with pytest.raises(ValueError, match="cut_cross_entropy: is set beside FusedPOPlugin"):
+    with pytest.raises(ValueError, match="cut_cross_entropy: set together with FusedPOPlugin"):
         base.load_plugin(NAME).pre_model_load(DictDefault({"cut_cross_entropy": True}))
 
 
-def test_no_such_plugin():
+def test_an_unknown_plugin():
     with pytest.raises(AttributeError, match="has no attribute 'Plugin'; the plugin is FusedPOPlugin"):
         base.load_plugin("fused_po.integrations.axolotl.Plugin")

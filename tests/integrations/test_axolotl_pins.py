@@ -1,4 +1,4 @@
-"""The axolotl plugin with the TRL that axolotl pins: `rl:` says what it needs. axolotl itself is a stand-in here."""
+"""The axolotl plugin with the TRL version that axolotl pins: `rl:` raises an error. axolotl itself is a stand-in."""
 
 import importlib
 import os
@@ -11,8 +11,8 @@ from repository import ROOT, python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 trl = pytest.importorskip("trl")
-PINNED = ("1.9.0", "1.14.1")  # by axolotl 0.19 and 0.21
-NEEDS = r"rl: got 'dpo' with FusedPOPlugin, which needs TRL >= 1\.15 .*Leave the plugin out.*got version {}"
+PINNED = ("1.9.0", "1.14.1")  # pinned by axolotl 0.19 and 0.21
+NEEDS = r"rl: got 'dpo' with FusedPOPlugin, which needs TRL >= 1\.15 .*Remove the plugin.*got version {}"
 BASE = """
 import sys, types
 base = types.ModuleType("axolotl.integrations.base")
@@ -25,7 +25,7 @@ sys.modules["axolotl.integrations.base"] = base
 
 @pytest.fixture
 def plugin(monkeypatch):
-    """The plugin, on a base class like axolotl's."""
+    """The plugin on a base class like axolotl's."""
     base = types.ModuleType("axolotl.integrations.base")
     base.BasePlugin = type("BasePlugin", (), {})
     for name in ("axolotl", "axolotl.integrations"):
@@ -47,7 +47,7 @@ def test_rl_with_the_pinned_trl(version, plugin, monkeypatch):
 
 
 def test_supervised_training_with_the_pinned_trl(plugin, monkeypatch):
-    """It needs no TRL of any version."""
+    """Supervised training does not need TRL."""
     monkeypatch.setattr(trl, "__version__", PINNED[0])
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model, ids = LlamaForCausalLM(LlamaConfig(vocab_size=53, **shape)), torch.randint(0, 53, (2, 7))
@@ -59,7 +59,7 @@ def test_supervised_training_with_the_pinned_trl(plugin, monkeypatch):
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_rl_with_a_trl_that_is_served(plugin):
+def test_rl_with_a_supported_trl(plugin):
     from fused_po.integrations.trl import is_patched, unpatch
 
     plugin.pre_model_load({"rl": "dpo"})
@@ -81,7 +81,7 @@ except RuntimeError as error:
 
 
 def test_the_real_pinned_trl(tmp_path):
-    """With FUSED_PO_TRL_1_14 naming a folder made by `pip install --no-deps --target FOLDER trl==1.14.1`."""
+    """Needs FUSED_PO_TRL_1_14, a folder made by `pip install --no-deps --target FOLDER trl==1.14.1`."""
     folder = os.environ.get("FUSED_PO_TRL_1_14")
     if not folder:
         pytest.skip("FUSED_PO_TRL_1_14 names no folder with TRL 1.14.1")

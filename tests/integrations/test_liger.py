@@ -1,4 +1,4 @@
-"""fused_po.integrations.liger in the real Liger; its own tests with our classes: `make integrations`."""
+"""fused_po.integrations.liger in the installed Liger: `make integrations`, which also runs Liger's own tests."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def test_install_and_uninstall():
     try:
         liger.install()
         assert chunked_loss.LigerFusedLinearDPOLoss is liger.LigerFusedLinearDPOLoss
-        assert dpo_loss.LigerFusedLinearDPOLoss is liger.LigerFusedLinearDPOLoss  # imported under another module
+        assert dpo_loss.LigerFusedLinearDPOLoss is liger.LigerFusedLinearDPOLoss  # also imported into another module
     finally:
         liger.uninstall()
     assert chunked_loss.LigerFusedLinearDPOLoss is dpo_loss.LigerFusedLinearDPOLoss is theirs
     liger.uninstall()
 
 
-def test_same_arguments_same_numbers(seed):
+def test_the_same_arguments_give_the_same_numbers(seed):
     batch, values = Batch(), []
     for cls in (liger.LigerFusedLinearDPOLoss, modules.FusedLinearDPOLoss, chunked_loss.LigerFusedLinearDPOLoss):
         hidden, weight, bias = batch.leaves()
@@ -36,8 +36,8 @@ def test_same_arguments_same_numbers(seed):
 
 
 @pytest.mark.parametrize("cls", liger.CLASSES)
-def test_what_says_how_liger_computes_warns(cls):
-    with pytest.warns(UserWarning, match="compiled=False says how Liger computes"):
+def test_arguments_about_how_liger_computes_warn(cls):
+    with pytest.warns(UserWarning, match="compiled=False has no effect in fused_po"):
         cls(compiled=False)
-    with pytest.warns(UserWarning, match="chunk_size=4 says how Liger computes"):
+    with pytest.warns(UserWarning, match="chunk_size=4 has no effect in fused_po"):
         cls(chunk_size=4)

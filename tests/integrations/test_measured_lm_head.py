@@ -1,4 +1,4 @@
-"""The measured LM head and the input of the head: log-probs of the model's own logits, its own loss, and refusals."""
+"""LM heads whose scaling is measured: log-probs of the model's own logits, its own added loss, and refusals."""
 
 import copy
 import threading
@@ -13,11 +13,13 @@ import fused_po
 from fused_po.integrations import lm_head
 from fused_po.integrations.transformers import fuse_lm_head
 
-MORE = {  # what the names of config.logit_scale, logits_scaling and final_logit_softcapping miss
-    "HyperCLOVAX": LLAMA | dict(logits_scaling=0.125),  # which multiplies, where Granite's divides
+MORE = {  # scalings that config.logit_scale, logits_scaling and final_logit_softcapping do not describe
+    "HyperCLOVAX": LLAMA | dict(logits_scaling=0.125),  # multiplies, where Granite's divides
     "RecurrentGemma": LLAMA | dict(logits_soft_cap=2.0, lru_width=32, attention_window_size=16, num_hidden_layers=3),
     "ModernBertDecoder": LLAMA | dict(local_attention=8),  # a layer between the decoder and the head
-    "Mpt": dict(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, logit_scale=0.5),  # it is not read
+    "Mpt": dict(
+        vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, logit_scale=0.5
+    ),  # the model does not read it
     "InklingText": LLAMA | dict(logits_mup_width_multiplier=4.0, num_hidden_layers=3),
     "FalconH1": LLAMA | MAMBA | dict(lm_head_multiplier=0.4),
 }
@@ -31,14 +33,14 @@ def model_of(name, **more):
     return spread(getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM"), config, 0)
 
 
-SLOW = ("InklingText",)  # a large configuration, whatever its widths
+SLOW = ("InklingText",)  # a large configuration regardless of its widths
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in sorted({*MODELS, *MORE})]
 )
-def test_log_probs_are_those_of_the_models_logits(name, seed):
-    """No further from float64, over 16 sequences, than twice the model's own in fp32."""
+def test_log_probs_match_the_models_logits(name, seed):
+    """Over 16 sequences the error against float64 is at most twice that of the model in fp32."""
     model = model_of(name)
     exactly = copy.deepcopy(model).double()
     ids, _ = batch(seed, rows=16)
@@ -51,8 +53,8 @@ def test_log_probs_are_those_of_the_models_logits(name, seed):
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
-def test_the_added_loss_is_the_models_own(name, seed):
-    """Value and gradients of the loss that the model computes with logits; nothing where the coefficient is 0."""
+def test_the_added_loss_matches_the_models_own(name, seed):
+    """Value and gradients of the model's own loss from logits; 0 where its coefficient is 0."""
     model = model_of(name)
     ids, labels = batch(seed)
     mask = torch.ones_like(ids)
@@ -80,8 +82,8 @@ def test_the_added_loss_is_the_models_own(name, seed):
         assert not lm_head.adds_loss(other) and lm_head.head_input(other, **given).added_loss is None
 
 
-def test_the_model_is_left_as_it_was():
-    """Its logits, loss function, hooks, modes and generator; what was measured goes along with a copy."""
+def test_measuring_does_not_change_the_model():
+    """Logits, loss function, hooks, modes and generator are unchanged; a copy of the model keeps the measurement."""
     model = causal_lm("GPT2", attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1).train()
     ids, _ = batch(0)
     state, loss = torch.get_rng_state(), model.loss_function
@@ -122,7 +124,7 @@ class Squared(transformers.LlamaForCausalLM):
 
 
 class RouterApart(transformers.MixtralForCausalLM):
-    """A router loss beside a loss that wants logits."""
+    """A model with a router loss beside a loss that needs logits."""
 
     def forward(self, input_ids, labels=None, **how):
         out = super().forward(input_ids=input_ids, **how)
@@ -142,7 +144,7 @@ def test_a_fused_model(name, seed):
 
 
 def test_a_call_of_another_thread_has_its_own_logits_and_loss(seed):
-    """It runs where the first thread's call has its hook on the head and its loss in the model."""
+    """The second call runs while the first thread's call has its hook on the head and its loss in the model."""
     model = model_of("Mixtral")
     ids, labels = batch(seed)
     plain = model(input_ids=ids, labels=labels)
@@ -164,9 +166,9 @@ def test_a_call_of_another_thread_has_its_own_logits_and_loss(seed):
 
 def test_refusals():
     llama = transformers.LlamaConfig(**LLAMA)
-    with pytest.raises(TypeError, match="what Twice does to its logits cannot be measured"):
+    with pytest.raises(TypeError, match="the scale and softcap of Twice's logits cannot be measured"):
         lm_head.lm_head(spread(Twice, llama))
-    with pytest.raises(TypeError, match="neither a scale > 0 nor a softcap"):
+    with pytest.raises(TypeError, match="more than a scale > 0 and a softcap"):
         lm_head.lm_head(spread(Squared, llama))
     with pytest.raises(TypeError, match="LlamaModel has no LM head; expected a causal LM"):
         lm_head.lm_head(transformers.LlamaModel(llama))

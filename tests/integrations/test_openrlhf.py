@@ -1,7 +1,7 @@
-"""fused_po.integrations.openrlhf in the real OpenRLHF: `make integrations`.
+"""fused_po.integrations.openrlhf in the installed OpenRLHF: `make integrations`.
 
-Its package openrlhf.models imports flash-attn, which needs CUDA; its modules utils and loss do not, and are imported
-without the package around them where there is none.
+The package openrlhf.models imports flash-attn, which needs CUDA. Its modules utils and loss do not; without flash-attn
+they are imported without the package.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The probe of packed rows: what it takes and refuses, in which dtype, and that it leaves a model as it was."""
+"""The probe for packed rows: which models it accepts and refuses, its dtype, and that it does not change the model."""
 
 import copy
 
@@ -38,7 +38,8 @@ MIXED = {
     ),
     "RecurrentGemma": LLAMA | dict(lru_width=32, attention_window_size=16, num_hidden_layers=3),
     "Qwen3Next": HYBRID | MOE | dict(layer_types=HYBRID["layer_types"], shared_expert_intermediate_size=8),
-    "Lfm2": LLAMA | dict(layer_types=["conv", "full_attention"]),  # it leaks 3e-4 of the norm, two tokens far
+    "Lfm2": LLAMA
+    | dict(layer_types=["conv", "full_attention"]),  # leaks 3e-4 of the norm over a distance of two tokens
     "FalconH1": LLAMA | MAMBA,
     "OlmoHybrid": HYBRID,
 }
@@ -74,14 +75,14 @@ def test_models_that_keep_sequences_apart(kind, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in MIXED])
-def test_models_that_mix_them(kind, dtype):
+def test_models_that_mix_sequences_are_refused(kind, dtype):
     with pytest.raises(ValueError, match=rf"model: {kind}ForCausalLM with attn_implementation=.* position_ids; "):
         check(model_of(kind, dtype))
 
 
 @pytest.mark.parametrize("positions", [False, True], ids=["another sequence", "place in the row"])
 def test_one_part_in_a_thousand_is_refused(positions):
-    """A layer whose effect is far below that of attention, in bf16 below the rounding: what it mixes is found."""
+    """A layer that mixes tokens weakly, in bf16 below the rounding, is found."""
 
     class Little(torch.nn.Module):
         def forward(self, hidden, *args, **how):
@@ -90,18 +91,18 @@ def test_one_part_in_a_thousand_is_refused(positions):
             more = 1e-3 * (out * place if positions else out.roll(1, 1).tril())
             return out + more
 
-    for dtype in (torch.float32, *([] if positions else [torch.bfloat16])):  # a place has no gradient
+    for dtype in (torch.float32, *([] if positions else [torch.bfloat16])):  # positions have no gradient
         model = model_of("Llama", dtype)
         check(model)
         layer = model.model.layers[0].mlp
         model.model.layers[0].mlp = Little()
         vars(model).pop(packing.PASSED)
-        with pytest.raises(ValueError, match=r"rounding explains|gradients in the embeddings"):
+        with pytest.raises(ValueError, match=r"rounding explains|gradients with respect to the embeddings"):
             check(model)
 
 
-def test_a_model_is_left_as_it_was():
-    """Modes, gradients, hooks, generators, weights; dropout takes no part."""
+def test_probing_does_not_change_the_model():
+    """Modes, gradients, hooks, generators and weights are unchanged; dropout is off during the probe."""
     model = spread(transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2), 0).train()
     model.transformer.h[1].eval()
     model.transformer.wte.weight.requires_grad_(False)
@@ -135,8 +136,8 @@ def test_small_vocabularies_and_few_positions(size):
     check(transformers.GPT2LMHeadModel(config))
 
 
-def test_measured_once_and_again_past_a_window():
-    """The longest sequence is longer than the window, once rows are."""
+def test_measured_once_and_again_beyond_the_window():
+    """A row longer than the attention window is measured again, with a sequence longer than the window."""
     model, calls = model_of("Gemma3", sliding_window=40, max_position_embeddings=9999), []
     for row_length, longest in ((30, 24), (40, None), (41, 49), (5000, None), (64, None)):
         calls.clear()
@@ -144,11 +145,11 @@ def test_measured_once_and_again_past_a_window():
         single = [length for rows, length in calls if length in (24, 49)]
         assert (single == [longest]) if longest else not calls, (row_length, calls)
     check(copy.deepcopy(model), calls=calls)
-    assert not calls  # a reference, before an engine cuts it
+    assert not calls  # a reference, before an engine shards it
 
 
-def test_a_mask_that_forgets_sequences_past_its_window():
-    """Right for short sequences, wrong for one longer than the window: seen before a row that long is trained on."""
+def test_a_mask_that_mixes_sequences_beyond_its_window():
+    """A mask that is wrong only for sequences longer than the window is found before such a row is trained on."""
     model = model_of("Mistral", sliding_window=30)
     inner = model.model.forward
 
@@ -159,11 +160,11 @@ def test_a_mask_that_forgets_sequences_past_its_window():
 
     model.model.forward = forward
     check(model, row_length=20)
-    with pytest.raises(ValueError, match="does not keep the sequences"):
+    with pytest.raises(ValueError, match="does not separate the sequences"):
         check(model, row_length=100)
 
 
-def test_a_forward_that_fails_is_a_refusal():
+def test_a_failing_forward_is_refused():
     model = model_of("Llama")
     inner = model.model.forward
     model.model.forward = lambda input_ids, use_cache: inner(input_ids=input_ids, use_cache=use_cache)

@@ -1,4 +1,4 @@
-"""fused_po.integrations.swap: what puts our functions in other packages' places."""
+"""fused_po.integrations.swap, which replaces functions of other packages by ours."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ def package(monkeypatch):
     return home, importer
 
 
-def test_replaces_wherever_it_was_imported_and_takes_all_of_it_back(package, monkeypatch):
+def test_replaces_every_import_and_restores_it(package, monkeypatch):
     home, importer = package
     before, ours, swap = home.f, object(), Swap()
     swap.replace([("swapped.home", "f", ours)])
@@ -43,7 +43,7 @@ def test_all_or_none(package, place, error):
     assert home.f is importer.h is before and not swap
 
 
-def test_put_on_a_class_that_inherits_the_name():
+def test_replacing_an_inherited_method():
     class Base:
         name = 1
 

@@ -1,4 +1,4 @@
-"""`fuse_lm_head` on tiny models of many architectures: what comes out, against float64 and the plain forward."""
+"""`fuse_lm_head` on tiny models of many architectures: outputs against float64 and the plain forward."""
 
 import copy
 
@@ -16,7 +16,7 @@ STATS = ("logps", "entropy", "lse", "mean_logits", "is_top1", "log_sum_sq_probs"
 
 
 def token_logps(model, inputs, labels):
-    """The plain forward's log-probs, in its own words."""
+    """The log-probs of the plain forward."""
     logits = model(**inputs).logits
     logits = logits.double() if logits.dtype == torch.float64 else logits.float()
     labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
@@ -25,7 +25,7 @@ def token_logps(model, inputs, labels):
 
 
 def run(model, batches, fused):
-    """Loss, token log-probs and every parameter's gradient, each over all batches."""
+    """Loss, token log-probs and the gradients of all parameters, each over all batches."""
     results = {}
     for inputs, labels in batches:
         floats = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -42,11 +42,12 @@ def run(model, batches, fused):
 
 
 def check(model, batches, fuse=fuse_lm_head):
-    """The fused model against float64, with the plain forward's own error as the bound.
+    """Compare the fused model with float64; the error of the plain forward bounds ours.
 
-    A loss is a mean over tokens: its error may be theirs. Gradients are compared all at once, each parameter's in units
-    of its own size (or of 3% of the overall one, where it is all cancellation): the largest error of a few is luck. So
-    is that of one model: the plain forward in fp32 is run with nudged weights too.
+    A loss is a mean over tokens, so its error is bounded by that of the tokens. Gradients are compared all together,
+    since the largest error of a few is random; each parameter's error is relative to its own size, or to 3% of the
+    overall size if that is larger. The plain forward in fp32 runs with nudged weights too, since the error of one
+    model is random.
     """
     exact, stock = run(copy.deepcopy(model).double(), batches, False), []
     for seed in range(4 if model.dtype == torch.float32 else 1):
@@ -74,7 +75,7 @@ def check(model, batches, fuse=fuse_lm_head):
         if sizes[n] == 0:  # frozen, or not used
             assert (ours[n] == 0).all(), n
     wanted = gradients(exact)
-    # In float64, so that the results' own rounding, which theirs have too, adds nothing to the bound.
+    # In float64, so that the rounding of the results does not widen the bound.
     assert_close("gradients", gradients(ours), wanted, [(gradients(run), wanted) for run in stock])
 
 
@@ -106,8 +107,8 @@ def test_vision_language(name, seed):
     check(model, batches)
 
 
-def test_the_logits_of_these_models_need_their_processing():
-    """The grid above would miss a scale or softcap if logits were too small for it."""
+def test_the_logits_need_their_scaling():
+    """The logits of the models above are large enough that a missing scale or softcap changes the results."""
     for name, (_, (scale, cap)) in MODELS.items():
         model = causal_lm(name)
         (inputs, labels), processing = batches_of(1)[0], (scale, cap)
@@ -119,8 +120,8 @@ def test_the_logits_of_these_models_need_their_processing():
         assert ((plain - unprocessed)[scored].abs().max() > 1e-2) == (processing != (1.0, None)), name
 
 
-def test_no_logits_are_made():
-    """No operator returns as many elements as the logits, forward or backward; the plain forward does."""
+def test_no_logits_are_computed():
+    """No operator in forward and backward returns as many elements as the logits; in the plain forward one does."""
     model = causal_lm("Llama")
     ids, labels = batch(0, rows=8, length=40)
     fuse_lm_head(model, schedule=fused_po.Schedule(tile_bytes=4 * V * 16, logits_budget=4 * V * 16))
@@ -132,7 +133,7 @@ def test_no_logits_are_made():
     assert largest[False] >= ids.numel() * V > 2 * largest[True]
 
 
-def test_a_call_that_is_not_fused_is_as_before():
+def test_calls_that_are_not_fused_are_unchanged():
     model, (ids, labels) = causal_lm("Gemma2"), batch(0)
     before = model(ids, labels=labels, num_items_in_batch=7), model.generate(ids, max_new_tokens=4, do_sample=False)
     fuse_lm_head(model)
@@ -142,12 +143,12 @@ def test_a_call_that_is_not_fused_is_as_before():
     assert "token_stats" not in after[0]
     unfuse_lm_head(model)
     assert not {"forward", "_loss_function", "_fused_po"} & set(vars(model)) and not model.lm_head._forward_pre_hooks
-    with pytest.raises(ValueError, match="model: is not fused"):
+    with pytest.raises(ValueError, match="model: it is not fused"):
         unfuse_lm_head(model)
 
 
 def test_the_output():
-    """What was asked for, and what the model returns itself; nothing else."""
+    """The output holds what was asked for and what the model itself returns, and nothing else."""
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     out = model(ids, labels=labels, fused=True, outputs=STATS, temperature=0.7, output_hidden_states=True)
     assert out.logits is None and set(out.keys()) == {"loss", "past_key_values", "hidden_states", "token_stats"}
@@ -164,8 +165,8 @@ def test_the_output():
 
 
 @pytest.mark.parametrize("name", ("Llama", "GPT2", "Qwen3Moe"))
-def test_the_loss_is_the_one_trainer_asks_for(name):
-    """num_items_in_batch, labels aligned already, another ignore_index: as the plain forward has them."""
+def test_the_loss_follows_trainers_arguments(name):
+    """num_items_in_batch, aligned labels and another ignore_index work as in the plain forward."""
     plain, model, (ids, labels) = causal_lm(name), fuse_lm_head(causal_lm(name)), batch(0)
     aligned = fused_po.shift_labels(labels)
     cases = [dict(labels=labels, num_items_in_batch=n) for n in (5, torch.tensor(9), 2.5)]
@@ -186,7 +187,7 @@ def test_the_loss_is_the_one_trainer_asks_for(name):
     "count", (None, 0, 0.0, torch.tensor(0), torch.tensor(0.0), torch.tensor([0])), ids=lambda c: str(c)
 )
 def test_nothing_scored_is_a_differentiable_zero(count):
-    """Trainer counts 0 tokens in a step of which everything is masked."""
+    """Trainer counts 0 tokens in a step where everything is masked."""
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     for how in ({"fused": True}, {"fused": True, "outputs": ("entropy",), "temperature": 0.7}):
         model.zero_grad()
@@ -196,7 +197,7 @@ def test_nothing_scored_is_a_differentiable_zero(count):
         assert model.lm_head.weight.grad is not None
 
 
-def test_always_and_copies():
+def test_always_mode_and_copies():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama"), always=True), batch(0)
     assert "token_stats" in model(ids, labels=labels) and "token_stats" not in model(ids)
     assert model(ids, labels=labels, fused=False).logits is not None
@@ -214,13 +215,13 @@ def test_always_and_copies():
 def test_errors():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     calls = {
-        "labels: got none, which fused=True scores": dict(fused=True),
-        r"outputs: got \('entropy',\) in a forward that is not fused": dict(labels=labels, outputs=("entropy",)),
-        "temperature: got 2.0 in a forward that is not fused": dict(labels=labels, temperature=2.0),
+        "labels: got None, but fused=True needs them": dict(fused=True),
+        r"outputs: got \('entropy',\), used only with fused=True": dict(labels=labels, outputs=("entropy",)),
+        "temperature: got 2.0, used only with fused=True": dict(labels=labels, temperature=2.0),
         "temperature: got 0.0, allowed are finite": dict(labels=labels, fused=True, temperature=0.0),
         "did you mean 'entropy'": dict(labels=labels, fused=True, outputs=("entropi",)),
         "return_dict: got False": dict(labels=labels, fused=True, return_dict=False),
-        "logits_to_keep is not for fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
+        "do not use logits_to_keep in fused calls": dict(labels=labels, fused=True, logits_to_keep=3),
     }
     for match, case in calls.items():
         with pytest.raises((TypeError, ValueError), match=match):
@@ -228,18 +229,18 @@ def test_errors():
     assert "token_stats" in model(ids, labels=labels, fused=True), "an error must leave nothing behind"
     with pytest.raises(TypeError, match="model: got Linear, expected a transformers model"):
         fuse_lm_head(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"softcap: got 3\.0, which only logit_scale reads"):
+    with pytest.raises(ValueError, match=r"softcap: got 3\.0, used only with logit_scale"):
         fuse_lm_head(causal_lm("Llama"), softcap=3.0)
-    replicate = "_replicate_for_data_parallel"  # what nn.DataParallel calls of each module, for each GPU
+    replicate = "_replicate_for_data_parallel"  # nn.DataParallel calls this on each module, for each GPU
     with pytest.raises(
-        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model to its GPUs; start one process"
+        TypeError, match=r"model: nn\.DataParallel cannot copy a fused model; start one process per GPU"
     ):
         getattr(model, replicate)()
     assert getattr(unfuse_lm_head(model), replicate)()._is_replica
 
 
 def strange(change):
-    """A Llama whose class does something of its own to hidden states or logits."""
+    """A Llama whose class changes hidden states or logits in its own way."""
     kind = type(causal_lm("Llama"))
 
     class Strange(kind):
@@ -264,8 +265,8 @@ def after_the_head(how):
     return change
 
 
-def test_a_head_whose_weight_is_elsewhere():
-    """ZeRO-3 leaves an empty parameter with a ds_id outside the forward of the module it belongs to."""
+def test_a_head_whose_weight_is_sharded_by_zero_3():
+    """ZeRO-3 keeps an empty parameter with a ds_id outside the forward of its module."""
     head = torch.nn.Linear(4, 5)
     head.weight = torch.nn.Parameter(torch.empty(0))
     head.weight.ds_id = 0
@@ -281,7 +282,7 @@ class OtherHead(torch.nn.Linear):
 @pytest.mark.parametrize(
     "what", ("mask", "offset", "power", "negative", "no hook", "head", "no Linear", "instance", "loss")
 )
-def test_a_model_that_does_something_else_is_refused(what):
+def test_models_with_other_processing_are_refused(what):
     def unhooked(stock):
         def forward(self, input_ids, labels=None, **kwargs):
             hidden = self.model(input_ids).last_hidden_state
@@ -304,17 +305,17 @@ def test_a_model_that_does_something_else_is_refused(what):
         model.lm_head = OtherHead(32, V, bias=False)
     elif what == "no Linear":
         model.lm_head = torch.nn.Identity()
-    elif what == "instance":  # looks like a Linear and is none
+    elif what == "instance":  # looks like a Linear but is not one
         model.lm_head.forward = lambda x: torch.nn.functional.linear(x.relu(), model.lm_head.weight)
     elif what == "loss":
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
     before = set(vars(model))
     with pytest.raises(TypeError, match=r"model: |lm_head: "):
         fuse_lm_head(model)
-    assert set(vars(model)) == before, "a refused model is left as it was"
+    assert set(vars(model)) == before, "a refused model must not change"
 
 
-def test_a_model_that_cannot_run_yet_says_what_is_needed():
+def test_a_model_that_cannot_run_yet_raises_with_the_reason():
     with torch.device("meta"):
         model = causal_lm("Llama")
     with pytest.raises(ValueError, match="logit_scale"):

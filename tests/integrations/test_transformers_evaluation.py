@@ -1,4 +1,4 @@
-"""Trainer's evaluation of a fused model: compute_metrics and preprocess_logits_for_metrics get the plain logits."""
+"""Trainer's evaluation of a fused model: compute_metrics and preprocess_logits_for_metrics get plain logits."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 @pytest.fixture
 def made(monkeypatch):
-    """The logits that are computed, counted."""
+    """Counts how often logits are computed."""
     counts, once = [], lazy_logits._once
 
     def counted(make):
@@ -42,7 +42,7 @@ def evaluate(model, folder, method="evaluate", args=(), **how):
 
 def accuracy(prediction):
     logits, labels = prediction.predictions, prediction.label_ids
-    if isinstance(logits, tuple):  # a mixture of experts has more outputs, in the order of the plain forward's
+    if isinstance(logits, tuple):  # a mixture of experts has more outputs, in the order of the plain forward
         auxiliary, logits, _ = logits
         assert auxiliary.shape == (3,) and auxiliary.min() > 0
     assert isinstance(logits, np.ndarray) and logits.shape == (5, 12, V) and logits.dtype == np.float32
@@ -92,8 +92,8 @@ def test_preprocess_gets_logits(tmp_path):
     assert run(True, argmax, right)["eval_n"] == run(False, argmax, right)["eval_n"]
 
 
-def test_preprocess_that_takes_the_statistics_makes_no_logits(made, tmp_path):
-    """What stands for the logits has the fields of token_stats."""
+def test_preprocessing_statistics_computes_no_logits(made, tmp_path):
+    """The stand-in for the logits has the fields of token_stats."""
 
     def metrics(prediction):
         return {"nll": -prediction.predictions.sum() / (prediction.label_ids[:, 1:] != -100).sum()}
@@ -119,7 +119,7 @@ def test_evaluation_under_torch_compile(tmp_path):
 
 
 def test_the_output_of_an_evaluation(made):
-    """By hand: statistics and logits, which are computed when something reads them, once, as the plain forward's."""
+    """Statistics and logits without Trainer: logits are computed once, when they are first read."""
     model, (ids, labels) = fuse_lm_head(causal_lm("Gemma2"), always=True), batch(0)
     plain = model(ids, labels=labels, fused=False).logits.detach()
     with torch.no_grad():
@@ -162,14 +162,14 @@ def test_the_output_of_an_evaluation(made):
         logits.nothing  # noqa: B018
 
 
-def test_training_makes_no_logits(made):
+def test_training_computes_no_logits(made):
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama"), always=True), batch(0)
     out = model(ids, labels=labels)
     assert out.logits is None and "token_stats" in out and not made
 
 
 def test_evaluation_with_a_hook_on_the_head(tmp_path):
-    """Logits that were made for a hook are the ones handed on."""
+    """Logits that were computed for a hook are passed on."""
     results = []
     for fused in (False, True):
         model = model_of("Llama", fused)

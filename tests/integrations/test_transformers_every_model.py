@@ -1,4 +1,4 @@
-"""`fuse_lm_head` on every causal LM of transformers that a few small numbers make tiny."""
+"""`fuse_lm_head` on every causal LM of transformers that can be made tiny by setting a few sizes."""
 
 import inspect
 
@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 pytestmark = pytest.mark.slow
 
-# What configs call their sizes; each takes those it knows.
+# The names of sizes in configurations; each configuration takes the ones it has.
 SIZES = {
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_key_value_heads eos_token_id",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts",
@@ -28,13 +28,13 @@ TINY = {name: size for size, names in SIZES.items() for name in names.split()}
 TINY |= dict(num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, bos_token_id=1, pad_token_id=0)
 TINY |= dict(mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, vocab_size=V, is_decoder=True)
 
-# Their forward takes the cross-entropy itself, or predicts otherwise than one token at a position.
+# Models whose forward computes the cross-entropy itself, or does not predict one token per position.
 REFUSED = {"Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "Marian", "MBart", "Mvp", "Pegasus"}
 REFUSED |= {"PLBart", "ProphetNet", "TrOCR", "Whisper", "XLNetLMHeadModel"}
 
 
 def built(config_class, kind):
-    """A tiny model whose plain forward runs, or None where these sizes do not fit together."""
+    """A tiny model whose plain forward runs, or None if these sizes do not fit together."""
     known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.__dataclass_fields__)
     ids = torch.randint(3, V - 10, (2, 9))
     try:

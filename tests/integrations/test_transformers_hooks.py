@@ -1,4 +1,4 @@
-"""What changes a head after `fuse_lm_head`: hooks, other forwards, other settings. Fused and plain calls agree."""
+"""A head that changes after `fuse_lm_head` (hooks, other forwards, other settings): fused and plain calls agree."""
 
 import functools
 import pickle
@@ -17,7 +17,7 @@ MASK = torch.zeros(V).index_fill_(0, torch.arange(0, V, 3), -3.0)
 
 
 def results(model, **how):
-    """Loss, log-probs of the scored tokens and every parameter's gradient."""
+    """Loss, log-probs of the scored tokens and the gradients of all parameters."""
     ids, labels = batch(0)
     model.zero_grad()
     out = model(ids, labels=labels, **how)
@@ -31,12 +31,12 @@ def results(model, **how):
 
 
 def agree(model, warns):
-    """Fused as plain; and whether the call says that it made logits."""
+    """Check that fused and plain calls agree; returns whether the call warned that it computed logits."""
     plain = results(model)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fused = results(model, fused=True)
-    warned = [str(w.message) for w in seen if "makes all its logits" in str(w.message)]
+    warned = [str(w.message) for w in seen if "computes all its logits" in str(w.message)]
     assert bool(warned) == warns, warned
     assert len(plain) == len(fused)
     for a, b in zip(fused, plain):
@@ -66,7 +66,7 @@ def replaced(head):
     return forward
 
 
-# (what is done to the head, whether a fused call has to make logits)
+# (a change to the head, whether a fused call has to compute logits)
 CHANGES = {
     "pre-hook": (lambda head: head.register_forward_pre_hook(lambda m, a: (a[0] * 1.5,)), False),
     "pre-hook with kwargs": (
@@ -97,7 +97,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
-def test_what_is_put_on_the_head_after_fusing(name):
+def test_changes_to_the_head_after_fusing(name):
     change, warns = CHANGES[name]
     model = fuse_lm_head(causal_lm("Gemma2", tie_word_embeddings=False))
     before = results(model, fused=True)
@@ -137,26 +137,26 @@ def test_pre_hooks_on_all_modules():
         handle.remove()
 
 
-def test_a_hook_that_was_measured_is_left_alone():
-    """There before, it is measured: one that looks on stays, one that changes logits is refused."""
+def test_a_measured_hook_is_unchanged():
+    """A hook that exists before fusing is measured: an observer stays, and a hook that changes logits is refused."""
     model = causal_lm("Llama")
     model.lm_head.register_forward_hook(lambda m, args, out: None)
     agree(fuse_lm_head(model), False)
     model.lm_head.register_forward_hook(double)
     warned = agree(model, True)
-    assert "since double of test_transformers_hooks is put on lm_head" in warned[0]
+    assert "since double of test_transformers_hooks is a hook on lm_head" in warned[0]
     with pytest.raises(TypeError, match="cannot be fused"):
         fuse_lm_head(model)
     other = causal_lm("Llama")
     other.lm_head.register_full_backward_hook(lambda m, gi, go: (gi[0] * 3,))
-    agree(fuse_lm_head(other), True)  # no forward shows what it does
+    agree(fuse_lm_head(other), True)  # a forward does not show its effect
 
 
-def test_decorated_hooks_are_seen_through():
-    """no_grad's wrapper is written in torch, the hook in it is not."""
+def test_hooks_are_found_inside_decorators():
+    """The wrapper of no_grad is part of torch; the hook inside it is not."""
     model = fuse_lm_head(causal_lm("Llama"))
     handle = model.lm_head.register_forward_hook(torch.no_grad()(double))
-    with pytest.warns(UserWarning, match="since double of test_transformers_hooks is put on lm_head"):
+    with pytest.warns(UserWarning, match="since double of test_transformers_hooks is a hook on lm_head"):
         model(*batch(0)[:1], labels=batch(0)[1], fused=True)
     handle.remove()
     agree(model, False)
@@ -169,7 +169,7 @@ class Sharp(nn.Linear):
 
 @pytest.mark.parametrize("what", ("Linear", "with a hook", "Sharp", "Sequential"))
 def test_another_head(what):
-    """Its Linear is scored; another module is refused by name."""
+    """Another Linear as the head is used; another module is refused by name."""
     model = fuse_lm_head(causal_lm("Llama", tie_word_embeddings=False))
     other = {"Sharp": Sharp}.get(what, nn.Linear)(32, V)
     if what == "with a hook":
@@ -187,7 +187,10 @@ def test_another_head(what):
 @pytest.mark.parametrize("where", ("head", "base_layer", "lora_A", "lora_B"))
 @pytest.mark.parametrize("kind", ("forward_pre", "forward"))
 def test_hooks_under_lora(where, kind):
-    """LoRA after fusing, and hooks on its layers: those on the parts that are not called have logits made."""
+    """LoRA added after fusing, with hooks on its layers.
+
+    Hooks on parts that are not called make the call use logits.
+    """
     model = fuse_lm_head(causal_lm("Llama", tie_word_embeddings=False))
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(model, config).eval().get_base_model()
@@ -200,7 +203,7 @@ def test_hooks_under_lora(where, kind):
 
 
 def test_settings_changed_after_fusing():
-    """A softcap or scale of the config, or of the model, that is another one now."""
+    """A softcap or scale of the config or the model that changes after fusing."""
     for name, owner, key, value in (
         ("Gemma2", "config", "final_logit_softcapping", 0.3),
         ("Gemma2", "config", "final_logit_softcapping", None),
@@ -220,7 +223,7 @@ def test_settings_changed_after_fusing():
 def test_another_loss_is_refused():
     model, (ids, labels) = fuse_lm_head(causal_lm("Llama")), batch(0)
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    with pytest.raises(TypeError, match="if the model has another since, call fuse_lm_head"):
+    with pytest.raises(TypeError, match="if it was replaced later, call fuse_lm_head"):
         model(ids, labels=labels, fused=True)
 
 

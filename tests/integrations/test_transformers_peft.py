@@ -1,4 +1,4 @@
-"""`fuse_lm_head` under PEFT: adapters on the body, on the head, several at once, full copies, prompts."""
+"""`fuse_lm_head` under PEFT: adapters on the body, on the head, several at once, full copies, prompt tuning."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 
 
 def adapted(model, targets=("q_proj", "lm_head"), name="default", **more):
-    """The model with LoRA whose B is not zero."""
+    """The model with LoRA, where B is not zero."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(targets), **more)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
@@ -41,7 +41,7 @@ KINDS = {
 @pytest.mark.parametrize("first", ("fuse", "adapt"))
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_against_float64(kind, first, seed):
-    """Loss, log-probs, the gradients of A and B and of all that is trained, whichever came first."""
+    """Loss, log-probs and the gradients of A, B and all trained parameters, for fusing before or after PEFT."""
     model = causal_lm("Llama", seed)
     if first == "adapt":
         check(adapted(model, **kind), batches_of(seed=seed))
@@ -51,7 +51,7 @@ def test_against_float64(kind, first, seed):
 
 @pytest.mark.parametrize("name", ("Gemma2", "Cohere", "Phi"))
 def test_lora_on_other_heads(name, seed):
-    """Under a softcap, a scale, a bias."""
+    """Heads with a softcap, a scale or a bias."""
     check(adapted(causal_lm(name, seed, tie_word_embeddings=False)), batches_of(seed=seed))
 
 
@@ -80,7 +80,7 @@ def test_dropout_draws_as_peft_does(seed):
 
 
 def test_merged_disabled_and_switched(seed):
-    """The head is read at each call: what PEFT has done to it by then counts."""
+    """Every call reads the current head, with all changes that PEFT has made."""
     model, (inputs, labels) = adapted(fuse_lm_head(causal_lm("Llama"))), batches_of(1)[0]
 
     def agrees():
@@ -99,20 +99,20 @@ def test_merged_disabled_and_switched(seed):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_adapters_after_fusing_make_no_logits(kind):
-    """PEFT's modules_to_save copies a head, and our hook with it."""
+def test_adapters_after_fusing_compute_no_logits(kind):
+    """PEFT's modules_to_save copies a head together with our hook."""
     v = 4096
     model = adapted(fuse_lm_head(causal_lm("Llama", vocab_size=v), schedule=fused_po.Schedule(tile_bytes=1)), **kind)
     ids, labels = batch(0, rows=4, length=40)
     with warnings.catch_warnings(), counting.LargestTensor() as seen:
-        warnings.filterwarnings("error", "fused: this call makes all its logits")
+        warnings.filterwarnings("error", "fused: this call computes all its logits")
         model(input_ids=ids, labels=labels, fused=True).loss.backward()
     assert seen.elements < ids.numel() * v
 
 
 @pytest.mark.parametrize("share", (0, 1))
-def test_lora_on_the_head_makes_no_merged_copy_and_no_logits(share, seed):
-    """No operator, forward or backward, returns as many elements as the head or the logits have; the plain one does."""
+def test_lora_on_the_head_computes_no_merged_head_and_no_logits(share, seed):
+    """No operator in forward and backward returns as many elements as the head or the logits; plain ones do."""
     v, h = 4096, 32
     model = adapted(causal_lm("Llama", vocab_size=v), ("lm_head",))
     ids, labels = batch(0, rows=4, length=40)
@@ -127,7 +127,7 @@ def test_lora_on_the_head_makes_no_merged_copy_and_no_logits(share, seed):
 
 
 def test_prompt_learning(seed):
-    """Virtual tokens lengthen what is scored; PEFT lengthens the labels."""
+    """Virtual tokens lengthen the sequence; PEFT lengthens the labels."""
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(causal_lm("Llama"), config).eval()
     plain = copy.deepcopy(model)
@@ -144,8 +144,8 @@ def test_prompt_learning(seed):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_head_costs_two_gemms_of_it(seed):
-    """LoRA on the head: forward, and D W. The gradient of the frozen weight is never formed."""
+def test_a_frozen_head_costs_two_gemms(seed):
+    """LoRA on the head: the forward and D W. The gradient of the frozen weight is not computed."""
     v, h, r = 4096, 32, 4
     model = fuse_lm_head(adapted(causal_lm("Llama", vocab_size=v), ("lm_head",)))
     ids, labels = batch(0, rows=4, length=40)
@@ -161,7 +161,7 @@ def test_frozen_head_costs_two_gemms_of_it(seed):
     small = adapted(causal_lm("Llama", vocab_size=v), ("lm_head",)).get_base_model().model
     body = counting.flops(lambda: small(ids).last_hidden_state)
     lora_a = 2 * ids.numel() * h * r
-    assert bodies == body + 2 * lora_a, "the frozen body runs forward once, A forward and its gradient"
+    assert bodies == body + 2 * lora_a, "the frozen body runs one forward; A runs a forward and its gradient"
 
 
 def test_refused(seed):
@@ -173,7 +173,9 @@ def test_refused(seed):
     with pytest.raises(TypeError, match=r"lm_head: got a variant of LoRA"):
         fuse_lm_head(dora)
     config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[])
-    with pytest.raises(TypeError, match=r"lm_head: got peft\.tuners\.ia3.*, expected PEFT's LoRA"):
+    with pytest.raises(
+        TypeError, match=r"lm_head: got peft\.tuners\.ia3.*, expected a plain head or one with PEFT's LoRA"
+    ):
         fuse_lm_head(peft.get_peft_model(causal_lm("Llama"), config))
     mixed = adapted(model)
     with pytest.raises(TypeError, match=r"lm_head was called with \['adapter_names'\]"):

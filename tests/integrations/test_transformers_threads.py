@@ -1,4 +1,4 @@
-"""One fused model in several threads, calls inside calls, errors in the middle, copies and pickles."""
+"""A fused model in several threads, nested calls, errors inside a call, copies and pickles."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ def call(model, seed, fused):
 @pytest.mark.parametrize("kinds", ((True, True), (True, False), (False, True)))
 @pytest.mark.parametrize("compiled", (False, True))
 def test_two_threads(kinds, compiled):
-    """Both are past the body before either calls its head: each gets its own loss and gradient, in every order."""
+    """Both threads finish the body before either calls the head. Each gets its own loss and gradient, in any order."""
     model = fuse_lm_head(causal_lm("Gemma2"))
     alone = [call(model, seed, False).detach() for seed in range(2)]
     gate = None
@@ -50,8 +50,8 @@ def test_two_threads(kinds, compiled):
         gate = None
 
 
-def test_many_threads_and_a_hook_that_is_moved_behind_others():
-    """Pre-hooks that come meanwhile change no thread's result."""
+def test_many_threads_with_hooks_added_during_calls():
+    """Pre-hooks that are added during the calls change no thread's result."""
     model = fuse_lm_head(causal_lm("Llama"))
     alone = [call(model, seed, False).item() for seed in range(6)]
 
@@ -66,7 +66,7 @@ def test_many_threads_and_a_hook_that_is_moved_behind_others():
             assert future.result() == pytest.approx([expected] * 10, rel=1e-5)
 
 
-def test_calls_inside_calls():
+def test_nested_calls():
     """A hook on the body calls the same model, plain and fused, and another fused model."""
     model, other = fuse_lm_head(causal_lm("Llama")), fuse_lm_head(causal_lm("Gemma2"))
     expected = [call(model, 0, True).item(), call(model, 1, True).item(), call(other, 1, True).item()]
@@ -85,8 +85,8 @@ def test_calls_inside_calls():
         got.clear()
 
 
-def test_the_head_called_by_others():
-    """A second call of the head inside a fused forward is an error, and after it nothing is left behind."""
+def test_the_head_called_directly():
+    """A second call of the head inside a fused forward is an error, which leaves no state behind."""
     model = fuse_lm_head(causal_lm("Llama"))
     handle = model.model.register_forward_hook(lambda m, args, out: [model.lm_head(out.last_hidden_state), None][1])
     with pytest.raises(TypeError, match="calls its lm_head more than once"):
@@ -99,7 +99,7 @@ def test_the_head_called_by_others():
 
 @pytest.mark.parametrize("where", ("body", "head", "loss"))
 @pytest.mark.parametrize("kind", (RuntimeError, KeyboardInterrupt))
-def test_an_error_in_the_middle(where, kind):
+def test_an_error_inside_a_call(where, kind):
     model = fuse_lm_head(causal_lm("Llama"))
     expected = call(model, 0, False)
 
@@ -120,8 +120,8 @@ def test_an_error_in_the_middle(where, kind):
         torch.testing.assert_close(call(model, 0, fused), expected)
 
 
-def test_generators_take_turns():
-    """Each step is a whole call, so suspended ones leave nothing."""
+def test_interleaved_generators():
+    """Each step of a generator is a complete call, so suspended generators leave no state behind."""
     model = fuse_lm_head(causal_lm("Llama"))
     alone = [call(model, seed, False).item() for seed in range(4)]
 
@@ -164,7 +164,7 @@ def copied(model, tmp_path):
 @pytest.mark.parametrize("how", (pickled, saved, copied))
 @pytest.mark.parametrize("name", ("Llama", "Gemma2", "lora"))
 def test_copies(how, name, tmp_path):
-    """A copy is fused, has weights of its own, and is unfused by itself."""
+    """A copy is fused, has its own weights, and is unfused separately."""
     model = fuse_lm_head(causal_lm("Llama" if name == "lora" else name), always=True)
     if name == "lora":
         config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
@@ -209,7 +209,7 @@ def child(model, queue):
 
 
 def test_spawned_process():
-    """multiprocessing.spawn pickles what it is given."""
+    """multiprocessing.spawn pickles its arguments."""
     model = fuse_lm_head(causal_lm("Llama"))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -221,7 +221,7 @@ def test_spawned_process():
         process.join(60)
 
 
-def test_signature_is_the_class_s():
+def test_the_signature_equals_that_of_the_class():
     model = causal_lm("Llama")
     before = inspect.signature(model.forward)
     fuse_lm_head(model)

@@ -1,4 +1,4 @@
-"""`fuse_lm_head` where training happens: Trainer, checkpointing, torch.compile, device_map."""
+"""`fuse_lm_head` in training: Trainer, gradient checkpointing, torch.compile, device_map."""
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ accelerate = pytest.importorskip("accelerate")
 
 
 def train(model, folder, **more):
-    """(losses of 5 steps, weights) of Trainer on 20 sequences; the loss is Trainer's own."""
+    """(losses of 5 steps, weights) of Trainer on 20 sequences, with Trainer's own loss."""
     rows = [dict(zip(("input_ids", "labels"), (t[0] for t in batch(i, rows=1)))) for i in range(20)]
-    for i, row in enumerate(rows):  # so that the mean over a step is not the mean of its micro-batches' means
+    for i, row in enumerate(rows):  # so that the mean over a step is not the mean over its micro-batches' means
         row["labels"] = row["labels"].masked_fill(torch.arange(12) < i % 9, -100)
     how = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, learning_rate=0.5)
     how |= dict(optim="sgd", logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
@@ -29,8 +29,8 @@ def train(model, folder, **more):
 
 
 @pytest.mark.parametrize("name", ("Llama", "Qwen3Moe"))
-def test_trainer_stock_and_fused(name, tmp_path):
-    """5 steps of two micro-batches: losses and every weight are as near to float64's as the stock runs'."""
+def test_trainer_trains_alike_stock_and_fused(name, tmp_path):
+    """5 steps of two micro-batches: the errors of losses and weights are bounded by those of stock runs."""
     exact = train(causal_lm(name).double(), tmp_path)
     ours = train(fuse_lm_head(causal_lm(name), always=True), tmp_path)
     start = dict(causal_lm(name).named_parameters())
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("name", ("Llama", pytest.param("Gemma2", marks=pytest.mark.slow), "lora"))
 def test_compile_fullgraph(name):
-    """One graph, the same numbers, and no recompilation for another batch of the same shape."""
+    """One graph, equal results, and no recompilation for another batch of the same shape."""
     model = causal_lm("Llama" if name == "lora" else name)
     if name == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
@@ -107,7 +107,7 @@ def test_compile_fullgraph(name):
 @pytest.mark.parametrize("first", ("fuse", "dispatch"))
 @pytest.mark.parametrize("how", ("device_map", "offload"))
 def test_accelerate_hooks(how, first):
-    """device_map's hooks run; offloaded weights, the head's too, are there only while they are needed."""
+    """The hooks of device_map run; offloaded weights, including the head's, are loaded only while they are needed."""
     ids, labels = batch(0)
     model, plain = causal_lm("Llama"), causal_lm("Llama")
     if first == "fuse":

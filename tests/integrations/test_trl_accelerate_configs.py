@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with our head, under the configurations of accelerate that examples/accelerate/ ships."""
+"""TRL's DPOTrainer with our head, under the accelerate configurations in examples/accelerate/."""
 
 import json
 import os
@@ -22,7 +22,7 @@ USED = {
 
 
 def launched(engine: str, config: str, folder) -> dict[str, list[dict]]:
-    """By name, what each run of run_accelerate_engines.py logged, and which engine it found at work."""
+    """The logs of each run of run_accelerate_engines.py and the engine it used, by the name of the run."""
     paths = [ROOT, SUPPORT, ROOT / "benchmarks", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))), "OMP_NUM_THREADS": "1"}
     env |= {"USE_LIBUV": "0", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -42,12 +42,12 @@ def launched(engine: str, config: str, folder) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """The stock trainer in float64, on two ranks too, which draw the same batches."""
+    """The stock trainer in float64, also on two ranks, so that batches are the same."""
     return launched("truth", "ddp", tmp_path_factory.mktemp("truth"))["truth"][0]["log"]
 
 
 def metrics(log: list[dict]) -> dict[str, torch.Tensor]:
-    """By name, what was computed from the model."""
+    """The logged values that are computed from the model, by name."""
     left_out = ("epoch", "step", "num_tokens", "learning_rate")
     return {k: torch.tensor([row[k] for row in log], dtype=torch.float64) for k in log[0] if k not in left_out}
 
@@ -55,7 +55,7 @@ def metrics(log: list[dict]) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", USED)
 def test_dpo_under_a_shipped_configuration(engine, truth, tmp_path):
-    """Losses, log-probs, gradient norms of three steps: our error is within `assert_error`'s bound of TRL's head's."""
+    """Losses, log-probs and gradient norms of three steps are within `assert_error`'s bound from TRL's own head."""
     if engine.startswith("zero"):
         pytest.importorskip(
             "deepspeed", reason="needs DeepSpeed: pip install deepspeed, ninja and a C++ compiler on a CPU"
@@ -68,18 +68,18 @@ def test_dpo_under_a_shipped_configuration(engine, truth, tmp_path):
     for name, value in exact.items():
         error, *theirs = ((run[name] - value).abs().max().item() for run in (ours, *stock))
         assert_error(name, error, theirs, rounding)
-    for name, (run, *_) in runs.items():  # under ZeRO-3 our patch leaves the head to TRL
+    for name, (run, *_) in runs.items():  # under ZeRO-3 our patch uses TRL's head
         assert run["used"] == USED[engine] | {"ranks": 2, "by TRL": name == "stock" or engine == "zero3"}
 
 
 @pytest.mark.parametrize("name", USED)
-def test_accelerate_knows_every_line_of_a_configuration(name, monkeypatch):
+def test_accelerate_knows_every_key_of_a_configuration(name, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     path = CONFIGS / f"{name}.yaml"
     written = yaml.safe_load(path.read_text())
-    read = load_config_from_file(str(path))  # raises for a key that it does not know
+    read = load_config_from_file(str(path))  # raises for an unknown key
     nested = {key: value for key in ("fsdp_config", "deepspeed_config") for key, value in written.pop(key, {}).items()}
     assert {key: getattr(read, key) for key in written} == written
     assert read.fsdp_config | read.deepspeed_config == nested

@@ -1,4 +1,4 @@
-"""AsyncGRPO with a worker whose rollouts are written down, no server, and FlashAttention in plain PyTorch."""
+"""AsyncGRPO with a worker that returns prepared rollouts, no server, and FlashAttention in plain PyTorch."""
 
 import queue
 import types
@@ -9,11 +9,11 @@ from tiny_trl import ARGS, STEPS, V, assert_equal_training, model, rows, tokeniz
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-SAMPLES = 4  # a step
+SAMPLES = 4  # per step
 
 
 def varlen_attention(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=True, window_size=None):
-    """[N, heads, D]: each segment of the queries ends where its keys end."""
+    """Attention over [N, heads, D]; each segment of the queries ends where its keys end."""
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     out = []
     for i in range(len(cu_q) - 1):
@@ -25,7 +25,7 @@ def varlen_attention(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=
 
 
 class Worker:
-    """Rollouts drawn beforehand: two answers to each prompt, near the policy's own log-probs or far off."""
+    """Prepared rollouts: two answers to each prompt, with old log-probs near the policy's or far from them."""
 
     def __init__(self) -> None:
         self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
@@ -63,7 +63,7 @@ class Worker:
 
 
 class NoTransfer:
-    """Weights go nowhere."""
+    """Does not transfer weights."""
 
     def init_weight_transfer(self) -> None:
         pass
@@ -78,7 +78,8 @@ class NoTransfer:
 def test_async_grpo(tmp_path, monkeypatch):
     kernels = types.SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     monkeypatch.setattr(packing, "_flash_attn", lambda: kernels)
-    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # it asks for a CUDA device
+    # the trainer asks for a CUDA device
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
     monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *_: None)
     path = str(tmp_path / "model")
     model().save_pretrained(path)

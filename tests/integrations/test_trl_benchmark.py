@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: how it looks for the longest sequence, and that wrong losses are not timed."""
+"""The end-to-end benchmark: its search for the longest sequence, and that wrong losses are not timed."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import training
 from tiny_trl import PlainHead, utils
 
 
-def test_the_longest_that_fits():
+def test_the_longest_sequence_that_fits():
     for most, limit, expected in ((256, 130, 128), (256, 10**9, 256), (256, 10, 0), (4096, 64, 64)):
         assert training.longest(lambda n, limit=limit: n <= limit, most) == expected
 

@@ -1,4 +1,4 @@
-"""The bound on training with TRL's trainers is tight: small faults planted in our op are found, one by one."""
+"""The bound on training with TRL's trainers is tight: it finds every small fault that is planted in our op."""
 
 import functools
 
@@ -13,7 +13,7 @@ from fused_po.integrations.trl.scoring import Scoring
 
 
 class Times(torch.autograd.Function):
-    """The same tensor, its gradient times a factor."""
+    """The identity, with the gradient multiplied by a factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -31,7 +31,7 @@ def without_one(targets):
     return targets
 
 
-# The argument of `Scoring.apply` that a fault changes, and how.
+# For each fault the argument of `Scoring.apply` that it changes, and the change.
 FAULTS = {
     "sign of the hidden states' gradient": ("hidden", lambda x: Times.apply(x, -1)),
     "factor 1.001 of the hidden states' gradient": ("hidden", lambda x: Times.apply(x, 1.001)),
@@ -45,7 +45,7 @@ PLACES = ("hidden", "weight", "bias", "targets", "temperature")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """found(trainer): how to make it, its stock runs, its truth."""
+    """found(trainer): (make, stock runs, exact run)."""
 
     @functools.cache
     def once(trainer):

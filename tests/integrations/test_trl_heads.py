@@ -1,6 +1,7 @@
-"""CPO, ORPO, TPO, A2PO on models whose logits TRL's fused head does not make: served by measuring, or left to TRL.
+"""CPO, ORPO, TPO and A2PO on models whose logits TRL's fused head does not reproduce.
 
-TRL's head knows scales and softcaps by a few names. The stock trainers take the model's own logits.
+TRL's head knows scales and softcaps by a few names. The stock trainers use the model's own logits. The patch measures
+the scaling of the head, or leaves the model to TRL.
 """
 
 import warnings
@@ -33,7 +34,7 @@ MPT = dict(
     vocab_size=V, d_model=16, n_heads=2, n_layers=2, max_seq_len=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
 )
 RECURRENT = dict(num_hidden_layers=3, lru_width=16, attention_window_size=16, logits_soft_cap=0.7)
-# (family, its settings, whether it is served)
+# (family, its settings, whether the patch handles it)
 KINDS = {
     "Falcon-H1": ("FalconH1", BASE | MAMBA | dict(lm_head_multiplier=3.0), True),
     "HyperCLOVA X": ("HyperCLOVAX", BASE | dict(logits_scaling=4.0), True),
@@ -59,7 +60,7 @@ def trainer_of(make, kind, monkeypatch, tmp_path, **args):
 
 
 def assert_same_training(make):
-    """Metrics, gradients and weights of a stock and a patched run, to rounding: another head is far off."""
+    """Metrics, gradients and weights of a stock and a patched run agree up to rounding; a wrong head is far off."""
     stock = train(make(torch.float32))
     with patched():
         ours = train(make(torch.float32))
@@ -70,12 +71,12 @@ def assert_same_training(make):
 
 
 def warned(seen):
-    return [str(w.message) for w in seen if "keeps TRL's own logits" in str(w.message)]
+    return [str(w.message) for w in seen if "uses TRL's own logits" in str(w.message)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cpo(kind, monkeypatch, tmp_path):
-    """Losses, metrics, gradients and weights as the stock trainer's, which takes the model's logits."""
+    """Losses, metrics, gradients and weights equal those of the stock trainer, which uses the model's logits."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert_same_training(trainer_of(cpo, kind, monkeypatch, tmp_path))
@@ -92,7 +93,7 @@ def test_other_trainers(make, kind, monkeypatch, tmp_path):
 
 
 class Strange(transformers.LlamaForCausalLM):
-    """Its logits are neither scaled nor capped."""
+    """A model whose logits are neither scaled nor capped logits of the head."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -115,7 +116,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_head_that_is_changed_stays_with_trl(change, monkeypatch, tmp_path):
+def test_a_head_that_changes_stays_with_trl(change, monkeypatch, tmp_path):
     def changed(seed=1, **config):
         policy = model(seed, **config)
         if seed == 1:
@@ -130,7 +131,7 @@ def test_a_head_that_is_changed_stays_with_trl(change, monkeypatch, tmp_path):
 
 
 def test_a_setting_changed_between_steps(monkeypatch, tmp_path):
-    """A softcap that is another one from the third batch on: measured again."""
+    """A softcap that changes at the third batch is measured again."""
 
     def run():
         make = trainer_of(cpo, "Gemma 2", monkeypatch, tmp_path)
@@ -153,7 +154,7 @@ def test_a_setting_changed_between_steps(monkeypatch, tmp_path):
 
 
 def test_measured_once(monkeypatch, tmp_path):
-    """A training measures its model at the first step alone."""
+    """A training run measures its model only in the first step."""
     from fused_po.integrations import probe
 
     counts, measure = [], probe.measure

@@ -1,4 +1,4 @@
-"""No [N, V] under the patch: the tallest tensor whose last dimension is the vocabulary, in every trainer's step."""
+"""No [N, V] tensor under the patch: the most rows of a tensor [..., V] in a step of every trainer."""
 
 import types
 
@@ -16,12 +16,12 @@ from fused_po import Schedule
 from fused_po.integrations.trl import patched
 from fused_po.integrations.trl.experimental import scoring_base
 
-WIDE = 336  # a vocabulary that no other dimension is; whole vectors, so that a tile's rows have no padding
-ROWS = 4  # of a tile
+WIDE = 336  # differs from every other dimension; full vectors, so that a tile's rows have no padding
+ROWS = 4  # rows of a tile
 
 
 class Tallest(TorchDispatchMode):
-    """Most rows of a tensor [..., WIDE] made meanwhile, inside custom operators too; views (of the head) left out."""
+    """Records the most rows of a tensor [..., WIDE], inside custom operators too, without views (of the head)."""
 
     rows = 0
 
@@ -51,7 +51,7 @@ TRAINERS = [dpo, kto, sft, grpo, rloo, cpo, orpo, tpo, online_dpo, a2po]
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda f: f.__name__)
 def test_no_logits(trainer, tmp_path):
-    """Nothing taller than a tile. The stock trainer's, with all its logits, shows that the probe sees them."""
+    """No tensor has more rows than a tile. The stock trainer shows that the probe sees full logits."""
     make = trainer(tmp_path, **LIKE)
     with plain_head():
         assert tallest(make(torch.float32)) > 3 * ROWS
@@ -69,7 +69,7 @@ def test_no_logits_with_lora(trainer, tmp_path):
 
 @pytest.mark.parametrize("trainer", [dpo, cpo, orpo, tpo], ids=lambda f: f.__name__)
 def test_evaluation(trainer, tmp_path):
-    """The same losses and metrics from `evaluate`, and no logits for it."""
+    """`evaluate` gives the same losses and metrics without logits."""
     make = trainer(tmp_path, **LIKE)
 
     def evaluated(made) -> dict[str, float]:
@@ -92,29 +92,29 @@ def test_evaluation(trainer, tmp_path):
     assert_with_runs(lambda seed: evaluated(nudged(make, seed)), check)
 
 
-def test_who_wants_outputs_gets_logits(tmp_path):
-    """TPO's evaluation with metrics of one's own is over all logits: TRL's code makes them."""
+def test_evaluation_with_metrics_gets_logits(tmp_path):
+    """TPO's evaluation with the user's metrics needs all logits, which TRL's code computes."""
     made = tpo(tmp_path, **LIKE)(torch.float32)
     inputs = made._prepare_inputs(next(iter(made.get_train_dataloader())))
     with patched():
         loss, outputs = made.compute_loss(made.model, inputs, return_outputs=True)
         assert outputs.logits.shape == (*inputs["input_ids"].shape, WIDE)
         assert loss.item() == pytest.approx(made.compute_loss(made.model, inputs).item(), rel=1e-6)
-    assert "forward" not in vars(made.model)  # nothing is left on it
+    assert "forward" not in vars(made.model)  # nothing is left on the model
 
 
 def test_an_adapter_on_the_head_is_trained(tmp_path):
-    """CPO with LoRA on `lm_head` keeps TRL's logits and says so; the adapter learns."""
+    """CPO with LoRA on `lm_head` keeps TRL's logits and warns; the adapter is trained."""
     config = lora()
     config.target_modules = {"q_proj", "lm_head"}
     made = cpo(tmp_path, peft_config=config, max_steps=2)(torch.float32)
-    with patched(), pytest.warns(UserWarning, match="CPOTrainer keeps TRL's own logits: its LM head is Linear"):
+    with patched(), pytest.warns(UserWarning, match="CPOTrainer uses TRL's own logits: its LM head is Linear"):
         made.train()
     learnt = {n: p for n, p in made.model.named_parameters() if "lm_head.lora_B" in n}
     assert learnt and all(p.any() for p in learnt.values())
 
 
-# What keeps TRL's logits.
+# Cases that keep TRL's logits.
 
 
 def adapted(config):
@@ -139,7 +139,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("make, said", KEPT.values(), ids=KEPT)
-def test_what_keeps_its_logits(make, said):
+def test_models_that_keep_trls_logits(make, said):
     trainer = types.SimpleNamespace(accelerator=types.SimpleNamespace(unwrap_model=lambda m: m))
     base, reason = scoring_base(trainer, make())
     assert base is None and said in reason

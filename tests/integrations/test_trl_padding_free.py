@@ -1,4 +1,4 @@
-"""DPO without padding against TRL's padded one: losses, metrics, gradients, weights; what it runs; what it refuses."""
+"""DPO without padding against TRL's padded DPO: losses, metrics, gradients, weights, batches, refusals."""
 
 import random
 import types
@@ -37,18 +37,19 @@ from fused_po.integrations.trl.padding_free import base_of, check_arguments, end
 
 
 def uneven_pairs(count: int = 20) -> datasets.Dataset:
-    """Preferences of very different length: most of a padded batch is padding."""
+    """Preferences of very different lengths, so that most of a padded batch is padding."""
     draw = random.Random(0)
     text = lambda most: " ".join(draw.choice(WORDS) for _ in range(draw.choice([1, 2, most])))  # noqa: E731
     made = datasets.Dataset.from_list(
         [{"prompt": text(20), "chosen": " " + text(40), "rejected": " " + text(9)} for _ in range(count)]
     )
-    made._fingerprint = uuid.uuid4().hex  # TRL keeps reference log-probs by it, and would give them to the next trainer
+    # TRL caches reference log-probs by this name, and would give them to the next trainer
+    made._fingerprint = uuid.uuid4().hex
     return made
 
 
 def dpo(tmp_path, *, trainer=PaddingFreeDPOTrainer, policy=model, reference=model, collator=None, **args):
-    """make(dtype): a fresh trainer; `policy` and `reference` make models from a seed, reference may be None."""
+    """make(dtype), which builds a fresh trainer. `policy` and `reference` build models from a seed."""
     peft = {"peft_config": args.pop("peft_config")} if "peft_config" in args else {}
 
     def make(dtype=torch.float32):
@@ -57,7 +58,7 @@ def dpo(tmp_path, *, trainer=PaddingFreeDPOTrainer, policy=model, reference=mode
             given["ref_model"] = reference(2).to(dtype)
         config = trl.DPOConfig(output_dir=str(tmp_path), **ARGS | args)
         made = trainer(args=config, train_dataset=uneven_pairs(), **given)
-        made.model.to(dtype)  # its adapters
+        made.model.to(dtype)  # including its adapters
         return made
 
     return make
@@ -79,13 +80,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_five_steps(options, tmp_path):
-    """As TRL's trainer, padded."""
+    """Compared with TRL's padded trainer."""
     ours = assert_equal_training(dpo(tmp_path, trainer=trl.DPOTrainer, **options), dpo(tmp_path, **options))
     assert ours.metrics["rewards/margins"].abs().max() > 0
 
 
 class Seen:
-    """The shape of every batch that a model's decoder runs, and whether it had a mask."""
+    """Records the shape of every batch that a model's decoder runs, and whether it had a mask."""
 
     def __init__(self) -> None:
         self.shapes, self.masked = [], False
@@ -105,7 +106,7 @@ PROBE = [ROW, *((1, n) for n in packing.LENGTHS), ROW, ROW, ROW]  # whether sequ
 
 
 def batches(trainer) -> list[tuple[int, int]]:
-    """(tokens, padded tokens) of each batch that the trainer will compute a loss of, filled as it does."""
+    """(tokens, padded tokens) of each batch; the list fills as the trainer computes losses."""
     counts, compute = [], trainer._compute_loss
 
     def count(model, inputs, return_outputs):
@@ -120,8 +121,8 @@ COMPILED = dict(torch_compile=True, torch_compile_backend="eager")
 
 
 @pytest.mark.parametrize("options", [{}, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_tokens_alone_are_run(options, tmp_path):
-    """Policy and reference, in training and evaluation: one row of the tokens there are."""
+def test_only_real_tokens_are_run(options, tmp_path):
+    """Policy and reference run one row of the real tokens, in training and in evaluation."""
     policy, reference = Seen(), Seen()
     with patched():
         trainer = dpo(tmp_path, policy=policy.model, reference=reference.model, **options)()
@@ -134,7 +135,7 @@ def test_tokens_alone_are_run(options, tmp_path):
 
 
 def test_precomputed_reference(tmp_path):
-    """TRL's own method computes it, on the same forward."""
+    """TRL's own method computes the reference log-probs with our forward."""
     options, seen = dict(reference=None, precompute_ref_log_probs=True), Seen()
     stock = dpo(tmp_path, trainer=trl.DPOTrainer, **options)
     assert_equal_training(stock, dpo(tmp_path, policy=seen.model, **options))
@@ -143,7 +144,7 @@ def test_precomputed_reference(tmp_path):
 
 
 def test_compute_metrics_has_logits(tmp_path):
-    """As TRL gives them: padded, by a forward of their own."""
+    """compute_metrics gets padded logits from a separate forward, as in TRL."""
     given = []
     for trainer in (trl.DPOTrainer, PaddingFreeDPOTrainer):
         with patched():
@@ -153,8 +154,8 @@ def test_compute_metrics_has_logits(tmp_path):
     assert given[0].shape[-1] == V and torch.equal(*given)
 
 
-def test_models_are_left_as_they_were(tmp_path):
-    """Between steps they have TRL's forward, so copies and checkpoints know nothing of ours; after an error too."""
+def test_models_are_unchanged_between_steps(tmp_path):
+    """Between steps, and after an error, models have their own forward, so copies and checkpoints are unaffected."""
     with patched():
         trainer = dpo(tmp_path)()
         before = trainer.model.forward, trainer.ref_model.forward
@@ -166,13 +167,13 @@ def test_models_are_left_as_they_were(tmp_path):
         assert (trainer.model.forward, trainer.ref_model.forward) == before
 
 
-# The forward by itself.
+# The forward alone.
 
 FAMILIES = {
     "Llama": {},
     "Gemma3": dict(
         head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=3.0
-    ),  # a layer of windows, one without
+    ),  # one layer with a window, one without
     "GPT2": dict(n_embd=16, n_head=2, n_layer=2),
     "Qwen3Moe": dict(
         head_dim=8,
@@ -207,7 +208,7 @@ def causal_lm(family: str, dtype: torch.dtype = torch.float32, **config):
 
 
 def statistics(family: str, batch: dict, dtype: torch.dtype = torch.float32, around=lambda base, forward: forward):
-    """(statistics, gradients) by name, of a loss in which log-probs and entropies are weighed unevenly."""
+    """(statistics, gradients) by name, for a loss that weights log-probs and entropies unevenly."""
     made = causal_lm(family, dtype, **FAMILIES[family])
     out = around(made, made.forward)(**batch, fused_lm_head=True)
     weigh = torch.linspace(0.5, 1.5, out.log_probs.numel(), dtype=dtype).view_as(out.log_probs)
@@ -218,11 +219,11 @@ def statistics(family: str, batch: dict, dtype: torch.dtype = torch.float32, aro
 
 
 def full_batch(side: str) -> dict[str, torch.Tensor]:
-    """Sequences of several lengths, all their tokens labelled, padded on a side."""
+    """Sequences of several lengths, all tokens labelled, padded on one side."""
     mask = torch.arange(12) < torch.tensor([5, 1, 12, 7, 2])[:, None]
     mask = mask if side == "right" else mask.flip(1)
     ids = torch.randint(len(SPECIAL), V, mask.shape) * mask
-    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]  # else the padded run scores a first token from padding
+    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]  # otherwise the padded run scores a first token from padding
     labels = ids.masked_fill(~(mask if side == "right" else mask & before), -100)
     return dict(input_ids=ids, attention_mask=mask.long(), labels=labels)
 
@@ -230,9 +231,9 @@ def full_batch(side: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_forward(family, side, seed):
-    """All statistics of all tokens, no label of a first token scored from the sequence before; gradients."""
+    """All statistics and gradients. No first token is scored from the previous sequence."""
     if (family, side) == ("GPT2", "left"):
-        pytest.skip("TRL's batches, and so its positions, begin at the left")
+        pytest.skip("GPT-2 has learned positions, which start at 0 in TRL's batches")
     draws = []
     for batch in [full_batch(side) for _ in range(RUNS)]:
         stock = statistics(family, batch)
@@ -254,7 +255,7 @@ def test_the_forward(family, side, seed):
         assert_equal_runs([(stock, exact) for stock, _, exact in draws], ours, truth)
 
 
-# What is refused.
+# Refusals.
 
 MAMBA = dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, head_dim=8)
 MIXING = {
@@ -274,7 +275,7 @@ def test_models_that_mix_sequences(made):
     AttentionMaskInterface.register("unmasked", causal)
     mixing = made().train()
     row = torch.ones(2, 3, dtype=torch.long)
-    message = rf"{type(mixing).__name__} with attn_implementation=.* one row apart by position_ids; .*trl\.DPOTrainer"
+    message = rf"{type(mixing).__name__} with attn_implementation=.* one row by position_ids; .*trl\.DPOTrainer"
     with patched(), pytest.raises(ValueError, match=message):
         end_to_end(mixing, mixing.forward)(input_ids=row, attention_mask=row, labels=row, fused_lm_head=True)
     assert all(module.training for module in mixing.modules())
@@ -292,9 +293,9 @@ def test_configurations(tmp_path):
     )
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration, an encoder-decoder.*trl\.DPOTrainer"):
         base_of(t5())
-    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, which takes more than text.*trl\.DPOTrainer"):
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, a multimodal model.*trl\.DPOTrainer"):
         base_of(transformers.LlavaForConditionalGeneration(llava))
-    with pytest.raises(ValueError, match=r"peft_config: prompt learning .*take LoRA"):
+    with pytest.raises(ValueError, match=r"peft_config: prompt learning .*use LoRA"):
         base_of(get_peft_model(model(), prompt))
     with patched():
         with pytest.raises(ValueError, match="peft_config: prompt learning"):
@@ -302,7 +303,7 @@ def test_configurations(tmp_path):
         with pytest.raises(ValueError, match=r"pad_to_multiple_of: got 8.*leave it None"):
             dpo(tmp_path, pad_to_multiple_of=8)()
         for name in ("cp_size", "sp_size"):
-            with pytest.raises(ValueError, match=f"{name}: got 2, which cuts the padded batch"):
+            with pytest.raises(ValueError, match=f"{name}: got 2, which shards the padded batch"):
                 args = trl.DPOConfig(output_dir=str(tmp_path), **ARGS)
                 args.parallelism_config = types.SimpleNamespace(**{name: 2})
                 check_arguments(args)
@@ -315,12 +316,15 @@ def test_a_batch_of_more_than_tokens(tmp_path):
         batch = pad(examples)
         return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
 
-    with patched(), pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids beside input_ids"):
+    with (
+        patched(),
+        pytest.raises(ValueError, match=r"data_collator: its batches have token_type_ids, expected only input_ids"),
+    ):
         dpo(tmp_path, collator=collator)().train()
 
 
 def test_without_a_patch(tmp_path):
-    with pytest.raises(RuntimeError, match=r"PaddingFreeDPOTrainer .*call fused_po\.integrations\.trl\.patch\(\)"):
+    with pytest.raises(RuntimeError, match=r"PaddingFreeDPOTrainer: .*call fused_po\.integrations\.trl\.patch\(\)"):
         PaddingFreeDPOTrainer("it is not even looked for")
     with patched():
         trainer = dpo(tmp_path)()

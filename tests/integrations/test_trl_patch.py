@@ -1,4 +1,4 @@
-"""The patch itself: what it changes and gives back, the versions it takes, what it scores, what it leaves to TRL."""
+"""The patch: what it changes and restores, the versions it accepts, what it scores, and what it leaves to TRL."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def names():
-    """All that a patch may change."""
+    """Everything that a patch may change."""
     owners = utils, _BaseTrainer, CPOTrainer
     return {(owner.__name__, name): value for owner in owners for name, value in vars(owner).items()}
 
@@ -40,7 +40,7 @@ def restored():
     assert names() == before
 
 
-def test_patch_and_back():
+def test_patch_and_restore():
     before = names()
     patch()
     changed = {name for name in names() if names()[name] is not before.get(name)}
@@ -73,7 +73,7 @@ def fused(batch=3, length=7, **head):
 
 
 def test_the_schedule_reaches_the_head(seed):
-    """Without a budget the backward projects once more."""
+    """With a budget of 0 the backward projects once more."""
     made, ids, labels = fused()
 
     def flops():
@@ -91,7 +91,7 @@ def test_the_schedule_reaches_the_head(seed):
         patch({})
 
 
-# What TRL's head may be asked for: the model, its settings, the scaling they mean, and how labels are given.
+# Inputs of TRL's head: the model, its settings, the scaling they mean, and the form of the labels.
 
 TINY = dict(
     vocab_size=V,
@@ -136,7 +136,7 @@ CASES = {
 
 
 def causal_lm(case: Case):
-    """A tiny model, its weights drawn in fp32."""
+    """A tiny model with weights drawn in fp32."""
     torch.manual_seed(4)
     config = getattr(transformers, f"{case.family}Config")(**TINY | case.config)
     made = getattr(transformers, f"{case.family}ForCausalLM")(config)
@@ -147,7 +147,7 @@ def causal_lm(case: Case):
 
 
 def scored(case: Case, ids, labels):
-    """(statistics by name, gradients by name, the hidden states they came from, the head)."""
+    """(statistics by name, gradients by name, the hidden states, the head)."""
     made, hidden = causal_lm(case), []
 
     def cut(module, args, out):
@@ -162,7 +162,7 @@ def scored(case: Case, ids, labels):
 
 
 def gradients(values: dict, hidden, head) -> dict:
-    """Of a loss in which log-probs and entropies are weighed unevenly."""
+    """The gradients of a loss that weights log-probs and entropies unevenly."""
     n = values["log_probs"].numel()
     weigh = torch.linspace(0.5, 1.5, n, dtype=values["log_probs"].dtype).view(values["log_probs"].shape)
     parts = {"hidden": hidden, **{n: p for n, p in head.named_parameters() if p.requires_grad}}
@@ -171,7 +171,7 @@ def gradients(values: dict, hidden, head) -> dict:
 
 
 def exactly(case: Case, hidden, head, labels):
-    """The same in float64 from all logits."""
+    """The statistics and gradients in float64, from all logits."""
     hidden = hidden.detach().double().requires_grad_()
     head = copy.deepcopy(head).double()
     rows, labels = (hidden, labels) if case.labels == "shift_labels" else (hidden[:, :-1], labels[:, 1:])
@@ -191,8 +191,8 @@ def exactly(case: Case, hidden, head, labels):
     return values, gradients(values, hidden, head)
 
 
-def bias_in_the_product(hidden, head, labels):
-    """Plain PyTorch's gradient of a bias that is a column of the head, and so, like ours, a sum that a GEMM makes."""
+def gradient_of_bias_by_gemm(hidden, head, labels):
+    """Plain PyTorch's gradient of a bias that is a column of the head, so that a GEMM sums it, as in our op."""
     ones = hidden.new_ones(*hidden.shape[:-1], 1)
     wide = torch.nn.Linear(hidden.shape[-1] + 1, V, bias=False)
     wide.weight = torch.nn.Parameter(torch.cat([head.weight, head.bias[:, None]], 1).detach())
@@ -204,8 +204,8 @@ def bias_in_the_product(hidden, head, labels):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_seam(case, seed):
-    """All five outputs and the gradients, no further from float64 than twice TRL's own."""
+def test_outputs_and_gradients_of_the_patched_head(case, seed):
+    """The errors of all five outputs and the gradients are at most twice TRL's own."""
     runs = []
     drawn = torch.randint(4, V, (RUNS, 6, 30)), torch.rand(RUNS, 6, 30) < case.ignored  # `causal_lm` sets the seed
     for ids, ignored in zip(*drawn):
@@ -222,7 +222,8 @@ def test_the_seam(case, seed):
                 others = [(theirs[kind][name], truth[kind][name]) for _, theirs, truth, _ in runs]
                 if name == "bias":
                     others += [
-                        (bias_in_the_product(*theirs[2:], labels), truth[1][name]) for _, theirs, truth, labels in runs
+                        (gradient_of_bias_by_gemm(*theirs[2:], labels), truth[1][name])
+                        for _, theirs, truth, labels in runs
                     ]
                 assert_close(name, ours[kind][name], exact[kind][name], others)
 
@@ -233,8 +234,8 @@ def test_an_unknown_output_is_an_error():
         made(ids, labels=labels, fused_lm_head=True)
 
 
-def test_a_low_precision_pass_over_wide_weights(seed):
-    """Hidden states below the head's precision are multiplied in their own, as TRL does."""
+def test_low_precision_hidden_states_with_a_wider_head(seed):
+    """Hidden states of a lower precision than the head are multiplied in their own dtype, as in TRL."""
     hidden, weight = torch.randn(512, 16).bfloat16(), torch.randn(V, 16)
     targets = torch.randint(0, V, (512,))
     with patched():
@@ -246,7 +247,7 @@ def test_a_low_precision_pass_over_wide_weights(seed):
 
 def test_other_devices_stay_with_trl():
     trainer = types.SimpleNamespace(accelerator=types.SimpleNamespace(unwrap_model=lambda m: m))
-    assert scoring_base(trainer, model().to("meta")) == (None, "the head is on meta, served are cpu and cuda")
+    assert scoring_base(trainer, model().to("meta")) == (None, "the head is on meta, supported are cpu and cuda")
     with patched():
         assert utils._use_triton(torch.device("cpu")) and not utils._use_triton(torch.device("meta"))
         assert not utils._supports_trl_loss_kernel(torch.randn(2, V, device="meta"))
@@ -262,7 +263,7 @@ def test_zero_3_stays_with_trl(seed):
     assert all(torch.equal(a, b) for a, b in zip(ours, stock))
 
 
-# Logits that exist.
+# Functions of logits.
 
 
 def test_materialised_logits(seed):
@@ -282,7 +283,7 @@ def test_materialised_logits(seed):
     for name, *values in zip(("log_probs", "entropy"), ours, exact, theirs):
         assert_close(name, values[0], values[1], [(values[2], values[1])])
     assert torch.equal(alone, ours[0]) and not utils.selective_log_softmax(logits, index).equal(alone)
-    assert top.shape == (3, 40, 2)  # more than one token a row: TRL's own
+    assert top.shape == (3, 40, 2)  # more than one token per row: TRL's own code
     entropy = -(logits.double().log_softmax(-1).exp() * logits.double().log_softmax(-1)).sum(-1)
     plain = logits.log_softmax(-1)
     assert_close("entropy", unmasked, entropy, [(-(plain.exp() * plain).sum(-1), entropy)])
@@ -306,7 +307,7 @@ def test_versions(version, tried, monkeypatch):
 
 
 @pytest.mark.parametrize("owner, name", [(utils, "_ChunkedLogProbFunction"), (CPOTrainer, "concatenated_forward")])
-def test_a_missing_place_is_an_error_and_changes_nothing(owner, name, monkeypatch):
+def test_a_missing_function_is_an_error_and_changes_nothing(owner, name, monkeypatch):
     with monkeypatch.context() as lacking:
         lacking.delattr(owner, name)
         before = names()
@@ -355,10 +356,10 @@ def test_trainers_imported_before_and_after(tmp_path):
     assert python(ORDER, tmp_path, HERE).split() == ["True", "True", "True", "True", "False", "False"]
 
 
-# What the trainers that work with logits are given.
+# The stand-in for logits in trainers that work with logits.
 
 
-def test_scored_logits_answer_or_refuse():
+def test_scored_logits_answer_or_raise():
     labels = torch.tensor([[4, -100, 6, 0]])
     rows = {"labels": labels, "log_probs": torch.tensor([[-1.0, 0.0, -3.0, -4.0]], requires_grad=True)}
     rows |= {"is_top1": torch.tensor([[True, False, False, True]]), "mean_logits": torch.arange(4.0)[None]}
@@ -366,7 +367,7 @@ def test_scored_logits_answer_or_refuse():
     assert logits.shape == (1, 4, V) and logits[:, 1:-1, :].shape == (1, 2, V) == logits[..., 1:3, :].shape
     assert logits[torch.tensor([[True, False, False, True]])].shape == (2, V)
     assert logits.view(-1, V).shape == (4, V) and [part.shape for part in logits.chunk(2, 1)] == [(1, 2, V)] * 2
-    # the label's; nothing where it was not scored; nothing for TRL's stand-in token 0; NaN for another token's
+    # the label's log-prob; 0 where it was not scored; 0 for TRL's placeholder token 0; NaN for any other token
     assert logits.log_probs(torch.tensor([[4, 7, 0, 5]])).nan_to_num(9).tolist() == [[-1.0, 0.0, 0.0, 9.0]]
     target = torch.tensor([4, -100, 6, -100])
     assert torch.nn.functional.cross_entropy(logits.view(-1, V), target).item() == 2

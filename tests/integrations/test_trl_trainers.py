@@ -66,7 +66,7 @@ def test_a2po(tmp_path):
 
 @pytest.mark.parametrize("trainer", [dpo, sft, grpo, rloo, cpo, orpo, tpo, online_dpo], ids=lambda f: f.__name__)
 def test_lora(trainer, tmp_path):
-    """The head frozen; the reference is the model without its adapters."""
+    """The head is frozen; the reference is the model without its adapters."""
     assert_equal_training(trainer(tmp_path, peft_config=lora(), learning_rate=0.5))
 
 

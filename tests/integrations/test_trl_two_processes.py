@@ -1,4 +1,4 @@
-"""The trainers on two processes with gloo, started by torchrun and by accelerate: DDP's hooks fire."""
+"""TRL's trainers on two processes with gloo and DDP, started by torchrun and by accelerate."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from repository import ROOT, SUPPORT
 
 TRAINERS = ("dpo", "sft", "grpo", "cpo", "orpo", "tpo", "online_dpo", "padding_free")
 ADAPTED = ("dpo_lora", "cpo_lora", "padding_free_lora")
-# accelerate's --cpu starts several processes through MPI alone. Its other launcher does not ask where they will run.
+# With --cpu accelerate starts several processes only through MPI. Its other launcher works on any device.
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0"
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",

@@ -1,4 +1,4 @@
-"""Liger's and OpenRLHF's names take the arguments that those take: what a loss does not read warns once."""
+"""Functions named as Liger's and OpenRLHF's take their arguments; an argument that a loss does not read warns once."""
 
 import inspect
 import pickle
@@ -23,12 +23,12 @@ def fresh():
 
 
 def collected(function):
-    """(result, the arguments that were warned of)."""
+    """(result, the arguments named in warnings)."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         result = function()
-    texts = [str(w.message) for w in seen if "changes nothing; it is read by" in str(w.message)]
-    return result, sorted(text.split(": ")[1].split(" is given")[0] for text in texts)
+    texts = [str(w.message) for w in seen if "has no effect here, it is used only with" in str(w.message)]
+    return result, sorted(text.split(": ")[1].split(" has no effect")[0] for text in texts)
 
 
 def grpo_batch():
@@ -59,8 +59,8 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("loss_type", liger_grpo.LOSSES)
-def test_grpo_as_swift_calls_it(loss_type, seed):
-    """All settings, whatever the loss_type; the numbers are those of the settings it reads."""
+def test_grpo_called_as_by_swift(loss_type, seed):
+    """All settings for any loss_type; the result depends only on the settings that the loss reads."""
     how = dict(beta=0.04, epsilon_low=0.1, epsilon_high=0.3, delta=2.0, temperature=0.9, max_completion_length=77)
     module, warned = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, use_ref_model=True, **how))
     assert warned == UNREAD[loss_type]
@@ -71,14 +71,14 @@ def test_grpo_as_swift_calls_it(loss_type, seed):
         results.append((loss, *aux, *torch.autograd.grad(loss, batch["_input"])))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     _, warned = collected(lambda: liger.LigerFusedLinearGRPOLoss(loss_type=loss_type, **how))
-    assert not warned, "once a process"
+    assert not warned, "a warning is given once per process"
 
 
 @pytest.mark.parametrize("loss_type", liger_grpo.LOSSES)
 def test_grpo_num_items_in_batch(loss_type, seed):
     batch, module = grpo_batch(), liger.LigerFusedLinearGRPOLoss(beta=0.0, loss_type=loss_type, max_completion_length=9)
     (with_count, _), warned = collected(lambda: module(**batch, num_items_in_batch=torch.tensor(60)))
-    read = loss_type in liger_grpo.OF_STEP
+    read = loss_type in liger_grpo.STEP_MEANS
     assert warned == ([] if read else ["num_items_in_batch"])
     assert torch.equal(with_count, module(**batch)[0]) != read
 
@@ -118,13 +118,13 @@ ORDERS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_ligers_order(name):
-    """As in Liger 0.8.5, by place too."""
+    """The order of arguments is that of Liger 0.8.5, also for positional calls."""
     cls, ours = getattr(liger, f"LigerFusedLinear{name}Loss"), getattr(modules, f"FusedLinear{name}Loss")
     found = inspect.signature(cls).parameters
     assert " ".join(found) == ORDERS[name]
     defaults = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
     assert {n: p.default for n, p in found.items()} == defaults | {"compiled": None, "chunk_size": None}
-    with pytest.warns(UserWarning, match="compiled=False says how"):
+    with pytest.warns(UserWarning, match="compiled=False has no effect"):
         place = list(found).index("compiled")
         module = cls(*[p.default for p in list(found.values())[:place]], False)
     assert type(pickle.loads(pickle.dumps(module))) is cls
@@ -150,14 +150,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize("call, error, match", WRONG, ids=[w[2] for w in WRONG])
-def test_what_is_read_is_checked(call, error, match):
+def test_arguments_that_are_read_are_checked(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
 
 @pytest.mark.parametrize("loss_type", ("cispo", "sapo"))
 def test_ratios_of_sequences(loss_type, seed):
-    """Liger refuses them; ours is TRL's formula: every token of an answer has its geometric mean ratio."""
+    """Liger refuses ratios of sequences. Ours follow TRL: all tokens of an answer have its geometric mean ratio."""
     batch = grpo_batch()
     module = liger.LigerFusedLinearGRPOLoss(0.0, loss_type=loss_type, importance_sampling_level="sequence")
     got = module(**batch)[0]
@@ -171,7 +171,7 @@ def test_ratios_of_sequences(loss_type, seed):
     else:
         temperature = torch.where(gain > 0, 1.0, 1.05)
         tokens = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * gain
-    # cispo is a mean over the step's tokens, sapo one over answers of means over tokens
+    # cispo is a mean over the step's tokens; sapo is a mean over answers of means over tokens
     tokens = torch.where(mask, tokens, 0)
     means = {"cispo": tokens.sum() / mask.sum(), "sapo": (tokens.sum(-1) / mask.sum(-1)).mean()}
     torch.testing.assert_close(got.double(), means[loss_type], rtol=1e-5, atol=1e-6)
@@ -187,7 +187,7 @@ POLICY = [
 
 @pytest.mark.parametrize("how", POLICY, ids=lambda how: "-".join(how))
 def test_policy_loss(how, seed):
-    """A correction that is off, or gspo's, reads neither mode, gating nor threshold."""
+    """A correction that is off, and that of gspo, read neither mode nor gating nor threshold."""
     module, warned = collected(lambda: openrlhf.PolicyLoss(**how))
     assert warned == sorted(set(how) - {"policy_loss_type", "is_correction_level"})
     strict = modules.PolicyLoss(**{n: v for n, v in how.items() if n not in warned})
@@ -198,8 +198,8 @@ def test_policy_loss(how, seed):
 
 @pytest.mark.parametrize("token_level", (True, False))
 @pytest.mark.parametrize("name", ("PolicyLoss", "SFTLoss", "ValueLoss"))
-def test_counts_that_are_not_divided_by(name, token_level, seed):
-    """As there: without its own count a loss takes the batch's, and the other count and dp_size change nothing."""
+def test_unused_counts(name, token_level, seed):
+    """As in OpenRLHF: without its count a loss uses that of the batch; the other count and dp_size change nothing."""
     module = getattr(openrlhf, name)(token_level_loss=token_level)
     values = torch.rand(2, B, T) - 1
     args = (values[0], torch.ones(B, T)) if name == "SFTLoss" else (*values, torch.randn(B, T), torch.ones(B, T))
@@ -230,7 +230,7 @@ def test_the_other_losses(seed):
 
 
 def test_modules_stay_strict():
-    """Under our own names what nothing reads is an error."""
+    """In fused_po.modules an argument that nothing reads is an error."""
     with pytest.raises(ValueError, match="max_completion_length: got 3"):
         modules.FusedLinearGRPOLoss(max_completion_length=3)
     with pytest.raises(ValueError, match=r"label_smoothing: got 0\.1"):

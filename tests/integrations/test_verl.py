@@ -1,4 +1,4 @@
-"""fused_po.integrations.verl in the real verl: `make integrations`. Its kernels that need CUDA against float64."""
+"""fused_po.integrations.verl in the installed verl: `make integrations`. Its CUDA kernels are replaced by float64."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def inputs(dtype=torch.float32):
 
 
 def truth(hidden, weight, labels, temperature):
-    """float64 log-probs and entropies, and the gradients of a sum of both with respect to hidden and weight."""
+    """float64 log-probs and entropies, and the gradients of their sum in hidden and weight."""
     leaves = [v.detach().double().requires_grad_() for v in (hidden, weight)]
     log_p = (leaves[0] @ leaves[1].T / temperature).log_softmax(-1)
     logps = log_p.gather(-1, labels[..., None]).squeeze(-1)
@@ -42,7 +42,7 @@ def FACTOR(values):
     return torch.linspace(-1, 2, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
 
 
-def test_install_reaches_who_imported_before_and_after(installed):
+def test_install_replaces_earlier_and_later_imports(installed):
     import verl.workers.engine.utils  # noqa: F401
     from verl.models.transformers import dense_common
     from verl.utils.torch_functional import logprobs_from_logits
@@ -69,7 +69,7 @@ def test_logprobs_from_logits(seed):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_fused_linear_for_ppo(temperature, seed):
-    """verl's torch backend runs here; ours with chunks of its own, and like verl's."""
+    """Compared with verl's torch backend, with chunks of our own and with verl's."""
     (hidden, weight), labels = inputs()
     exact = truth(hidden, weight, labels, temperature)
     theirs = experimental.FusedLinearForPPO(chunk_size=4)(hidden, weight, labels, temperature)
@@ -86,7 +86,7 @@ def test_fused_linear_for_ppo(temperature, seed):
 
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
 def test_linear_cross_entropy(reduction, seed):
-    """verl's is CUDA only: against float64."""
+    """verl's own function needs CUDA, so ours is compared with float64."""
     (hidden, weight), labels = inputs()
     logps, entropy, _ = truth(hidden, weight, labels, 0.7)
     expected = logps.flatten() if reduction == "none" else getattr(logps, reduction)()
@@ -96,7 +96,7 @@ def test_linear_cross_entropy(reduction, seed):
 
 
 def test_a_models_forward_uses_ours(installed, seed, monkeypatch):
-    """verl's own forward of a dense model, its two fused backends, over our functions."""
+    """verl's forward of a dense model with its two fused backends, which call our functions."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from verl.models.transformers import dense_common
 
@@ -118,7 +118,7 @@ def test_a_models_forward_uses_ours(installed, seed, monkeypatch):
 @pytest.mark.parametrize("weighed", (False, True))
 @pytest.mark.parametrize("name, verls", [("ppo", "vanilla"), ("gspo", "gspo"), ("cispo", "cispo"), ("sapo", "sapo")])
 def test_policy_losses_are_verls(name, verls, weighed, agg, installed, seed):
-    agg = "seq-mean-token-mean" if name == "sapo" else agg  # verl's SAPO knows no other
+    agg = "seq-mean-token-mean" if name == "sapo" else agg  # verl's SAPO has no other mode
     logps = (-torch.rand(N, T)).requires_grad_()
     old, advantages = logps.detach() + 0.3 * torch.randn(N, T), torch.randn(N, T)
     mask = torch.arange(T) < torch.tensor([[7], [3], [5]])
@@ -139,11 +139,11 @@ def test_policy_losses_are_verls(name, verls, weighed, agg, installed, seed):
         results.append((loss, torch.autograd.grad(loss, logps)[0], metrics))
     torch.testing.assert_close(results[0][:2], results[1][:2])
     for metric in results[0][2]:
-        if (name, metric) not in {("cispo", "actor/pg_clipfrac")}:  # verl's counts what is clipped on either side
+        if (name, metric) not in {("cispo", "actor/pg_clipfrac")}:  # verl counts tokens clipped on either side
             assert results[0][2][metric] == pytest.approx(results[1][2][metric], abs=1e-6), metric
 
 
-def test_the_losses_that_verl_has_not(installed, seed):
+def test_losses_that_verl_does_not_have(installed, seed):
     logps = (-torch.rand(N, T)).requires_grad_()
     old, advantages, mask = logps.detach() + 0.1, torch.randn(N, 1).expand(N, T), torch.ones(N, T, dtype=torch.bool)
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)

@@ -23,7 +23,7 @@ KERNELS = {"gradient_kernel", "one_read_kernel", "scale_kernel", "statistics_ker
 def test_every_kernel_compiles_for_every_architecture_without_spills():
     rows = nvcc.figures()
     if isinstance(rows, str):
-        pytest.skip(f"needs nvcc and what it needs: {rows}")
+        pytest.skip(f"needs nvcc: {rows}")
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90a", "sm_100"}
     assert [row for row in rows if row["spills"]] == []
     per_arch = {(row["kernel"], row["dtype"]) for row in rows}
@@ -105,7 +105,8 @@ def test_a_missing_toolkit_is_an_error_by_name_and_the_default_uses_triton(tools
     assert library.architectures() == ("9.0a",)
     assert backends.resolve(None, gpu, torch.bfloat16) == "triton"
     with pytest.raises(
-        ValueError, match=r"backend: 'cuda' cannot serve this machine: no nvcc on PATH.*backend=None takes one that can"
+        ValueError,
+        match=r"backend: 'cuda' cannot run on this machine: no nvcc on PATH.*backend=None selects one that can",
     ):
         backends.resolve("cuda", gpu, torch.bfloat16)
     said = fused_po.backends(gpu)
@@ -174,7 +175,7 @@ def linkable(tmp_path):
     """The environment of a build. Empty libraries replace the two that torch without CUDA lacks for linking."""
     reason = library.cannot_build(("9.0a",))
     if reason is not None:
-        pytest.skip(f"needs nvcc and what it needs: {reason}")
+        pytest.skip(f"needs nvcc: {reason}")
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU: with one the backend's own tests build it")
     folder = tmp_path / "stand_ins"

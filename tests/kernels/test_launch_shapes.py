@@ -103,7 +103,7 @@ def test_proposed_shapes(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_without_a_gpu_it_is_an_error(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--json", tmp_path / "shapes.json"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 1
@@ -135,7 +135,7 @@ def test_a_dry_run_is_not_made_quick():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 @pytest.mark.parametrize("words, interpreted", [((), "1"), (("--suite", "tiny"), "0")])
-def test_only_a_dry_run_goes_without_a_gpu(words, interpreted):
+def test_only_a_dry_run_works_without_a_gpu(words, interpreted):
     command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--device", "cpu", *words]
     environ = os.environ | {"TRITON_INTERPRET": interpreted}
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)

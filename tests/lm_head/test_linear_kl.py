@@ -119,7 +119,7 @@ def test_equal_heads_give_exactly_zero(how, backend, seed, poison):
 
 @pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
 @pytest.mark.parametrize("share", (0.0, 0.4, 1.0))
-def test_rows_dropped_or_not_give_the_same(share, frozen, seed):
+def test_dropping_rows_does_not_change_results(share, frozen, seed):
     """compact=False computes ignored rows too; num_scored drops them without a sync; a mask works like labels."""
     policy, reference, labels = heads(torch.float64)
     scored = int((labels != IGNORE).sum())

@@ -87,7 +87,7 @@ def test_a_non_negative_estimate_in_the_reward_has_no_first_order_gradient(kind,
 
 
 @pytest.mark.filterwarnings("ignore:fused_po. k1 as a loss")
-def test_k1_as_a_loss_lowers_what_was_drawn(one):
+def test_k1_as_a_loss_lowers_the_sampled_token(one):
     """The gradient is 1[y] - p for any reference. For draws of another policy the mean step moves away from it."""
     theta, log_p, log_q = one
     p = log_p.exp().detach()

@@ -232,7 +232,7 @@ BAD = [
     (lambda: losses.kl_loss(tokens(), tokens()[:, :2]), r"ref_logps: got shape \(2, 2\), expected \(2, 3\)"),
     (lambda: losses.kl_loss(tokens(), tokens(), "k4"), "estimator: got 'k4', allowed are 'k1'"),
     (lambda: losses.kl_loss(tokens(), tokens(), "low_var"), "did you mean 'low_var_kl'"),
-    (lambda: losses.kl_loss(tokens(), tokens(), "full"), "estimator: got 'full', the exact KL"),
+    (lambda: losses.kl_loss(tokens(), tokens(), "full"), "estimator: got 'full', but the exact KL"),
     (lambda: losses.kl_loss(tokens(), tokens(), clamp=0.0), "clamp: got 0.0, allowed are finite numbers > 0"),
     (lambda: losses.kl_loss(tokens(), tokens(), old_logps=tokens()[0]), r"old_logps: got shape \(3,\)"),
     (lambda: losses.kl_in_reward(torch.ones(3), tokens(), tokens(), tokens(), beta=0.1), r"rewards: got shape \(3,\)"),

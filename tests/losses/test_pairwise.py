@@ -142,7 +142,7 @@ def test_sigmoid_reads_label_smoothing(seed):
     assert (smoothed - losses.dpo(*four)).abs().min() > 1e-4
     for name in ("hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"):
         lengths = torch.ones(B), torch.ones(B)
-        with pytest.raises(ValueError, match=r"label_smoothing: got 0.2, but of .* none takes it"):
+        with pytest.raises(ValueError, match=r"label_smoothing: got 0.2, used only with loss_type .*; leave it"):
             losses.preference_loss(
                 *four, loss_type=name, label_smoothing=0.2, chosen_length=lengths[0], rejected_length=lengths[1]
             )
@@ -204,7 +204,7 @@ BAD = [
     (lambda: losses.dpo(*pairs()[:3], torch.randn(B + 1)), r"ref_rejected: got shape \(5,\), expected \(4,\)"),
     (lambda: losses.dpo(1.0, *pairs()[:3]), "chosen: got float, expected a torch.Tensor"),
     (lambda: losses.dpo(*pairs(), beta=0.0), "beta: got 0.0, allowed are finite numbers > 0"),
-    (lambda: losses.dpo(*pairs(), beta=-torch.ones(B)), "beta: holds -1.0, allowed are finite numbers > 0"),
+    (lambda: losses.dpo(*pairs(), beta=-torch.ones(B)), "beta: got a tensor with -1.0, allowed are finite numbers > 0"),
     (lambda: losses.dpo(*pairs(), beta=torch.ones(B + 1)), r"beta: got shape \(5,\)"),
     (lambda: losses.dpo(*pairs(), label_smoothing=0.5), "label_smoothing: got 0.5, allowed are 0 <= label"),
     (lambda: losses.dpo(*pairs(), margin=math.nan), "margin: got nan"),
@@ -214,18 +214,18 @@ BAD = [
     (lambda: losses.ipo(*pairs(), chosen_length=torch.ones(3), rejected_length=torch.ones(B)), "chosen_length: got"),
     (lambda: losses.preference_loss(*pairs(), loss_type="sigmod"), "loss_type: got 'sigmod'.*did you mean 'sigmoid'"),
     (lambda: losses.preference_loss(*pairs(), loss_type=[]), "loss_type: got an empty list"),
-    (lambda: losses.preference_loss(*pairs(), loss_weights=[1, 2]), "loss_weights: got 2, expected 1"),
+    (lambda: losses.preference_loss(*pairs(), loss_weights=[1, 2]), "loss_weights: got length 2, expected 1"),
     (lambda: losses.preference_loss(*pairs(), f_divergence="kl"), "f_divergence: got 'kl'"),
-    (lambda: losses.preference_loss(*pairs(), f_alpha=0.3), 'f_alpha: got 0.3, which only f_divergence="alpha'),
-    (lambda: losses.preference_loss(*pairs(), discopop_tau=0.3), "discopop_tau: got 0.3, which only"),
+    (lambda: losses.preference_loss(*pairs(), f_alpha=0.3), 'f_alpha: got 0.3, used only with f_divergence="alpha'),
+    (lambda: losses.preference_loss(*pairs(), discopop_tau=0.3), "discopop_tau: got 0.3, used only with"),
     (lambda: losses.cpo(*pairs()[:2], loss_type="hinge", label_smoothing=0.1), "label_smoothing: got 0.1"),
-    (lambda: losses.cpo(*pairs()[:2], simpo_gamma=0.3), "simpo_gamma: got 0.3, which only"),
+    (lambda: losses.cpo(*pairs()[:2], simpo_gamma=0.3), "simpo_gamma: got 0.3, used only with"),
     (lambda: losses.cpo(*pairs()[:2], loss_type="alphapo"), "alpha: got 0"),
-    (lambda: losses.tpo(*pairs()[:2], gamma=0.3), "gamma: got 0.3, which only"),
-    (lambda: losses.tpo(*pairs()[:2], alpha=0.3), "alpha: got 0.3, which only gold's likelihood reads"),
+    (lambda: losses.tpo(*pairs()[:2], gamma=0.3), "gamma: got 0.3, used only with"),
+    (lambda: losses.tpo(*pairs()[:2], alpha=0.3), "alpha: got 0.3, used only with gold"),
     (lambda: losses.simpo(*pairs()[:2], gamma=-1.0), "gamma: got -1.0"),
     (lambda: losses.orpo(*pairs()[:2], beta=0.0), "beta: got 0.0"),
-    (lambda: losses.sft(pairs()[0], torch.ones(3)), r"mask: got shape \(3,\), expected \(4,\), that of logps"),
+    (lambda: losses.sft(pairs()[0], torch.ones(3)), r"mask: got shape \(3,\), expected \(4,\), the shape of logps"),
     (lambda: losses.wpo_weights(torch.zeros(3, 2), torch.ones(3, 2)), r"logps: got shape \(3, 2\), expected \[2B, T\]"),
     (lambda: losses.tdpo(*pairs(), pairs()[0], torch.randn(3)), r"rejected_kl: got shape \(3,\)"),
 ]

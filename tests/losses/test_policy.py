@@ -157,7 +157,7 @@ def test_at_ratio_one_the_gradient_is_reinforces(loss, seed):
 
 
 @pytest.mark.parametrize("apart", (0.0, 0.1))
-def test_gspos_two_forms_have_one_gradient(apart, seed):
+def test_both_forms_of_gspo_have_the_same_gradient(apart, seed):
     """The per-token form averages to the per-answer form, for any ratio and advantages of answers."""
     logps, old, advantages, mask, _ = batch(apart=apart)
     plain, by_token = (
@@ -172,7 +172,7 @@ def test_gspos_two_forms_have_one_gradient(apart, seed):
         gradient(losses.gspo(logps, old, advantages, mask, epsilon=1.0, epsilon_high=9.0, token_level=f).sum(), logps)
         for f in (False, True)
     ]
-    assert not torch.allclose(*differ), "advantages of tokens tell the forms apart"
+    assert not torch.allclose(*differ), "per-token advantages must distinguish the two forms"
 
 
 @pytest.mark.parametrize("loss_type", [name for name in GRPO_MODES if name != "vespo"])
@@ -307,9 +307,9 @@ X, A, M = -torch.ones(2, 3), torch.ones(2), torch.ones(2, 3)
 NAN_A = torch.tensor([1.0, math.nan])
 PPO, GRPO = partial(losses.ppo_clip, X, X, A, M), partial(losses.grpo, X, X, A, M)
 BAD = [
-    (lambda: losses.ppo_clip(X, X[:, :2], A, M), r"old_logps: got shape \(2, 2\), expected \(2, 3\), that of logps"),
-    (lambda: losses.ppo_clip(X, X, torch.ones(3), M), r"advantages: got shape \(3,\), expected \(2,\), one an"),
-    (lambda: losses.rloo(X, X, X, M), r"advantages: got shape \(2, 3\), expected \(2,\), one an answer$"),
+    (lambda: losses.ppo_clip(X, X[:, :2], A, M), r"old_logps: got shape \(2, 2\), expected \(2, 3\), the"),
+    (lambda: losses.ppo_clip(X, X, torch.ones(3), M), r"advantages: got shape \(3,\), expected \(2,\), one per"),
+    (lambda: losses.rloo(X, X, X, M), r"advantages: got shape \(2, 3\), expected \(2,\), one per answer$"),
     (lambda: losses.ppo_clip(X, X, A, M[:1]), r"mask: got shape \(1, 3\)"),
     (lambda: losses.ppo_clip(X[0], X[0], A, M[0]), r"logps: got shape \(3,\), expected \[B, T\]"),
     (lambda: losses.ppo_clip(X, X, NAN_A, M), "advantages: got nan at flat position 1, allowed are finite numbers"),
@@ -318,10 +318,10 @@ BAD = [
     (lambda: PPO(epsilon_high=-1.0), "epsilon_high: got -1.0"),
     (lambda: PPO(delta=1.1), r"delta: got 1.1, allowed are numbers > 1 \+ epsilon_high = 1.2"),
     (lambda: PPO(dual_clip=1.0), "dual_clip: got 1.0, allowed are numbers > 1"),
-    (lambda: PPO(dual_clip=3.0, delta=3.0), "delta: got 3.0 beside dual_clip 3.0"),
+    (lambda: PPO(dual_clip=3.0, delta=3.0), "delta: got 3.0 with dual_clip=3.0"),
     (lambda: PPO(log_ratio_clamp=100.0), r"log_ratio_clamp: got 100.0, allowed are numbers in \(0, 80\], or None"),
-    (lambda: losses.cispo(X, X, A, M), "cap: got cap None and epsilon_high None, expected one"),
-    (lambda: losses.cispo(X, X, A, M, cap=2.0, epsilon=0.2), "epsilon: got 0.2, which only epsilon_high reads"),
+    (lambda: losses.cispo(X, X, A, M), "cap: got cap=None and epsilon_high=None, expected exactly one"),
+    (lambda: losses.cispo(X, X, A, M, cap=2.0, epsilon=0.2), "epsilon: got 0.2, used only with epsilon_high"),
     (lambda: losses.sapo(X, X, A, M, temperature_pos=0.0), "temperature_pos: got 0.0"),
     (lambda: losses.vespo(X, X, A, M, A), r"weights: got shape \(2,\), expected \(2, 3\) or \(2, 1\)"),
     (lambda: losses.clip_cov(X, X, A, M, clip_cov_lb=2.0, clip_cov_ub=1.0), "clip_cov_ub: got 1.0, allowed are"),
@@ -329,25 +329,25 @@ BAD = [
     (lambda: losses.value_loss(X, X, X, M, factor=0.0), "factor: got 0.0"),
     (lambda: losses.top_entropy_mask(X, M, 0.0), "quantile: got 0.0"),
     (lambda: GRPO(loss_type="dappo"), "loss_type: got 'dappo', allowed are .*; did you mean 'dapo'"),
-    (lambda: GRPO(loss_type="sapo", epsilon=0.2), "epsilon: got 0.2, which only loss_type in"),
-    (lambda: GRPO(loss_type="cispo", epsilon=0.2), "epsilon: got 0.2, which only loss_type in"),
-    (lambda: GRPO(loss_type="vespo", epsilon_high=0.2), "epsilon_high: got 0.2, which only"),
-    (lambda: GRPO(loss_type="cispo", delta=2.0), "delta: got 2.0, which only"),
+    (lambda: GRPO(loss_type="sapo", epsilon=0.2), "epsilon: got 0.2, used only with loss_type .grpo."),
+    (lambda: GRPO(loss_type="cispo", epsilon=0.2), "epsilon: got 0.2, used only with loss_type .grpo."),
+    (lambda: GRPO(loss_type="vespo", epsilon_high=0.2), "epsilon_high: got 0.2, used only with"),
+    (lambda: GRPO(loss_type="cispo", delta=2.0), "delta: got 2.0, used only with"),
     (lambda: GRPO(loss_type="vespo", importance_sampling_level="sequence"), "importance_sampling_level: got sequence"),
     (lambda: GRPO(importance_sampling_level="answer"), "importance_sampling_level: got 'answer', allowed are"),
     (lambda: GRPO(loss_type="gspo", importance_sampling_level="token"), "importance_sampling_level: got 'token'"),
-    (lambda: GRPO(sapo_temperature_pos=1.0), "sapo_temperature_pos: got 1.0, allowed for loss_type='grpo' are none"),
-    (lambda: GRPO(beta=0.1), "ref_logps: got None with beta 0.1"),
-    (lambda: losses.grpo(X, X, A, M, X), "ref_logps: got a tensor with beta 0"),
+    (lambda: GRPO(sapo_temperature_pos=1.0), "sapo_temperature_pos: got 1.0, not a setting of loss_type='grpo'"),
+    (lambda: GRPO(beta=0.1), "ref_logps: got None with beta=0.1"),
+    (lambda: losses.grpo(X, X, A, M, X), "ref_logps: got a tensor with beta=0"),
     (lambda: GRPO(beta=-0.1), "beta: got -0.1"),
-    (lambda: GRPO(use_bias_correction_kl=False), "use_bias_correction_kl: got False, which only beta > 0 reads"),
+    (lambda: GRPO(use_bias_correction_kl=False), "use_bias_correction_kl: got False, used only with beta > 0"),
     (lambda: GRPO(weights=A), r"weights: got shape \(2,\)"),
-    (lambda: GRPO(loss_type="vespo", log_ratio_clamp=None), "log_ratio_clamp: got None, which only a ratio reads"),
+    (lambda: GRPO(loss_type="vespo", log_ratio_clamp=None), "log_ratio_clamp: got None, used only with beta > 0 or"),
     (lambda: losses.importance_weights(X, X, M, level="tokens"), "level: got 'tokens', .* did you mean 'token'"),
     (lambda: losses.importance_weights(X, X, M, kind="tis"), "kind: got 'tis', allowed are"),
     (lambda: losses.importance_weights(X, X, M, low=2.0, high=1.0), "high: got 1.0, allowed are numbers > 2.0"),
     (lambda: losses.off_policy_sequence_mask(X, X, A, M, threshold=0.0), "threshold: got 0.0"),
-    (lambda: losses.policy_metrics(X, X, A, M, weights=X), "weights: got a tensor, which only vespo reads"),
+    (lambda: losses.policy_metrics(X, X, A, M, weights=X), "weights: got a tensor, used only with loss_type=.vespo"),
 ]
 
 

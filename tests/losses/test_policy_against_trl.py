@@ -121,7 +121,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_trls_grpo_trainer_gives_the_same_loss_gradient_and_metrics(case, seed):
     names = trl_names()
-    assert names, "TRL tells its losses apart in another way now"
+    assert names, "TRL now distinguishes its losses differently"
     for name in names:
         settings = dict(CASES[case])
         if case == "shapes":
@@ -201,7 +201,7 @@ def test_trls_importance_sampling_modes(mode, seed):
         and any("sequence_level_is =" in ast.unparse(s) for s in node.body)
         and all(not isinstance(s, ast.With) for s in node.body)
     ]
-    assert len(found) == 1, "TRL weighs in another way now"
+    assert len(found) == 1, "TRL now computes its weights differently"
     logps, old, _, mask, _ = whole_batch()
     old[0, 0] = math.nan  # tokens that the sampler did not score
     settings = {"mode": mode, "clip_min": 0.6, "clip_max": 1.5}

@@ -210,7 +210,7 @@ BAD = [
     (
         lambda: aggregate(L, max_length=4),
         ValueError,
-        "max_length: got 4, expected a length with 'seq-mean-token-sum-norm'",
+        "max_length: got 4, expected None with mode='token-mean'",
     ),
     (lambda: aggregate(L, None, "seq-mean-token-sum-norm", max_length=0), ValueError, "max_length: got 0"),
     (lambda: aggregate(L, world_size=2), ValueError, "num_tokens: got None, expected the count of the whole step"),
@@ -223,7 +223,7 @@ BAD = [
     (
         lambda: sequence_logps(L[0], None, torch.tensor([0, 3])),
         ValueError,
-        r"cu_seqlens: got \[0, 3\], expected rising",
+        r"cu_seqlens: got \[0, 3\], expected non-decreasing",
     ),
     (lambda: sequence_logps(L[0], None, torch.tensor([0, 3, 2, 4])), ValueError, "cu_seqlens: got .* from 0 to N = 4"),
     (lambda: sequence_logps(L[0], None, torch.tensor([0.0, 4.0])), TypeError, "cu_seqlens: got dtype torch.float32"),

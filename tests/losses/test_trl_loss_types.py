@@ -55,7 +55,7 @@ TRAINERS = [
 @pytest.mark.parametrize("path, method, ours, errors", TRAINERS, ids=[row[0].split("/")[-1] for row in TRAINERS])
 def test_every_name_of_trl_is_supported(path, method, ours, errors):
     names = compared_names(function(trainer(path), method)) - errors
-    assert names, f"no loss_type found in {path}: TRL tells its losses apart in another way now"
+    assert names, f"no loss_type found in {path}: TRL now distinguishes its losses differently"
     for name in sorted(names):
         assert ours(name).isfinite().all(), name
 
@@ -68,11 +68,11 @@ def test_names_of_configurations():
 
 @pytest.mark.parametrize("ours", (dpo, kto, cpo, tpo, sft, grpo))
 def test_the_error_of_an_unknown_name_suggests_the_nearest(ours):
-    told = 0
+    warned = 0
     for right in ("sigmoid", "kto", "dft", "dapo"):
         with pytest.raises(ValueError, match=r"loss_type: got '.*', allowed are") as error:
             ours(right + right[-1])
         if f"'{right}'" in str(error.value).split(";")[0]:
             assert f"did you mean '{right}'" in str(error.value)
-            told += 1
-    assert told == 1
+            warned += 1
+    assert warned == 1

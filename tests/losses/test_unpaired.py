@@ -170,7 +170,7 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize("good", (True, False))
-def test_metrics_of_one_class_alone(good):
+def test_metrics_of_a_single_class(good):
     metrics = losses.unpaired_metrics(torch.ones(2), torch.zeros(2), torch.tensor([good, good]), beta=1.0)
     absent = "rejected" if good else "chosen"
     assert metrics[f"rewards/{absent}"] == metrics[f"logps/{absent}"] == metrics[f"count/{absent}"] == 0
@@ -194,8 +194,8 @@ def _is_metric(node) -> bool:
 
 LOGPS, TWO = torch.zeros(2), torch.tensor([True, False])
 BAD = [
-    (lambda: losses.kto(LOGPS, LOGPS, TWO), ValueError, 'kl: got None, but "kto" is held against it'),
-    (lambda: losses.kto(LOGPS, LOGPS, TWO, 0.1, loss_type="apo_zero_unpaired"), ValueError, "kl: given, but"),
+    (lambda: losses.kto(LOGPS, LOGPS, TWO), ValueError, 'kl: got None, but loss_type="kto" needs it'),
+    (lambda: losses.kto(LOGPS, LOGPS, TWO, 0.1, loss_type="apo_zero_unpaired"), ValueError, "kl: not used with"),
     (lambda: losses.kto(LOGPS, LOGPS, TWO, math.nan), ValueError, "kl: got nan"),
     (lambda: losses.kto(LOGPS, LOGPS, TWO, torch.zeros(3)), ValueError, "kl: got shape"),
     (lambda: losses.kto(LOGPS, LOGPS, TWO.int(), 0.1), TypeError, "desirable: got dtype torch.int32"),
@@ -212,8 +212,8 @@ BAD = [
     (lambda: losses.kto_kl(LOGPS, LOGPS[:1]), ValueError, "ref_kl_logps: got shape"),
     (lambda: losses.bco(LOGPS, LOGPS, TWO, torch.zeros(3)), ValueError, "delta: got shape"),
     (lambda: losses.bco(LOGPS, LOGPS, TWO, 0.0, weights=torch.ones(3)), ValueError, "weights: got shape"),
-    (lambda: losses.udm_weights(torch.tensor([1.5])), ValueError, "prob_desirable: got 1.5"),
-    (lambda: losses.udm_weights(torch.tensor([math.nan])), ValueError, "prob_desirable: got nan"),
+    (lambda: losses.udm_weights(torch.tensor([1.5])), ValueError, "prob_desirable: got values from 1.5"),
+    (lambda: losses.udm_weights(torch.tensor([math.nan])), ValueError, "prob_desirable: got values from nan"),
     (lambda: losses.udm_weights(LOGPS, max_ratio=0.1), ValueError, "max_ratio: got 0.1"),
     (lambda: losses.RunningMean().update(torch.tensor([math.inf])), ValueError, "rewards: got inf"),
 ]

@@ -274,7 +274,7 @@ BAD = [
     (
         lambda: call(modules.FusedLinearORPOLoss(compute_nll_loss=False), nll_target=torch.zeros(4, T).long()),
         ValueError,
-        "nll_target: given, but constructed",
+        "nll_target: not used with compute_nll_loss=False",
     ),
     (lambda: call_kto(), ValueError, "preference_labels: got None"),
     (lambda: call_kto(torch.ones(4)), ValueError, r"preference_labels: got torch.float64 \[4\]"),
@@ -283,16 +283,16 @@ BAD = [
     (lambda: grpo(loss_type="dpo"), ValueError, "loss_type: got 'dpo', allowed are"),
     (lambda: grpo(loss_type="dr_grpo"), ValueError, "max_completion_length: got None"),
     (lambda: grpo(max_completion_length=3), ValueError, "max_completion_length: got 3"),
-    (lambda: grpo(loss_type="cispo", epsilon_low=0.1), ValueError, "epsilon_low: got 0.1, which only"),
-    (lambda: grpo(loss_type="sapo", epsilon_high=0.1), ValueError, "epsilon_high: got 0.1, which only"),
-    (lambda: grpo(loss_type="sapo", delta=2.0), ValueError, "delta: got 2.0, which only"),
+    (lambda: grpo(loss_type="cispo", epsilon_low=0.1), ValueError, "epsilon_low: got 0.1, used only with"),
+    (lambda: grpo(loss_type="sapo", epsilon_high=0.1), ValueError, "epsilon_high: got 0.1, used only with"),
+    (lambda: grpo(loss_type="sapo", delta=2.0), ValueError, "delta: got 2.0, used only with"),
     (lambda: grpo(delta=1.1), ValueError, "delta: got 1.1, allowed are"),
-    (lambda: grpo(sapo_temperature_neg=1.0), ValueError, "sapo_temperature_neg: got 1.0, which only"),
-    (lambda: grpo(vespo_k_neg=1.0), ValueError, "vespo_k_neg: got 1.0, which only"),
+    (lambda: grpo(sapo_temperature_neg=1.0), ValueError, "sapo_temperature_neg: got 1.0, used only with"),
+    (lambda: grpo(vespo_k_neg=1.0), ValueError, "vespo_k_neg: got 1.0, used only with"),
     (
         lambda: grpo(loss_type="vespo", importance_sampling_level="sequence"),
         ValueError,
-        "importance_sampling_level: got sequence, which only",
+        "importance_sampling_level: got sequence, used only with",
     ),
     (lambda: grpo(importance_sampling_level="word"), ValueError, "importance_sampling_level: got 'word'"),
     (lambda: grpo(temperature=0.0), ValueError, "temperature: got 0.0"),
@@ -307,7 +307,7 @@ BAD = [
     (
         lambda: call_grpo(grpo(loss_type="grpo", beta=0.0), num_items_in_batch=7),
         ValueError,
-        "num_items_in_batch: got 7, which only",
+        "num_items_in_batch: got 7, used only with",
     ),
 ]
 

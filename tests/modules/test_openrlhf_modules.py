@@ -221,10 +221,10 @@ ZEROS, TOKENS = torch.zeros(2), torch.zeros(2, 3)
 BAD = [
     (lambda: modules.PolicyLoss(policy_loss_type="grpo"), "policy_loss_type: got 'grpo', allowed are 'ppo', 'gspo'"),
     (lambda: modules.PolicyLoss(dual_clip=0.9), "dual_clip: got 0.9"),
-    (lambda: modules.PolicyLoss(is_correction_gating="tv"), "is_correction_gating: got tv, which only"),
+    (lambda: modules.PolicyLoss(is_correction_gating="tv"), "is_correction_gating: got tv, used only with"),
     (
         lambda: modules.PolicyLoss(is_correction_level="seq", is_correction_mode="clip"),
-        "is_correction_mode: got clip, which only",
+        "is_correction_mode: got clip, used only with",
     ),
     (
         lambda: modules.PolicyLoss(is_correction_level="seq", is_correction_gating="tv"),
@@ -240,9 +240,9 @@ BAD = [
     (lambda: modules.PolicyLoss()(TOKENS, TOKENS, TOKENS, ZEROS), "action_mask: got shape"),
     (lambda: modules.ValueLoss(token_level_loss=False)(TOKENS, TOKENS, TOKENS, dp_size=2), "global_batch_size: got"),
     (lambda: modules.ValueLoss(-1.0), "clip_eps: got -1.0"),
-    (lambda: modules.GPTLMLoss(object()), "ring_attn_group: given, allowed is None"),
-    (lambda: modules.LogExpLoss()(ZEROS, ZEROS, ZEROS), "margin: given, but LogExpLoss has none"),
-    (lambda: modules.DPOLoss(0.1, 0.1, True), "label_smoothing: got 0.1, which only ipo=False"),
+    (lambda: modules.GPTLMLoss(object()), "ring_attn_group: got a group, allowed is None"),
+    (lambda: modules.LogExpLoss()(ZEROS, ZEROS, ZEROS), "margin: LogExpLoss does not use it, expected None"),
+    (lambda: modules.DPOLoss(0.1, 0.1, True), "label_smoothing: got 0.1, used only with ipo=False"),
 ]
 
 

@@ -97,7 +97,7 @@ def numbers(target: public_calls.Target) -> dict[str, list]:
     return found
 
 
-def grown(value: object) -> object:
+def with_doubled_batch(value: object) -> object:
     """The same arguments with a batch of twice the size."""
     return tree_map(lambda v: torch.cat((v, v)) if isinstance(v, Tensor) and v.shape[:1] == (B,) else v, value)
 
@@ -107,8 +107,8 @@ def sequence_of_calls(target: public_calls.Target) -> list[dict]:
     changing = numbers(target)
     found = [target.good | {name: values[i] for name, values in changing.items()} for i in range(2)]
     with contextlib.suppress(ValueError):  # packed sequences, whose bounds do not grow
-        target.call(**grown(found[1]))
-        found[1] = grown(found[1])
+        target.call(**with_doubled_batch(found[1]))
+        found[1] = with_doubled_batch(found[1])
     return found
 
 

@@ -86,7 +86,7 @@ def check(name, logps, grad, logits, labels, scaling=PLAIN):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(backend, scaling, dtype, seed):
     if backend == "triton" and dtype == torch.float64:
-        pytest.skip("float64 is the reference's")
+        pytest.skip("only the reference backend takes float64")
     for v in (2, 9, 300, 2061):
         logits, labels = problem(v, dtype, scaling)
         x = logits.clone().requires_grad_()
@@ -227,7 +227,7 @@ def test_kl_of_two_confident_rows(backend, seed):
     assert_relative("kl", out.kl[4:], exact[4:], torch.float32, 20.0)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU splits them by itself")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU splits rows anyway")
 def test_split_rows(monkeypatch, seed):
     kernels = importlib.import_module("fused_po.kernels.triton.statistics")
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1000)

@@ -182,7 +182,7 @@ def logits(v=7):
 BAD = [
     (lambda: fused_po.kl_from_logits(logits(), logits(8)), r"ref_logits: got shape \(2, 3, 8\), expected \(2, 3, 7\)"),
     (lambda: fused_po.kl_from_logits(logits(), logits(), direction="revers"), "did you mean 'reverse'"),
-    (lambda: fused_po.kl_from_logits(logits(), logits(), js_weight=0.3), "js_weight: got 0.3, which only direction="),
+    (lambda: fused_po.kl_from_logits(logits(), logits(), js_weight=0.3), "js_weight: got 0.3, used only with"),
     (lambda: fused_po.kl_from_logits(logits(), logits(), direction="js", js_weight=1.0), "js_weight: got 1.0, allowed"),
     (lambda: fused_po.kl_from_logits(logits(), logits(), temperature=0.0), "temperature: got 0.0"),
     (

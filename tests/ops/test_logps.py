@@ -218,7 +218,7 @@ def test_the_gradient_of_a_bias_over_many_tokens(outputs, keep, seed):
         bias = bias.clone().requires_grad_()
         return torch.autograd.grad(sum(value.sum() for value in score(bias)), bias)[0]
 
-    def plainly(dtype):
+    def in_plain_torch(dtype):
         wide = [t.to(dtype) for t in (hidden, weight)]
         stats = lambda b: plain(torch.nn.functional.linear(*wide, b), labels, Scaling())  # noqa: E731
         return gradient(bias.to(dtype), lambda b: [stats(b)[name] for name in outputs])
@@ -226,8 +226,8 @@ def test_the_gradient_of_a_bias_over_many_tokens(outputs, keep, seed):
     how = dict(outputs=outputs, schedule=schedule, backend="reference")
     score = lambda b: fused_po.linear_logps(hidden, weight, labels, b, **how)  # noqa: E731
     ours = gradient(bias, lambda b: [getattr(score(b), name) for name in outputs])
-    exact = plainly(torch.float64)
-    assert_close("bias", ours, exact, [(plainly(torch.float32), exact)])
+    exact = in_plain_torch(torch.float64)
+    assert_close("bias", ours, exact, [(in_plain_torch(torch.float32), exact)])
 
 
 @pytest.mark.parametrize("op", ("linear_kl", "chunked_loss"))
@@ -245,7 +245,7 @@ def test_the_gradient_of_a_bias_over_many_tokens_in_other_ops(op, seed):
         chunked = lambda stats, rows: stats.logps.sum()  # noqa: E731
         return fused_po.chunked_loss(chunked, hidden, weight, labels, rows, bias=b, schedule=groups)
 
-    def plainly(b):
+    def in_plain_torch(b):
         side, other = (t.to(b.dtype) for t in (hidden, weight)), (t.to(b.dtype) for t in (ref_hidden, ref_weight))
         p, q = (torch.nn.functional.linear(*t).log_softmax(-1) for t in ((*side, b), other))
         return (p.exp() * (p - q)).sum() if op == "linear_kl" else p.gather(1, labels[:, None]).sum()
@@ -254,5 +254,5 @@ def test_the_gradient_of_a_bias_over_many_tokens_in_other_ops(op, seed):
         b = bias.to(dtype).requires_grad_()
         return torch.autograd.grad(of(b), b)[0]
 
-    exact = gradient(plainly, torch.float64)
-    assert_close("bias", gradient(ours), exact, [(gradient(plainly), exact)])
+    exact = gradient(in_plain_torch, torch.float64)
+    assert_close("bias", gradient(ours), exact, [(gradient(in_plain_torch), exact)])

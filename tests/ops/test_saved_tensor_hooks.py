@@ -86,7 +86,7 @@ def test_weights_are_the_gradient_of_aggregate(mode, counts, packed, seed):
     torch.testing.assert_close((got * loss).sum(), aggregate(loss, mask, mode, **how))
 
 
-def test_weights_of_nothing_are_zeros():
+def test_weights_of_empty_masks_are_zeros():
     for mode in MODES[:3]:
         assert token_weights(torch.zeros(2, 3), mode).tolist() == [[0.0] * 3] * 2
         assert token_weights(torch.zeros(0, 3), mode).shape == (0, 3)

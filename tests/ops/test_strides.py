@@ -182,7 +182,7 @@ def by_backend(forms):
 
 
 @contextlib.contextmanager
-def only_contiguous_arrives():
+def require_contiguous():
     """Fail if a kernel is given a non-contiguous tensor that it would read as contiguous."""
     if DEVICE == "cuda":
         yield
@@ -211,7 +211,7 @@ def results(form: str, t: dict[str, torch.Tensor], expand_grads: bool, backend: 
     leaves = {name: t[name].detach() for name in names}
     for name, value in leaves.items():
         value.requires_grad_(value.is_floating_point() and name != "mask")
-    with only_contiguous_arrives() if backend == "triton" else contextlib.nullcontext():
+    with require_contiguous() if backend == "triton" else contextlib.nullcontext():
         out = call(**leaves, **how, backend=backend)
         out = out._asdict() if hasattr(out, "_asdict") else dict(enumerate(out))
         found = {str(key): value for key, value in out.items() if value is not None}

@@ -93,7 +93,7 @@ def run(work: Work, one_head: bool) -> int:
 def test_peak_on_a_gpu(how, monkeypatch):
     how = dict(loss="logps", needs=(True, True), entropy=False, share=1.0, scored=0.5) | how
     if how.get("bias") or how["loss"] == "dpo":
-        pytest.skip("the same as without")
+        pytest.skip("a bias or DPO plans the same memory")
     sizes = N, int(N * how["scored"]), V, H, H, torch.bfloat16
     work = Work(*sizes, False, how["loss"], how["needs"], how["entropy"], TILE, 0, torch.device("cuda"))
     work = work._replace(budget=int(how["share"] * work.scored) * ROW * max(1, work.kl_bases))

@@ -1,4 +1,4 @@
-"""`python -m fused_po`: units, widths, streams that are closed, encodings, backends that do not run."""
+"""`python -m fused_po`: units, terminal widths, closed streams, encodings, backends that do not run."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ HERE = [sys.executable, "-m", "fused_po"]
 
 
 def outside(words, **how) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
+    """Run the command in its own process."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
     return subprocess.run([*HERE, *words], capture_output=True, text=True, timeout=240, cwd=ROOT, env=env, **how)
 
@@ -54,13 +54,13 @@ NONSENSE = ["", " ", "-1", "1e400", "1e99", "nan", "inf", "0x10", "1_000", "1,00
 
 
 @pytest.mark.parametrize("text", [*NONSENSE, "0", "1.5", "2kB", "4GiB"])
-def test_no_counts(text):
+def test_bad_counts(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"^got '.*', allowed are integers above 0, such as 2048, 2k"):
         count(text)
 
 
 @pytest.mark.parametrize("text", [*NONSENSE, "4G", "4k", "1e19", "1GiBB"])
-def test_no_sizes(text):
+def test_bad_sizes(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"^got '.*', allowed are bytes such as 0, 512MiB"):
         size(text)
 
@@ -96,7 +96,7 @@ def test_a_backend_that_does_not_run_is_one_error(backend, reason, words, capsys
     assert out == "" if not words else json.loads(out) == {"error": err.removeprefix("error: ").rstrip("\n")}
 
 
-def test_a_backend_that_serves_one_dtype_is_checked(capsys, monkeypatch):
+def test_a_backend_that_supports_one_dtype_is_checked(capsys, monkeypatch):
     served = command.backends.unsupported
     refused = torch.bfloat16
     monkeypatch.setattr(command.backends, "unsupported", lambda n, d, t: "none" if t == refused else served(n, d, t))
@@ -105,7 +105,7 @@ def test_a_backend_that_serves_one_dtype_is_checked(capsys, monkeypatch):
     assert len(json.loads(out)["results"]) == 2 and err == "" and status in (0, 1)
 
 
-def test_results_without_a_number_are_json(capsys, monkeypatch):
+def test_results_that_are_not_finite_are_valid_json(capsys, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image is available")
 
@@ -113,13 +113,13 @@ def test_results_without_a_number_are_json(capsys, monkeypatch):
     assert command.main([*QUICK, "--json"]) == 1
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert {row["ours"] for row in found["results"]} == {None}
 
 
-def test_a_plan_that_is_refused_is_json_too(capsys):
+def test_a_refused_plan_is_json_too(capsys):
     assert command.main(["plan", "--tokens", "8", "--json"]) == 2
     out, err = capsys.readouterr()
     assert err == f"error: {json.loads(out)['error']}\n" and err.startswith("error: --model: missing")
@@ -179,7 +179,7 @@ def test_every_text_fits_a_narrow_terminal(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     command.main([*words, *(["--seed", "1"] if words[0] == "selfcheck" else [])])
     wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > 60]
-    assert all(" " not in line.strip() for line in wide)  # a single word is not cut
+    assert all(" " not in line.strip() for line in wide)  # a single long word is not cut
 
 
 SLOW_STARTS = {
@@ -206,7 +206,7 @@ def test_streams(name):
         assert ran.stderr == "error: cannot write the output: No space left on device\n"
 
 
-def test_names_that_the_encoding_lacks(tmp_path):
+def test_names_outside_the_encoding(tmp_path):
     folder = tmp_path / "modèle"
     folder.mkdir()
     (folder / "config.json").write_text('{"vocab_size": 100, "hidden_size": 8}')

@@ -1,4 +1,4 @@
-"""Bounds of random problems: what is a little beyond one is drawn again, and what is so by its nature still fails."""
+"""The error bounds of `numerics`: a problem slightly beyond its bound is drawn again; a real fault still fails."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from numerics import DRAWS, Beyond, assert_below, assert_close, decide
 
 @pytest.mark.parametrize("beyond, fails", [(0, False), (DRAWS // 2 - 1, False), (DRAWS // 2, True), (DRAWS - 1, True)])
 def test_most_draws_decide(beyond, fails):
-    """The first draw is beyond the bound, and so are `beyond` others."""
+    """The first draw and `beyond` others exceed the bound."""
     first, seeds = Beyond("first"), []
 
     def run(seed: int) -> None:
@@ -24,7 +24,7 @@ def test_most_draws_decide(beyond, fails):
     assert seeds == [8, 9, 10, 11]
 
 
-def test_what_is_not_a_bound_fails_at_once():
+def test_other_failures_are_not_drawn_again():
     assert_below(1.0, 1.0, "")
     with pytest.raises(Beyond):
         assert_below(2.0, 1.0, "")
@@ -50,13 +50,13 @@ def test_a_test_runs_again_with_other_seeds(seed):
         raise Beyond("the first draw")
 
 
-def test_it_ran_with_as_many_seeds_as_there_are_draws():
+def test_it_ran_with_every_draws_seed():
     seeds = [seed for seed, _ in CALLS]
     assert seeds == list(range(seeds[0], seeds[0] + DRAWS))
     assert len({number for _, number in CALLS}) == DRAWS
 
 
 @pytest.mark.xfail(raises=AssertionError, strict=True, reason="every draw is wrong by a thousandth")
-def test_a_thousandth_is_found_in_every_draw(seed):
+def test_an_error_of_a_thousandth_fails_in_every_draw(seed):
     exact = torch.randn(100, dtype=torch.float64)
     assert_close("factor", (exact * 1.001).float(), exact, [(exact.float() * (1 + 1e-7), exact)])

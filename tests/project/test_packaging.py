@@ -1,4 +1,4 @@
-"""What is installed, what importing it costs, and who may import whom."""
+"""What is installed, what it imports, and which modules may import which."""
 
 import ast
 import importlib.metadata
@@ -22,7 +22,7 @@ KERNELS_SPEC = "import importlib.util as u, json; s = u.find_spec('kernels'); pr
 
 
 def stand_in(folder: Path) -> Path:
-    """A package named `kernels`, as Hugging Face's is, in this folder."""
+    """Create a package named `kernels`, like Hugging Face's, in this folder."""
     (folder / "kernels").mkdir(parents=True)
     (folder / "kernels" / "__init__.py").write_text("STAND_IN = True\n")
     return folder
@@ -40,7 +40,7 @@ INTEGRATIONS = sorted(f"fused_po.integrations.{path.stem}" for path in ROOT.glob
     ids=("fused_po", "planner", "integrations"),
 )
 def test_import_is_light(modules, tmp_path):
-    """From a foreign folder, and past torch nothing is imported but the package itself and the standard library."""
+    """Run from another folder: beside torch only the package and the standard library are imported."""
     code = (
         f"import json, sys, torch; b = set(sys.modules); import {modules}; print(json.dumps([*set(sys.modules) - b]))"
     )
@@ -56,8 +56,8 @@ def test_triton_is_imported_on_first_use(tmp_path):
     assert python(code, tmp_path, INTERPRET).strip() == "yes, by name"
 
 
-def test_kernels_is_not_our_name(tmp_path):
-    """`import kernels` from the repository root never finds our folder as a regular package, and finds others'."""
+def test_the_name_kernels_is_left_to_others(tmp_path):
+    """`import kernels` in the repository root never finds our folder as a regular package, but finds another's."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     origin = json.loads(python(KERNELS_SPEC, ROOT))
     assert origin is None or not Path(origin).is_relative_to(ROOT / "kernels")
@@ -67,7 +67,7 @@ def test_kernels_is_not_our_name(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
 def test_transformers_from_the_root():
-    """transformers looks for `kernels`, and imports it if it is there; it must not take our folder for it."""
+    """transformers imports `kernels` if it exists; it must not mistake our folder for it."""
     code = "import json, sys, fused_po, transformers; from transformers.utils import is_kernels_available as available;"
     code += "print(json.dumps([available(), getattr(sys.modules.get('kernels'), '__file__', None)]))"
     available, origin = json.loads(python(code, ROOT).splitlines()[-1])
@@ -75,8 +75,8 @@ def test_transformers_from_the_root():
     assert origin or not available
 
 
-# Who may import whom. The longest matching name of a file or folder counts; the standard library is always allowed.
-# PRIVATE is the device code: it is loaded by name in fused_po/kernels/__init__.py, and nothing else may name it.
+# Which modules may import which. The longest matching name applies; the standard library is always allowed. PRIVATE is
+# the device code: fused_po/kernels/__init__.py loads it by name, and no other module may name it.
 
 PRIVATE = "fused_po.kernels"
 COMMON = {"torch", "typing_extensions", "fused_po.checks"}  # torch requires typing_extensions
@@ -110,7 +110,7 @@ RULES = {
     "fused_po.lm_head.plan": {"torch"},
     "fused_po.planner": COMMON
     | {"fused_po.lm_head.plan", "fused_po.planner", "fused_po.schedule"}
-    | {"transformers"},  # for a Hub id, when asked
+    | {"transformers"},  # imported for a Hub id
     "fused_po.reduce": COMMON | {"fused_po.losses"},
     "fused_po.schedule": COMMON,
 }
@@ -121,19 +121,19 @@ def within(name: str, parent: str) -> bool:
 
 
 def package_files() -> dict[Path, Path]:
-    """Where a file is installed, and where it lies, of all the package's files."""
+    """The installed path and the source path of all files of the package."""
     files = {path.relative_to(ROOT): path for path in ROOT.glob("fused_po/**/*.py")}
     return files | {"fused_po" / path.relative_to(ROOT): path for path in ROOT.glob("kernels/**/*.py")}
 
 
 def module_files() -> dict[str, Path]:
-    """The same by the module's name."""
+    """The source path of all modules, by name."""
     names = {".".join(name.with_suffix("").parts): path for name, path in package_files().items()}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
 def imports(module: str, path: Path, known: set[str]) -> set[str]:
-    """The absolute names of what a file imports, wherever in it; `from a import b` is a.b if that is a module."""
+    """The absolute names of all imports in a file; `from a import b` counts as a.b if that is a module."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -162,14 +162,14 @@ def violations(module: str, path: Path) -> list[str]:
     return found
 
 
-def test_who_imports_whom():
+def test_imports_follow_the_rules():
     files = module_files()
     assert {"fused_po", "fused_po.ops.logps", "fused_po.kernels", "fused_po.kernels.triton"} <= set(files)
     assert [line for file in files.items() for line in violations(*file)] == []
 
 
-def test_device_code_has_one_way_in():
-    """No file of the package but fused_po/kernels/__init__.py imports by a name made at run time."""
+def test_device_code_is_loaded_in_one_place():
+    """In the package only fused_po/kernels/__init__.py imports by a name computed at run time."""
     for module, path in module_files().items():
         dynamic = re.search(r"\b(import_module|__import__)\b", path.read_text(encoding="utf-8"))
         assert (module == PRIVATE) == bool(dynamic) or within(module, "fused_po.integrations"), module
@@ -196,17 +196,17 @@ def test_device_code_has_one_way_in():
         ("fused_po", "from fused_po.kernels import load"),
     ],
 )
-def test_the_rules_bite(module, line, tmp_path):
+def test_broken_rules_are_found(module, line, tmp_path):
     path = tmp_path / "file.py"
     path.write_text(line)
     assert len(violations(module, path)) == 1
 
 
-# The public face.
+# Metadata and public names.
 
 
 def test_build_needs_no_torch(tmp_path):
-    """setup.py runs, and knows the version, where neither torch nor triton can be imported."""
+    """setup.py runs and reports the version without torch and triton."""
     pytest.importorskip("setuptools", minversion="77")
     lack = "import sys, runpy; sys.modules.update(torch=None, triton=None); sys.argv = ['setup.py', '--version'];"
     assert python(lack + f"runpy.run_path({str(ROOT / 'setup.py')!r})", tmp_path).split()[-1] == fused_po.__version__
@@ -217,7 +217,7 @@ def test_versions_agree():
 
 
 def public():
-    """(name, object) of all that users meet: the package's names and those of its public modules, with methods."""
+    """(name, object) of everything public: the names of the package and of its public modules, with methods."""
     for name in fused_po.__all__:
         value = getattr(fused_po, name)
         yield name, value
@@ -230,7 +230,7 @@ def public():
 @pytest.mark.parametrize("name, value", [pytest.param(*pair, id=pair[0]) for pair in public()])
 def test_documented_and_annotated(name, value):
     doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-    assert doc and not doc.startswith(f"{name}("), "no docstring of its own"
+    assert doc and not doc.startswith(f"{name}("), "no docstring"
     functions = [value] if inspect.isfunction(value) else []
     if inspect.isclass(value):
         functions = [vars(value)[n] for n in ("__init__", "forward") if inspect.isfunction(vars(value).get(n))]
@@ -241,7 +241,7 @@ def test_documented_and_annotated(name, value):
         assert signature.return_annotation is not signature.empty, f"{function.__qualname__}: no return annotation"
 
 
-# Wheels, sdists and editable installs, for real. All offline: torch comes from this interpreter's site-packages.
+# Real wheels, sdists and editable installs, all offline: torch comes from this interpreter's site-packages.
 
 TINY = """
 import importlib.util, sys, torch, fused_po
@@ -260,7 +260,7 @@ print(fused_po.__file__)
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the repository without what git ignores."""
+    """A copy of the repository without ignored files."""
     target = tmp_path_factory.mktemp("copy") / "repository"
     built = (".*", "build", "dist", "runs", "shared", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*built)))
@@ -280,14 +280,14 @@ def files_below(folder: Path) -> set[str]:
 
 
 def pip(command: str, *arguments, cwd: Path, interpreter=sys.executable) -> None:
-    """pip of this interpreter, for that one, without network."""
+    """Run this interpreter's pip for another interpreter, without network."""
     pytest.importorskip("setuptools", minversion="77")
     flags = ["-q", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
     run(sys.executable, "-m", "pip", "--python", interpreter, command, *flags, *arguments, cwd=cwd)
 
 
 def environment(folder: Path) -> tuple[Path, Path]:
-    """A fresh environment's (interpreter, site-packages), which finds this one's packages after its own."""
+    """(interpreter, site-packages) of a new environment, which finds this one's packages after its own."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     interpreter = folder / Path(sysconfig.get_path("scripts")).name / Path(sys.executable).name
     site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", folder, None, interpreter).strip())
@@ -305,7 +305,7 @@ def test_install(how, neighbour, copy, wheel, tmp_path):
     pip("install", *what, cwd=tmp_path, interpreter=interpreter)
     if (
         neighbour == "stand-in"
-    ):  # now, not before: Hugging Face's has a part in setuptools' builds, where it is installed
+    ):  # only now, since Hugging Face's package takes part in setuptools' builds where it is installed
         stand_in(site)
     place = Path(run(interpreter, "-c", TINY, neighbour, cwd=tmp_path, env=INTERPRET).split()[-1])
     assert place.is_relative_to(site if how == "wheel" else copy)

@@ -1,4 +1,4 @@
-"""The rehearsal of the CUDA path: what it must notice, and a short form of it where torch is built with CUDA."""
+"""The rehearsal of the CUDA path: faults it must find, and its short form where torch is built with CUDA."""
 
 import json
 import os
@@ -58,9 +58,9 @@ print(((close - exact).abs() / exact).max().item())
 
 
 def test_accesses_and_hints_are_checked(tmp_path):
-    """Out of bounds in a lane that is not masked, and a false hint behind an access, are faults; all else is not."""
+    """Only an access out of bounds in an unmasked lane, and an access that uses a false hint, are faults."""
     code = KERNELS.format(support=str(SUPPORT))
-    script = tmp_path / "kernels.py"  # Triton reads a kernel's source from its file
+    script = tmp_path / "kernels.py"  # Triton reads the source of a kernel from its file
     script.write_text(code, encoding="utf-8")
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
@@ -75,7 +75,7 @@ def test_accesses_and_hints_are_checked(tmp_path):
     assert 1e-8 < float(error) < 2.0**-21
 
 
-def test_what_pytest_says_is_counted():
+def test_the_counts_of_pytest_are_read():
     line = "= 2 failed, 31 passed, 4 skipped, 1 xfailed, 12 warnings, 1 error in 5.93s ="
     assert rehearsal.counts(line) == (31, 3, 5)
     assert rehearsal.counts("") == (0, 0, 0)
@@ -102,9 +102,9 @@ def test_every_named_file_of_tests_exists_and_stages_are_checked():
 
 @pytest.fixture
 def env():
-    """The variables of `python -m rehearsal`, where torch is built with CUDA and there is no GPU.
+    """Environment variables of `python -m rehearsal`. Skips unless torch is built with CUDA and there is no GPU.
 
-    `make rehearse` makes such an environment.
+    `make rehearse` creates such an environment.
     """
     if (reason := build.cannot(PYTHON)) is not None:
         pytest.skip(reason)
@@ -113,7 +113,7 @@ def env():
 
 
 def test_a_device_can_be_hidden(env):
-    """By an empty CUDA_VISIBLE_DEVICES, as tests of several ranks hide it where there are too few."""
+    """An empty CUDA_VISIBLE_DEVICES hides it, as tests of several ranks do where there are too few GPUs."""
     code = """import os, subprocess, sys
 from rehearsal import build
 build.LIBRARY.is_file() or build.build()

@@ -1,4 +1,4 @@
-"""`python -m fused_po info` and `selfcheck`: what is right passes, what is wrong is found, named and repeatable."""
+"""`python -m fused_po info` and `selfcheck`: right ops pass; wrong ones are found, named and reproducible."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ def run(capsys, *words) -> tuple[int, str]:
     return status, capsys.readouterr().out
 
 
-def test_all_pass_and_every_op_is_there(capsys, seed):
+def test_all_ops_are_checked_and_pass(capsys, seed):
     status, out = run(capsys, *SMALL, "--json", "--seed", str(seed))
     found = json.loads(out)
     assert status == 0 and found["failed"] == [], [r for r in found["results"] if not r["passed"]]
@@ -31,7 +31,7 @@ def test_all_pass_and_every_op_is_there(capsys, seed):
     takes_a_backend = {
         name for name, f in functions.items() if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
     }
-    assert checked == takes_a_backend, "every op of the package"
+    assert checked == takes_a_backend, "selfcheck must cover every op of the package"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_all_pass_and_every_op_is_there(capsys, seed):
     ],
 )
 def test_most_problems_decide(shares, passed, monkeypatch):
-    """Of problems drawn with the next seeds; what is beyond twice the bound fails at once."""
+    """Most of the problems drawn with the next seeds decide; an error beyond twice the bound fails at once."""
     left = list(shares)
     made = lambda check, t, dtype: selfcheck.Result(  # noqa: E731
         "op", dtype, "loss", 1.0, 1.0, left[0], left.pop(0) <= 1
@@ -61,14 +61,14 @@ def test_most_problems_decide(shares, passed, monkeypatch):
     assert ("FAILED" in line) == (not passed) and result.note in line
 
 
-def test_a_seed_whose_loss_plain_pytorch_hits_by_luck(capsys):
-    """Its error is a tenth of a rounding on one processor (SSE 4): the check of that one number must still pass."""
+def test_a_seed_with_an_unusually_small_error_of_plain_pytorch(capsys):
+    """With this seed plain PyTorch's error is a tenth of a rounding on SSE 4; the check must still pass."""
     status, out = run(capsys, *SMALL, "--only", "dpo_from_logits", "--seed", "1178702428")
     assert status == 0, out
 
 
 @pytest.mark.parametrize("what", ("value", "gradient"))
-def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
+def test_a_wrong_op_fails_reproducibly(what, capsys, monkeypatch):
     right = fused_po.kl_from_logits
 
     def wrong(logits, *args, **how):
@@ -88,7 +88,7 @@ def test_what_is_wrong_fails_and_can_be_repeated(what, capsys, monkeypatch):
     assert ("kl " if what == "value" else "d logits") in failed[0]
 
 
-def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, seed, monkeypatch):
+def test_an_op_that_raises_fails_and_the_others_run(capsys, seed, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image is available")
 
@@ -97,7 +97,7 @@ def test_an_op_that_raises_has_failed_and_the_others_go_on(capsys, seed, monkeyp
     assert status == 1 and "19 of 20 passed" in out and "FAILED RuntimeError: no kernel image is available" in out
 
 
-def test_a_bar_where_somebody_looks(capsys, monkeypatch):
+def test_a_progress_bar_on_a_terminal(capsys, monkeypatch):
     assert run(capsys, *SMALL, "--only", "gae")[0] == 0
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert command.main([*SMALL, "--only", "gae"]) == 0
@@ -134,8 +134,8 @@ def test_info(capsys, monkeypatch):
             assert choices["fp32"] == ("reference" if device == "cpu" else "triton")
 
 
-def test_info_says_what_is_wrong_with_a_gpu(monkeypatch):
-    """A card without CUDA in torch; kernels without the compiler that Triton takes to launch them."""
+def test_info_explains_why_a_gpu_is_not_used(monkeypatch):
+    """A GPU with a torch built without CUDA; Triton without the C compiler that it needs for launches."""
     monkeypatch.setattr(command.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert command.missing()["CUDA in torch"].endswith("pip install --force-reinstall torch")
@@ -151,8 +151,8 @@ def test_info_says_what_is_wrong_with_a_gpu(monkeypatch):
     "words, message",
     [
         (("selfcheck", "--vocab", "0"), "argument --vocab: got '0', allowed are integers above 0"),
-        (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', here are "),
-        (("selfcheck", "--device", "meta"), "argument --device: got 'meta', here are "),
+        (("selfcheck", "--device", "gpu"), "argument --device: got 'gpu', available are "),
+        (("selfcheck", "--device", "meta"), "argument --device: got 'meta', available are "),
         (("selfcheck", "--backend", "cud"), "argument --backend: invalid choice: 'cud'"),
         (("selfcheck", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
         ((), "the following arguments are required: command"),
@@ -164,6 +164,6 @@ def test_bad_arguments(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_no_such_check(capsys):
+def test_an_unknown_check(capsys):
     assert command.main([*SMALL, "--only", "cuda"]) == 2
     assert capsys.readouterr() == ("", "error: --only: no check has 'cuda' in its name\n")

@@ -1,4 +1,4 @@
-"""A backend that cannot be imported, compiled, cached or launched: what backend=None does, and what a name gets."""
+"""Backends that cannot be imported, compiled, cached or launched: backend=None falls back, backend=name raises."""
 
 import json
 import os
@@ -32,14 +32,14 @@ CALLS = {
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing has been tried yet, and CPU tensors take the best backend as those on a GPU do: an interpreted one."""
+    """Reset the choice of backends, and let CPU tensors choose like GPU tensors: the interpreted kernels."""
     monkeypatch.setattr(backends, "_tried", {})
     monkeypatch.setattr(backends, "ALWAYS_REFERENCE", ())
 
 
 @pytest.fixture
 def no_compiler(fresh, monkeypatch):
-    """Every launch of a kernel ends as it does where there is no C compiler."""
+    """Every kernel launch raises the error of a machine without a C compiler."""
 
     def fail(*_, **__):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
@@ -62,7 +62,7 @@ def test_the_best_backend_runs_where_it_can(fresh):
 
 
 def test_a_backend_that_does_not_compile_is_replaced_with_one_warning(no_compiler):
-    """Of all calls that leave the choice: right results, and what failed, where, why and what now."""
+    """Calls with backend=None give right results. One warning says what failed, why, and what to do."""
     x = logits(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -86,7 +86,7 @@ def test_a_backend_asked_for_by_name_raises(name, no_compiler):
         CALLS[name](logits(1), backend="triton")
 
 
-def test_many_threads_try_once_and_warn_once(no_compiler):
+def test_many_threads_warn_once(no_compiler):
     x, results, start = logits(2), [], threading.Barrier(8)
 
     def work():
@@ -103,7 +103,7 @@ def test_many_threads_try_once_and_warn_once(no_compiler):
     assert len(caught) == 1 and len(results) == 8 and all(torch.equal(r, results[0]) for r in results)
 
 
-def test_no_memory_and_ctrl_c_say_nothing_about_a_backend(fresh, monkeypatch):
+def test_out_of_memory_and_ctrl_c_do_not_disable_a_backend(fresh, monkeypatch):
     where = torch.device(DEVICE)
     for error in (torch.OutOfMemoryError, KeyboardInterrupt):
 
@@ -121,7 +121,7 @@ def test_no_memory_and_ctrl_c_say_nothing_about_a_backend(fresh, monkeypatch):
     assert backends.resolve(None, where, torch.float32) == "triton"
 
 
-def test_fake_tensors_do_not_try_anything(fresh):
+def test_fake_tensors_do_not_try_a_backend(fresh):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), warnings.catch_warnings():
@@ -133,7 +133,7 @@ def test_fake_tensors_do_not_try_anything(fresh):
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
-    """Not on the current one, which may be another."""
+    """Kernels run on the device of their tensors even if another device is current."""
     entered = []
     real = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or real(tensor))
@@ -144,7 +144,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
 
 @pytest.fixture
 def not_imported(request, monkeypatch):
-    """The kernels' package raises this when it is imported."""
+    """Importing the kernels' package raises this error."""
 
     def fail(name, error=request.param):
         raise error
@@ -170,7 +170,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("not_imported, why", BROKEN, indirect=["not_imported"], ids=["triton", "kernels", "library"])
 def test_a_backend_that_cannot_be_imported(not_imported, why):
-    """The reference runs; the name is an error; for a GPU the choice falls on the reference with one warning."""
+    """The reference works; the backend by name raises; GPU tensors use the reference with one warning."""
     x = torch.zeros(1, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -181,13 +181,13 @@ def test_a_backend_that_cannot_be_imported(not_imported, why):
         for _ in range(3):
             assert backends.resolve(None, torch.device("cuda"), torch.float32) == "reference"
     assert len(caught) == 1 and str(caught[0].message).startswith(f"{SAID} cuda") and why in str(caught[0].message)
-    with pytest.raises(ValueError, match="backend: 'triton' is not there: ") as error:
+    with pytest.raises(ValueError, match="backend: 'triton' is not available: ") as error:
         fused_po.logps_from_logits(x, torch.zeros(1, dtype=torch.int64), backend="triton")
     assert why in str(error.value)
 
 
-# Triton's cache on disk, with kernels that are compiled for real: ahead of time, it takes no GPU. In a process of its
-# own, without the interpreter. Below a file no folder can be made, not even by root, whom read-only ones do not stop.
+# Triton's cache on disk, with kernels compiled ahead of time, which needs no GPU, in a process without the interpreter.
+# A path below a file cannot be created even by root, who may write to read-only folders.
 
 CACHE = """
 import json, os, sys, torch
@@ -223,7 +223,7 @@ print(json.dumps(results))
 """
 
 
-def test_triton_s_cache_damaged_or_not_to_be_written(tmp_path):
+def test_triton_s_cache_is_damaged_or_not_writable(tmp_path):
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", CACHE, str(tmp_path / "cache"), str(ROOT / "benchmarks")]
     done = subprocess.run(command, capture_output=True, text=True, env=clean)
@@ -232,7 +232,9 @@ def test_triton_s_cache_damaged_or_not_to_be_written(tmp_path):
     assert isinstance(first, int) and first > 1000 and cached == first
     start = "RuntimeError: fused_po: backend 'triton' cannot compile or load a kernel"
     assert cut.startswith(f"{start} (JSONDecodeError") and nowhere.startswith(f"{start} (NotADirectoryError")
-    if made_anew != first:  # Triton 3.6 does not make a damaged list of files anew; its error names the way out
+    if made_anew != first:  # Triton 3.6 does not recreate a damaged list of files; the error says what to do
         assert made_anew.startswith(f"{start} (JSONDecodeError")
     for said in (cut, nowhere):
-        assert "delete it, or let TRITON_CACHE_DIR name another folder; backend='reference' runs without" in said
+        assert (
+            "delete the cache, or set TRITON_CACHE_DIR to another folder; backend='reference' does not need it" in said
+        )

@@ -1,4 +1,4 @@
-"""Everything public, each argument in turn replaced by what it cannot be: a ValueError or TypeError that names one."""
+"""Every argument of every public function, replaced by wrong values: a ValueError or TypeError names an argument."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ from repository import ROOT
 
 TARGETS = list(public_calls.every_target())
 THING = object()
-WRONG = {  # put in each argument's place; for some arguments some of them are right
+WRONG = {  # wrong values for every argument; some are valid for some arguments
     "a thing": THING,
     "None": None,
     "a string": "?",
@@ -34,8 +34,8 @@ WRONG = {  # put in each argument's place; for some arguments some of them are r
     "empty": torch.zeros(0),
     "meta": torch.zeros(4, 6, device="meta"),
 }
-# What is not looked at in that call, as its documentation says; and the counts, of which the one that is missing and
-# the one that came without it are one error.
+# Arguments that the call does not read, as documented; and counts, where a missing count and one given without it are
+# the same error.
 NOT_READ = (
     {("FusedLinearKTOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")}
     | {("FusedLinearGRPOLoss.forward", name) for name in ("ref_input", "ref_weight", "ref_bias")}
@@ -43,11 +43,11 @@ NOT_READ = (
         ("PolicyLoss.forward", "rollout_log_probs"),
     }
 )
-HEADS = {"weight", "lin_weight", "ref_weight"}  # [V, H], whatever the number of answers
+HEADS = {"weight", "lin_weight", "ref_weight"}  # [V, H] for any number of answers
 
 
 def rows(change):
-    """A change of every tensor that has dimensions."""
+    """A change that is applied to every tensor with dimensions."""
     return lambda t: change(t) if t.ndim else t
 
 
@@ -55,7 +55,7 @@ def to(dtype):
     return lambda t: t.to(dtype) if t.is_floating_point() else t
 
 
-CHANGES = {  # made of every tensor of a call at once: they still fit one another
+CHANGES = {  # changes applied to all tensors of a call, which still fit together
     "its first element": rows(lambda t: t[0]),
     "one dimension more": lambda t: t[None],
     "flat": torch.flatten,
@@ -77,7 +77,7 @@ def named(message: str, names: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
-def test_every_argument_of(target):
+def test_every_argument(target):
     target.call(**target.good)
     for argument in target.arguments:
         for what, value in WRONG.items():
@@ -98,7 +98,7 @@ def test_every_argument_of(target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
 def test_all_tensors_at_once(target):
-    """Each call gives no NaN, or an error that names an argument. The arguments still agree with one another."""
+    """The tensors are changed together and still fit. Each call returns no NaN, or an error that names an argument."""
     for what, change in CHANGES.items():
         for heads_too in (True, False):
             changed = {
@@ -118,7 +118,7 @@ def test_all_tensors_at_once(target):
                 ), call
 
 
-def test_all_that_is_public_is_probed():
+def test_everything_public_is_tested():
     probed = {target.name.split(".")[0].split()[0] for target in TARGETS}
     for space in (public_calls.fused_po, public_calls.losses, public_calls.modules):
         values = {name: getattr(space, name) for name in space.__all__}
@@ -127,8 +127,8 @@ def test_all_that_is_public_is_probed():
     assert len(TARGETS) > 110
 
 
-def test_no_assert_checks_anything():
-    """python -O drops them, and what they say is no message."""
+def test_no_argument_is_checked_by_assert():
+    """python -O removes asserts, and their messages do not help users."""
     folders = ("fused_po", "kernels", "examples", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
     assert len(files) > 60

@@ -1,4 +1,4 @@
-"""docs/bad-calls.md is true: every call in its tables raises that error, with that message."""
+"""docs/bad-calls.md: every call in its tables raises the error and message that the page shows."""
 
 import contextlib
 import re
@@ -18,12 +18,12 @@ INTEGRATIONS, COMMANDS = REST.split("\n## Command lines\n")
 
 
 def rows(text: str) -> list[tuple[str, str]]:
-    """(call, error) of its tables' rows; an … in an error stands for anything."""
+    """(call, error) for the rows of the tables; an … in an error stands for any text."""
     return [(m[2], m[4]) for m in re.finditer(r"^\| (`+)(.+?)\1 \| (`+)(.+?)\3 \|$", text, re.M)]
 
 
 def block(text: str, language: str) -> str:
-    """The first block of code in that language."""
+    """The first code block in this language."""
     return re.search(rf"^```{language}\n(.*?)^```", text, re.M | re.S)[1]
 
 
@@ -34,7 +34,7 @@ def table(text: str) -> pytest.MarkDecorator:
 
 def check(raised: str, error: str) -> None:
     pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", error))
-    assert re.fullmatch(pattern, raised, re.S), f"it says {raised!r}, the page says {error!r}"
+    assert re.fullmatch(pattern, raised, re.S), f"raised {raised!r}, but the page has {error!r}"
 
 
 def fail(call: str, names: dict) -> str:
@@ -55,7 +55,7 @@ def test_calls(call, error):
 
 @pytest.fixture(scope="module")
 def integrated():
-    """What the page's second block defines, beside the first."""
+    """The names that the first and the second code block of the page define."""
     pytest.importorskip("transformers")
     pytest.importorskip("trl")
     names = dict(NAMES)
@@ -72,7 +72,7 @@ def test_integrations(call, error, integrated):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The files of the page's block, in the current folder."""
+    """Create the files of the page's code block in the current folder."""
     for path, text in re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", block(COMMANDS, "text"), re.M | re.S):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text.strip())
@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch):
 
 @table(COMMANDS)
 def test_command_lines(call, error, folder, monkeypatch, capsys):
-    """Exit status 1, or argparse's 2, and no more than one line: no traceback."""
+    """Exit status 1, or 2 from argparse, with one line of output and no traceback."""
     name, *words = shlex.split(call)
     monkeypatch.setattr(sys, "argv", [name])
     before = {path.relative_to(folder) for path in folder.glob("**/*")}
@@ -93,12 +93,12 @@ def test_command_lines(call, error, folder, monkeypatch, capsys):
     if said == 2:
         said = capsys.readouterr().err.splitlines()[-1].removeprefix(f"{name}: ")
     check(said, error)
-    assert not (folder / "ran").exists(), "what came from a file was run"
+    assert not (folder / "ran").exists(), "code from a file was executed"
     left = {path.relative_to(folder).parts[0] for path in folder.glob("**/*")} - {path.parts[0] for path in before}
     assert left <= {"runs", "__pycache__"}
 
 
-def test_the_page_is_as_long_as_it_says():
+def test_the_page_states_its_number_of_rows():
     counts = [len(rows(text)) for text in (LIBRARY, INTEGRATIONS, COMMANDS)]
     assert f"{sum(counts)} bad calls" in PAGE and counts[0] >= 100 and counts[2] >= 40
     assert len(set(rows(PAGE))) == sum(counts)
@@ -116,7 +116,7 @@ def test_good_calls_of_the_same_names():
         eval(call, names)
 
 
-def test_backends_says_why():
+def test_backends_gives_reasons():
     said = fused_po.backends("cpu", torch.float32)
     assert said["reference"] == "yes, chosen by backend=None"
     assert said["triton"].startswith(("no: ", "yes, by name"))

@@ -1,4 +1,4 @@
-"""What tests/fuzz found: each case on its own, as the fault was."""
+"""Corner cases in which tests/fuzz found faults: no tokens, softcaps, cancellation, probabilities near 1, fp16."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from fused_po.backend import choose as backends
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tokens_at_all_with_their_number_known(backend, seed):
-    """num_scored=0 of 0 labels: the search for an ignored label raised IndexError."""
+def test_num_scored_of_no_tokens(backend, seed):
+    """num_scored=0 with 0 labels: the search for an ignored label raised IndexError."""
     hidden, weight = torch.randn(0, 5, device=DEVICE), torch.randn(7, 5, device=DEVICE)
     labels = torch.empty(0, dtype=torch.int64, device=DEVICE)
     how = dict(schedule=Schedule(num_scored=0), backend=backend)
@@ -28,7 +28,7 @@ def test_no_tokens_at_all_with_their_number_known(backend, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_kl_of_no_tokens_has_a_gradient(backend, seed):
-    """Of 0 too: without one a parameter counts as unused, and data-parallel training waits for it."""
+    """The gradient is 0. Without one a parameter counts as unused, and data-parallel training waits for it."""
     logits = torch.randn(0, 7, device=DEVICE, requires_grad=True)
     for labels in (None, torch.empty(0, dtype=torch.int64, device=DEVICE)):
         stats = fused_po.kl_from_logits(logits, logits.detach(), labels, backend=backend)
@@ -39,7 +39,7 @@ def test_the_kl_of_no_tokens_has_a_gradient(backend, seed):
 @pytest.mark.parametrize("share", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("dead", (False, True), ids=("all rows", "rows without gradient"))
 def test_gradients_of_the_kl_and_of_log_probs_together_under_a_softcap(dead, share, backend, seed):
-    """linear_kl with the basis kept: the label's entry took the log-prob's gradient without the softcap's slope."""
+    """linear_kl with the basis kept: at the label the log-prob's gradient was not multiplied by the softcap's slope."""
     n, v, cap = 8, 40, 3.0
     dtype = torch.float64 if backend == "reference" else torch.float32
     hidden, ref_hidden = (torch.randn(n, 6, dtype=dtype, device=DEVICE) for _ in range(2))
@@ -69,7 +69,7 @@ def test_gradients_of_the_kl_and_of_log_probs_together_under_a_softcap(dead, sha
 
 @pytest.mark.parametrize("kl_coef", (0.0, 0.5))
 def test_dpo_with_the_exact_kl_under_a_softcap(kl_coef, seed):
-    """The same fault as a user meets it: a model with capped logits, its head trained, kl="full" in the loss."""
+    """The same fault through DPO: a model with capped logits, a trained head, and kl="full"."""
     operands = [torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((4, 3, 5), (11, 5), (4, 3, 5), (11, 5))]
     labels = torch.randint(0, 11, (4, 3), device=DEVICE)
 
@@ -81,8 +81,8 @@ def test_dpo_with_the_exact_kl_under_a_softcap(kl_coef, seed):
 
 
 @pytest.mark.xfail(strict=True, reason="the kernels' exponents are unrounded products: see docs/reliability.md")
-def test_logits_beyond_two_to_the_31_by_the_kernels():
-    """2^u with u the part of the largest logit that its rounding cut off: from about 2^31 on that alone overflows."""
+def test_logits_above_two_to_the_31():
+    """The kernels compute 2^u, where u is the rounding error of the largest logit: above about 2^31 it overflows."""
     pytest.importorskip("triton")
     torch.manual_seed(0)
     logits = torch.randn(64, 100, device=DEVICE) * 1e12
@@ -91,8 +91,8 @@ def test_logits_beyond_two_to_the_31_by_the_kernels():
     assert fused_po.logps_from_logits(logits, labels, backend="triton").logps.isfinite().all()
 
 
-def test_the_slope_of_sapos_gate_where_it_closes(seed):
-    """The sigmoid's own backward, s (1 - s), loses 1 - s to rounding."""
+def test_sapos_gradient_where_its_gate_closes(seed):
+    """The backward of sigmoid, s (1 - s), rounds 1 - s to 0."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         logps = torch.linspace(1, 2.5, 1024).to(dtype)[:, None].requires_grad_()
@@ -105,8 +105,8 @@ def test_the_slope_of_sapos_gate_where_it_closes(seed):
     assert_close("gradient", ours, exact, [(theirs, exact)])
 
 
-def test_vespos_weight_of_small_sampler_weights(seed):
-    """k log w is a large number where many weights are small, and phi had its rounding."""
+def test_vespo_with_small_sampler_weights(seed):
+    """k log w is large where many weights are small, and phi had the rounding of that number."""
     weights = 0.05 + 0.1 * torch.rand(1024, 5)
     logps, mask, one = -torch.ones(1024, 5), torch.ones(1024, 5, dtype=torch.bool), torch.ones(1024)
     ours = losses.vespo(logps, logps, one, mask, weights)
@@ -116,12 +116,12 @@ def test_vespos_weight_of_small_sampler_weights(seed):
 
 
 @pytest.mark.parametrize("average", (False, True))
-def test_a_long_tail_of_tokens_that_cancel(average, seed):
-    """LD-DPO's weight on each token of the tail left a rounding a token; on their sum it leaves one."""
+def test_a_long_tail_whose_tokens_cancel(average, seed):
+    """LD-DPO's weight multiplied every token of the tail, with a rounding each; multiplying their sum rounds once."""
     rows, length = 64, 40
     logps = torch.randint(-99, 100, (2 * rows, length)).float()
     logps[:, -1] = 1 - logps[:, :-1].sum(1)
-    mask = torch.arange(2 * rows)[:, None].expand(-1, length) < rows  # the rejected ones are empty
+    mask = torch.arange(2 * rows)[:, None].expand(-1, length) < rows  # the rejected answers are empty
     counts = length if average else 1
     sums = [logps[:rows].to(dtype).sum(1) * 0.3 / counts for dtype in (torch.float32, torch.float64)]
     ours = fused_po.sequence_logps(logps, mask, ld_alpha=0.3, average=average)[:rows]
@@ -129,7 +129,7 @@ def test_a_long_tail_of_tokens_that_cancel(average, seed):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-def test_a_tail_that_is_dropped_may_be_infinite(packed):
+def test_a_dropped_tail_may_be_infinite(packed):
     """ld_alpha=0 times -inf was NaN."""
     logps, mask = torch.tensor([[-1.0, -torch.inf], [-2.0, 0.0]]), torch.tensor([[True, True], [True, False]])
     given = (logps.flatten(), mask.flatten(), torch.tensor([0, 2, 4])) if packed else (logps, mask)
@@ -137,8 +137,8 @@ def test_a_tail_that_is_dropped_may_be_infinite(packed):
 
 
 @pytest.mark.parametrize("weight", (0.01, 0.03, 0.97, 0.99))
-def test_the_jensen_shannon_divergence_of_uneven_weights(weight, seed):
-    """Where p and q are apart their mixture is one of the weights; the smaller was what 1 less a rounded one left."""
+def test_the_jensen_shannon_divergence_with_uneven_weights(weight, seed):
+    """Where p and q do not overlap, the mixture is one of the two weights. The smaller was 1 minus a rounded number."""
     logits, ref_logits = (torch.randn(64, 40, device=DEVICE) * 300 for _ in range(2))
     ours = fused_po.kl_from_logits(logits, ref_logits, direction="js", js_weight=weight, backend="reference").kl
     nothing = torch.zeros(64, dtype=torch.int64, device=DEVICE)
@@ -149,8 +149,8 @@ def test_the_jensen_shannon_divergence_of_uneven_weights(weight, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_entropys_gradient_of_sure_rows_from_a_kept_basis(backend, seed):
-    """The log of a probability near 1 came back from its bf16 rounding, 1 or 0.996."""
+def test_the_entropys_gradient_of_confident_rows_from_a_kept_basis(backend, seed):
+    """The log of a probability near 1 was computed from its bf16 rounding, 1 or 0.996."""
     n, v, run = 64, 40, backends.get(backend)
     logits = torch.randn(n, v, device=DEVICE)
     logits[:, 7] = logits.logsumexp(1) + torch.linspace(4, 8, n, device=DEVICE)
@@ -163,8 +163,8 @@ def test_the_entropys_gradient_of_sure_rows_from_a_kept_basis(backend, seed):
     torch.testing.assert_close(out[:, 7].double(), exact[:, 7], rtol=2**-7, atol=0)
 
 
-def test_discopops_gradient_where_its_gate_is_half_open(seed):
-    """Two parts of it, 3.5 and 5 times beta, nearly cancel; each was rounded on its own way down."""
+def test_discopops_gradient_where_its_terms_cancel(seed):
+    """Two terms, 3.5 and 5 times beta, nearly cancel; each was rounded separately in the backward."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         h = torch.linspace(-0.5, 0.5, 1001).to(dtype).requires_grad_()
@@ -177,8 +177,8 @@ def test_discopops_gradient_where_its_gate_is_half_open(seed):
     assert_close("gradient", ours, exact, [(theirs, exact)])
 
 
-def test_forward_kls_gradient_where_the_policy_is_far_above(seed):
-    """e^-r came back from e^-r - 1: with the rounding of 1."""
+def test_forward_kls_gradient_far_above_the_reference(seed):
+    """e^-r was computed from e^-r - 1, with the rounding of 1."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         r = torch.linspace(2, 14, 1001).to(dtype).requires_grad_()
@@ -190,7 +190,10 @@ def test_forward_kls_gradient_where_the_policy_is_far_above(seed):
 
 @pytest.mark.xfail(strict=True, reason="hidden times 1e-6 is subnormal in fp16: see docs/reliability.md")
 def test_fp16_gradients_without_loss_scaling():
-    """The head's gradient is basis.T @ (g * hidden); plain PyTorch rounds g * basis, larger by the logit scale."""
+    """The head's gradient is basis.T @ (g * hidden).
+
+    Plain PyTorch rounds g * basis, which is larger by the logit scale.
+    """
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 8, device=DEVICE).half() for n in (64, 40))
     labels = torch.randint(0, 40, (64,), device=DEVICE)

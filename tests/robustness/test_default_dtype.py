@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 import fused_po
 from fused_po import Schedule, losses, modules, selfcheck
 
-TARGETS = [target for target in public_calls.every_target() if target.name != "RunningMean.update"]  # it has a state
+TARGETS = [target for target in public_calls.every_target() if target.name != "RunningMean.update"]  # has a state
 
 
-# Made here, before any default changes.
+# Created on import, before any default changes.
 ONE, TOKENS, HIDDEN, GROUPS = normal(B), normal(B, T), normal(B, T, 5), labels(B, T)
 LOGITS, HEAD, SCORED = normal(B, T, V), normal(V, 5), torch.where(labels(B, T) > 2, labels(B, T), -100)
 COUNTS = torch.arange(2000, 2007)

@@ -1,4 +1,4 @@
-"""The same bits in every run: each op by each schedule, forward and gradients, with other work on the machine."""
+"""Bitwise equal results in every run: each op with each schedule, values and gradients, under load."""
 
 import threading
 
@@ -22,14 +22,14 @@ SCHEDULES = {
 
 @pytest.fixture
 def busy():
-    """Matrix products and random numbers in another thread, on a GPU in another stream, while the test runs."""
+    """Run matrix products and random numbers in another thread (on a GPU in another stream) during the test."""
     done = threading.Event()
 
     def work() -> None:
         stream = torch.cuda.Stream() if DEVICE == "cuda" else None
         with torch.cuda.stream(stream):
             a = torch.randn(300, 300, device=DEVICE)
-            while not done.wait(1e-3):  # not all of the interpreter's lock
+            while not done.wait(1e-3):  # releases the GIL between products
                 a = (a @ a).tanh_() + torch.rand_like(a)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -123,7 +123,7 @@ def repeat(run, leaves, repeats, **how) -> None:
         assert all(map(torch.equal, first, again)), f"repeat {i + 1} differs"
 
 
-# Interpreted kernels take seconds: a few times in the ordinary tests, and 100 in the slow ones.
+# Interpreted kernels take seconds: the ordinary tests run them a few times, the slow ones 100 times.
 INTERPRETED = [
     pytest.param("triton", 3, id="triton, 3 times"),
     pytest.param("triton", REPEATS, id="triton", marks=pytest.mark.slow),
@@ -152,7 +152,7 @@ def test_reductions(busy, seed):
     repeat(reductions, ("bias",), REPEATS)
 
 
-def test_a_changed_bit_would_be_seen(seed):
+def test_a_changed_bit_is_noticed(seed):
     def uncertain(t, **how):
         return [t["hidden"] + torch.rand(()) * 1e-2]
 

@@ -1,4 +1,4 @@
-"""Nothing to score, no width, one word, every integer dtype; and tensors without numbers (meta, FakeTensor)."""
+"""Nothing to score, width 0, a vocabulary of one token, every integer dtype, and meta and fake tensors."""
 
 import math
 import warnings
@@ -87,8 +87,8 @@ def test_shapes_of_losses(b, t, backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_width_is_the_uniform_distribution(backend, seed):
-    """hidden [..., 0] @ weight [V, 0].T is 0, as in torch; with a bias, its softmax."""
+def test_width_zero_gives_the_uniform_distribution(backend, seed):
+    """hidden [..., 0] @ weight [V, 0].T is 0, as in torch; with a bias the probabilities are its softmax."""
     labels, bias = torch.tensor([[0, 4, -100], [2, 2, 6]], device=DEVICE), leaf(7)
     for schedule in HEADS.values():
         hidden, weight = leaf(2, 3, 0), leaf(7, 0)
@@ -110,7 +110,7 @@ def test_no_width_is_the_uniform_distribution(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_word_is_certain(backend, seed):
+def test_one_token_is_certain(backend, seed):
     x, labels = leaf(2, 3, 1), zeros(2, 3)
     stats = fused_po.logps_from_logits(x, labels, outputs=ALL, backend=backend)
     assert (stats.logps == 0).all() and (stats.entropy == 0).all() and stats.is_top1.all()
@@ -124,7 +124,7 @@ def test_one_word_is_certain(backend, seed):
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_shift_labels(dtype):
-    """Shapes without tokens too; a dtype that can't hold ignore_index becomes int64, never another label."""
+    """Also for shapes without tokens. A dtype that cannot hold ignore_index is converted to int64."""
     kept = dtype if torch.iinfo(dtype).min <= -100 else torch.int64
     shifted = fused_po.shift_labels(torch.tensor([[1, 2, 3], [4, 5, 6]]).to(dtype))
     assert shifted.dtype == kept and shifted.tolist() == [[2, 3, -100], [5, 6, -100]]
@@ -145,7 +145,7 @@ def test_shift_labels_of_masks():
     assert checks.INTEGERS == INTEGERS
 
 
-# What holds no numbers: every public function, with the shapes and dtypes of the real call.
+# Meta and fake tensors: every public function gives the shapes and dtypes of the real call.
 
 NEEDS_NUMBERS = {"RunningMean.update": "rewards", "bradley_terry_mle": "wins"}
 TARGETS = [target for target in public_calls.every_target() if target.name != "backends"]
@@ -193,8 +193,8 @@ def test_gradients_on_meta():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_softcap_gives_a_masked_word_a_probability(backend):
-    """As the formula says: -inf becomes -softcap."""
+def test_a_softcap_gives_a_masked_token_a_probability(backend):
+    """As in the formula, -inf becomes -softcap."""
     z, label = torch.tensor([[0.0, 1.0, -torch.inf]], device=DEVICE), torch.tensor([2], device=DEVICE)
     assert fused_po.logps_from_logits(z, label, backend=backend).logps.item() == -torch.inf
     got = fused_po.logps_from_logits(z, label, softcap=2.0, backend=backend).logps

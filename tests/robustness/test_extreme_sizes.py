@@ -1,4 +1,4 @@
-"""Large and smallest: offsets past 2^31 elements, N = 1 and 10^6, V = 1 and 2^20."""
+"""The largest and smallest sizes: offsets beyond 2^31 elements, N = 1 and 10^6, V = 1 and 2^20."""
 
 import importlib
 
@@ -11,12 +11,12 @@ from plain_ops import gae_loop
 import fused_po
 from fused_po.backend import choose as backends
 
-APART = 2**31 + 16  # elements from a row to the next, in memory that is never touched in between
+APART = 2**31 + 16  # elements between rows; the memory in between is never touched
 V = 300
 
 
 def far_apart(*values: torch.Tensor) -> list[torch.Tensor]:
-    """The same rows [2, v], APART elements apart, all in one bf16 storage."""
+    """The same rows [2, v], APART elements apart in one bf16 storage."""
     room = sum(value.shape[1] for value in values)
     storage, views, begin = torch.empty(APART + room, dtype=torch.bfloat16, device=DEVICE), [], 0
     for value in values:
@@ -31,7 +31,7 @@ def near(*values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def both(run, *values: torch.Tensor) -> None:
-    """run(*rows) gives the same of rows that lie together and of rows that lie far apart."""
+    """Check that run(*rows) gives the same result for adjacent rows and for rows far apart."""
     for got, expected in zip(run(*far_apart(*values)), run(*near(*values)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -47,7 +47,7 @@ def test_offsets_of_log_probs(backend, split, inplace, seed, monkeypatch):
 
     def run(logits):
         leaf = logits.detach().requires_grad_()
-        # as_strided's own gradient would be a tensor of the whole storage
+        # the gradient of as_strided would be a tensor of the whole storage
         how = dict(outputs=("logps", "entropy"), backend=backend)
         stats = fused_po.logps_from_logits(leaf, labels, **how)
         grads = torch.autograd.grad(stats.logps.sum() + stats.entropy.sum(), leaf)
@@ -111,7 +111,7 @@ def test_offsets_of_gae(backend, seed):
 @pytest.mark.parametrize("v", (1, 2))
 @pytest.mark.parametrize("scaling", (Scaling(), Scaling(0.7, 2.0, 5.0)), ids=("plain", "capped"))
 def test_the_smallest_vocabularies(scaling, v, backend, seed, poison):
-    """Of one word the log-prob is 0 and has no gradient, to the rounding of a probability of 1."""
+    """With one token the log-prob is 0 and the gradient is 0, up to the rounding of a probability of 1."""
     logits = torch.randn(256, v, device=DEVICE) * 3
     if v == 2:
         return check_logits(logits, random_labels(256, v), scaling, backend, n=5)
@@ -127,7 +127,7 @@ def test_the_smallest_vocabularies(scaling, v, backend, seed, poison):
 @pytest.mark.parametrize(
     "backend", ("reference", pytest.param("triton", marks=pytest.mark.slow if DEVICE == "cpu" else []))
 )
-def test_one_row_of_a_million_words(backend, seed, poison):
+def test_one_row_with_a_vocabulary_of_a_million(backend, seed, poison):
     v = 2**20
     logits = torch.randn(6, v, device=DEVICE)
     logits[:, ::7] = -torch.inf
@@ -137,7 +137,7 @@ def test_one_row_of_a_million_words(backend, seed, poison):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_head_of_a_million_words(backend, seed, poison):
+def test_a_head_with_a_vocabulary_of_a_million(backend, seed, poison):
     v = 2**20
     hidden, weight = torch.randn(16, 4, device=DEVICE), torch.randn(v, 4, device=DEVICE) / 2
     labels = random_labels(16, v, "none")
@@ -147,7 +147,7 @@ def test_a_head_of_a_million_words(backend, seed, poison):
 
 
 def test_a_million_rows(seed, poison):
-    """By the reference on a CPU: interpreted kernels take some 10 ms a row."""
+    """With the reference backend on a CPU, since interpreted kernels take about 10 ms per row."""
     n = 10**6
     check_logits(torch.randn(n, 3, device=DEVICE), random_labels(n, 3), Scaling(), None)
 
@@ -164,7 +164,7 @@ def test_a_million_tokens_in_a_sequence_and_a_million_sequences(seed):
     x = torch.randn(n, device=DEVICE)
     exact = x.double()
     bounds = torch.tensor([0, n], device=DEVICE)
-    # a sum's worst, were it one by one, is n times
+    # adding one by one the worst error is n times as large
     rounding = torch.finfo(torch.float32).eps * exact.abs().cumsum(0)[-1]
     assert (fused_po.sequence_logps(x, cu_seqlens=bounds).double() - exact.sum()).abs() <= rounding
     assert torch.equal(fused_po.sequence_logps(x, cu_seqlens=torch.arange(n + 1, device=DEVICE)), x)
@@ -173,7 +173,7 @@ def test_a_million_tokens_in_a_sequence_and_a_million_sequences(seed):
 
 
 def test_gae_of_a_million_steps(seed):
-    """In one row, and in as many rows."""
+    """10^6 steps in one row, and in 10^6 rows."""
     rewards, values = torch.randn(2, 10**6, dtype=torch.float64, device=DEVICE)
     steps = fused_po.gae(rewards[None, :20000], values[None, :20000], gamma=0.9, lam=0.9)
     for got, expected in zip(steps, gae_loop(rewards[None, :20000], values[None, :20000], None, None, 0.9, 0.9)):

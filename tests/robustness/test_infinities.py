@@ -1,6 +1,6 @@
 """Forbidden tokens: log-probs, margins and log-ratios of -inf and inf, in the fused losses and in the loss functions.
 
-Where the result has a limit it is that limit, value and gradient; where it has none (inf - inf) it is NaN, in both.
+Value and gradient are the limit if there is one. Where there is none (inf - inf), both are NaN.
 """
 
 import math
@@ -40,7 +40,7 @@ def assert_same(ours, exact):
 
 
 def pair(chosen: bool, rejected: bool):
-    """Logits [2, 3, 5] and labels; a token of the answers named is forbidden."""
+    """Logits [2, 3, 5] and labels; one token of each named answer is forbidden."""
     logits, labels = torch.randn(2, 3, 5, device=DEVICE), torch.randint(0, 5, (2, 3), device=DEVICE)
     for row, forbidden in enumerate((chosen, rejected)):
         if forbidden:
@@ -49,7 +49,7 @@ def pair(chosen: bool, rejected: bool):
 
 
 def plain_dpo(logits, labels, smoothing):
-    """(loss, gradient) as a person would write them, from sequence log-probs."""
+    """(loss, gradient) in plain PyTorch, from sequence log-probs."""
     x = logits.double().requires_grad_()
     sums = x.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1).sum(1)
     loss = losses.dpo(sums[:1], sums[1:], beta=0.1, label_smoothing=smoothing)
@@ -62,7 +62,7 @@ def plain_dpo(logits, labels, smoothing):
 @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
 @pytest.mark.parametrize("forbidden", ["chosen", "rejected"])
 def test_dpo_with_an_infinite_margin(backend, smoothing, kl, forbidden, seed):
-    """With a KL that is reported only: its coefficient of 0 must not meet an infinite value or slope."""
+    """Also with a KL that is only reported: its coefficient of 0 must not multiply an infinite value or slope."""
     logits, labels = pair(forbidden == "chosen", forbidden == "rejected")
     exact, exact_grad = plain_dpo(logits, labels, smoothing)
     assert exact.item() == (0 if (forbidden, smoothing) == ("rejected", 0.0) else INF)
@@ -83,7 +83,7 @@ def test_dpo_with_an_infinite_margin(backend, smoothing, kl, forbidden, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_heads_and_the_exact_kl(backend, smoothing, seed):
+def test_heads_and_the_exact_kl(backend, smoothing, seed):
     """`linear_dpo` with a bias of -inf, and kl="full", where the reference forbids the same token."""
     _, labels = pair(False, True)
     labels[0], token = (labels[1, 1] + 1) % 5, labels[1, 1].item()
@@ -104,7 +104,7 @@ def test_the_heads_and_the_exact_kl(backend, smoothing, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_answers_forbidden_have_no_margin(backend, seed):
-    """inf - inf is no number: NaN as in `losses.dpo`, and the other pairs are untouched."""
+    """inf - inf is NaN, as in `losses.dpo`, and the other pairs are not affected."""
     logits, labels = pair(True, True)
     more, more_labels = pair(False, False)
     stacked = torch.stack([logits[0], more[0], logits[1], more[1]]).requires_grad_()
@@ -123,7 +123,7 @@ def test_both_answers_forbidden_have_no_margin(backend, seed):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_estimates_in_the_fused_ops(backend, kl):
-    """r of -inf, inf, and beyond the tangent's start: values, and slopes through the loss."""
+    """r of -inf, inf and beyond the start of the tangent: values, and gradients through the loss."""
     r = tensor(-INF, -30.0, -20.0, -1.0, 0.0, 2.0, 50.0, INF)
     exact = {
         "k1": r,
@@ -155,7 +155,7 @@ def test_estimates_in_the_losses():
     value, slope = value_and_slope(lambda x: losses.kl_loss(x, zero, "abs"), r)
     assert_same(value, r.abs())
     assert_same(slope, [-1.0, -1.0, -1.0, 0.0, 1.0, 1.0])
-    # Times pi / pi_old: what the policy never says counts nothing.
+    # Multiplied by pi / pi_old: tokens that the policy forbids add 0.
     value, slope = value_and_slope(lambda x: losses.kl_loss(x, zero[:1], "k3", old_logps=zero[:1]), r[:1])
     assert value.item() == 0 and slope.item() == 0
     value, slope = value_and_slope(k3_estimate, r)
@@ -168,7 +168,7 @@ def _nothing():
     return contextlib.nullcontext()
 
 
-def test_exponentials_go_on_to_both_infinities():
+def test_exponentials_continue_to_both_infinities():
     value, slope = value_and_slope(saturating_expm1, tensor(-INF, -50.0, 30.0, INF))
     assert_same(value, [-1.0, -1.0, E20 + 10 * (E20 + 1), INF])
     assert_same(slope, [0.0, 0.0, E20 + 1, E20 + 1])
@@ -211,7 +211,7 @@ def test_losses_of_pairs(name, settings, values, slopes):
 
 
 def test_coefficients_of_zero():
-    """0 times infinity, wherever a coefficient, a weight, an advantage or a ratio may be 0."""
+    """A coefficient, weight, advantage or ratio of 0 times an infinity gives 0."""
     c, r = tensor(-INF), tensor(-INF)
     one = tensor(1)
     assert_same(
@@ -230,7 +230,7 @@ def test_coefficients_of_zero():
 
 @pytest.mark.parametrize("rewards", [(0.0, -INF), (-INF, 0.0), (1.0, 0.0, -INF), (1.0, -INF, 0.0), (1.0, -INF, -INF)])
 def test_rankings_with_a_forbidden_answer(rewards):
-    """As their choices among two answers, each without an infinity in a sum."""
+    """A ranking equals its separate choices between two answers, each without an infinity in a sum."""
     value, slope = value_and_slope(losses.plackett_luce, tensor(*rewards)[None])
     x = tensor(*rewards).requires_grad_()
     exact = x.new_zeros(())
@@ -239,7 +239,7 @@ def test_rankings_with_a_forbidden_answer(rewards):
         if later:
             exact = exact - torch.nn.functional.logsigmoid(x[k] - torch.stack(later).logsumexp(0))
         elif x[k] == -INF:
-            exact = exact + math.nan  # a choice between two that are never made
+            exact = exact + math.nan  # a choice between two forbidden answers
     assert torch.equal(value[0].isnan(), exact.isnan())
     if not exact.isnan():
         (grad,) = torch.autograd.grad(exact, x) if exact.requires_grad else (torch.zeros_like(x),)
@@ -264,8 +264,8 @@ POLICY = [
 
 
 @pytest.mark.parametrize("loss", POLICY)
-def test_no_advantage_no_loss(loss):
-    """A forbidden token that counts, with an advantage of 0: no loss and no gradient."""
+def test_no_advantage_gives_no_loss(loss):
+    """A counted forbidden token with an advantage of 0 has no loss and no gradient."""
     a, mask = torch.zeros_like(TOKENS), torch.ones_like(TOKENS, dtype=torch.bool)
     value, slope = value_and_slope(lambda x: loss(x, a, mask), TOKENS)
     assert (value == 0).all() and (slope == 0).all()
@@ -275,13 +275,13 @@ def test_no_advantage_no_loss(loss):
 @pytest.mark.parametrize("kind", ["clip", "weight", "gate"])
 @pytest.mark.parametrize("kl", [None, "k2", "k3"])
 def test_policy_ops(backend, kind, kl, seed):
-    """A forbidden token, with no advantage and a KL of coefficient 0, or with no weight: a finite loss and gradient."""
+    """A forbidden token with an advantage and KL coefficient of 0, or with a weight of 0: finite loss and gradient."""
     logits, labels = torch.randn(1, 3, 6, device=DEVICE), torch.randint(0, 6, (3,), device=DEVICE)
     logits[0, 1, labels[1]] = -INF
     zero, one = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
     for a, weights in ((zero, one), (one, tensor(1.0, 0.0, 1.0))):
         if kind == "weight" and a is one:
-            continue  # its loss of the token is infinite, and not weighed yet
+            continue  # the loss of the token is infinite, and not weighted yet
         given = TokenInputs(a, weights, one * -2, None if kl is None else one * -1)
         form = Form(kind, 0.5, 2.0, kl=kl, kl_coef=0.0)
         x = logits.clone()
@@ -294,7 +294,7 @@ def test_policy_ops(backend, kind, kl, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_ratio_of_two_forbidden_tokens_is_nan(backend):
-    """-inf less -inf, in policy and old policy: not e^-20 in silence."""
+    """-inf - -inf of policy and old policy is NaN, instead of silently e^-20."""
     logits = torch.tensor([[[-INF, 0.0]]], device=DEVICE)
     labels, one = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.ones(1, device=DEVICE)
     given = TokenInputs(one, one, one * -INF, None)
@@ -303,7 +303,7 @@ def test_a_ratio_of_two_forbidden_tokens_is_nan(backend):
 
 
 def test_jensen_shannon_of_masked_vocabularies():
-    """A token that neither side may say: value and gradient of the rest."""
+    """A token that both sides forbid: value and gradient of the remaining tokens."""
     p, q = torch.randn(3, 5, device=DEVICE), torch.randn(3, 5, device=DEVICE)
     p[:, 2] = q[:, 2] = -INF
     few = [x[:, [0, 1, 3, 4]] for x in (p, q)]

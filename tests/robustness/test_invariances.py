@@ -1,6 +1,6 @@
-"""What must not change a result (constants, orders, splits, packing, schedules, layouts), and what must just so.
+"""Changes that must not affect a result (constants, orders, splits, packing, schedules, layouts), or in a known way.
 
-In float64, where nothing but rounding may differ, and bit for bit where not even that.
+Checked in float64, where only rounding may differ, and bit for bit where even rounding must be equal.
 """
 
 import torch
@@ -42,7 +42,7 @@ def same(a, b) -> None:
 
 
 def of_logits(logits, labels, scale=1.0, **how):
-    """[log-prob, entropy, lse, ..., gradient in the logits]."""
+    """[log-prob, entropy, lse, ..., gradient of the logits]."""
     logits = logits.detach().requires_grad_()
     stats = fused_po.logps_from_logits(logits, labels, outputs=OUTPUTS, **how)
     loss = (stats.logps - 0.3 * stats.entropy + 0.7 * stats.lse.square() / 100).sum() * scale
@@ -50,7 +50,7 @@ def of_logits(logits, labels, scale=1.0, **how):
 
 
 def of_head(hidden, weight, labels, bias=None, outputs=OUTPUTS, scale=1.0, **how):
-    """[log-prob, ..., gradients in hidden, weight, bias]."""
+    """[log-prob, ..., gradients of hidden, weight, bias]."""
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
     stats = fused_po.linear_logps(*leaves[:2], labels, *leaves[2:], outputs=outputs, **how)
     loss = (stats.logps - 0.3 * stats.entropy + 0.7 * stats.lse).sum() * scale
@@ -59,7 +59,7 @@ def of_head(hidden, weight, labels, bias=None, outputs=OUTPUTS, scale=1.0, **how
 
 @st.composite
 def views(draw):
-    """Logits as somebody's slice, step or transpose of a larger tensor, up to four dimensions, and labels."""
+    """Logits as a slice, step or transpose of a larger tensor with up to four dimensions, and labels."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     base = torch.randn([2 * n + 3 for n in shape], generator=generator).to(DEVICE)
@@ -111,7 +111,7 @@ def test_the_order_of_rows(seed, n, v):
     (logits,), labels = draw(seed, (n, v), dtype=torch.float32), some_labels(seed, (n,), v)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     found, expected = of_logits(logits[order], labels[order]), [value[order] for value in of_logits(logits, labels)]
-    if DEVICE == "cuda":  # a kernel sums a row by where it begins in 16 bytes
+    if DEVICE == "cuda":  # the order in which a kernel sums a row depends on the row's alignment to 16 bytes
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     else:
         same(found, expected)
@@ -156,7 +156,7 @@ SCHEDULES = st.builds(
 
 @FEW
 @given(SEEDS, st.integers(0, 8), st.integers(1, 5), st.integers(1, 60), SCHEDULES, st.none() | st.integers(0, 3))
-def test_the_schedule_changes_rounding_alone(seed, n, width, v, schedule, excess):
+def test_the_schedule_changes_only_rounding(seed, n, width, v, schedule, excess):
     hidden, weight, ref_hidden, ref_weight = draw(seed, (n, width), (v, width), (n, 2), (v, 2))
     labels = some_labels(seed, (n,), v)
     if excess is not None and schedule["compact"]:
@@ -174,7 +174,7 @@ def test_the_schedule_changes_rounding_alone(seed, n, width, v, schedule, excess
 @FEW
 @given(SEEDS, st.integers(1, 4), st.integers(1, 8), st.booleans(), st.sampled_from((None, 0.0, 0.4)))
 def test_packed_equals_padded(seed, pairs, length, average, ld_alpha):
-    """Hidden states of 2B answers with padding, and the same without it: log-probs, sequences, the batch's loss."""
+    """Hidden states of 2B answers with and without padding: log-probs, sequences, and the loss of the batch."""
     v, generator = 17, torch.Generator().manual_seed(seed)
     hidden, weight = draw(seed, (2 * pairs, length, 4), (v, 4))
     lengths = torch.randint(0, length + 1, (2 * pairs,), generator=generator).to(DEVICE)
@@ -228,8 +228,8 @@ def test_the_order_of_pairs(seed, pairs, length, linear, kl):
 
 @FEW
 @given(SEEDS, st.integers(1, 4), st.booleans())
-def test_chosen_for_rejected(seed, pairs, linear):
-    """Swapped, each pair's margin changes its sign, and the loss becomes -log s(-h)."""
+def test_swapping_chosen_and_rejected(seed, pairs, linear):
+    """Swapping chosen and rejected changes the sign of each margin, and the loss becomes -log s(-h)."""
     hidden, weight, ref = draw(seed, (2 * pairs, 3, 3), (11, 3), (2 * pairs, 3, 3))
     labels, turned = some_labels(seed, (2 * pairs, 3), 11), torch.arange(2 * pairs).roll(pairs)
     (losses, *values), _ = dpo_of(hidden, weight, ref, labels, linear)
@@ -242,8 +242,8 @@ def test_chosen_for_rejected(seed, pairs, linear):
 
 @FEW
 @given(SEEDS, st.integers(1, 8), st.integers(1, 60), st.integers(-20, 20), SCHEDULES)
-def test_gradients_scale_with_what_comes_in(seed, n, v, power, schedule):
-    """By a power of two: bit for bit."""
+def test_gradients_scale_with_the_incoming_gradient(seed, n, v, power, schedule):
+    """Scaling the incoming gradient by a power of two scales gradients exactly."""
     hidden, weight = draw(seed, (n, 4), (v, 4), dtype=torch.float32)
     labels, scale = some_labels(seed, (n,), v), 2.0**power
     *_, grad = of_logits(hidden @ weight.T, labels)
@@ -255,8 +255,8 @@ def test_gradients_scale_with_what_comes_in(seed, n, v, power, schedule):
 
 @FEW
 @given(SEEDS, st.integers(1, 8), st.integers(1, 300), SCHEDULES, DIRECTIONS, st.sampled_from((None, 5.0)))
-def test_equal_policy_and_reference_are_0_apart(seed, n, v, schedule, how, softcap):
-    """Log-ratio, KL and its gradient exactly 0, whatever requires gradients and whatever is kept."""
+def test_equal_policy_and_reference_have_zero_kl(seed, n, v, schedule, how, softcap):
+    """Log-ratio, KL and its gradient are exactly 0, for any inputs that require grad and any budget."""
     hidden, weight = draw(seed, (2 * n, 4), (v, 4), dtype=torch.bfloat16)
     labels, tile = some_labels(seed, (2 * n,), v), schedule["tile_bytes"]
     policy = hidden.clone().requires_grad_(), weight.clone().requires_grad_()

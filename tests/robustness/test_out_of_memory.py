@@ -1,7 +1,7 @@
-"""Memory that ends, and Ctrl-C, at every step of every op: the error comes through, nothing is left, all goes on.
+"""Out of memory and Ctrl-C at every step of every op: the error is raised, memory is freed, later calls work.
 
-A step is an operator that makes a tensor or writes one, inside the ops too. The fault is put into the first, the second
-and so on to the last one of a forward and its backward.
+A step is an operator that creates or writes a tensor, inside the ops too. The fault is raised at the first, the second
+and every later step of a forward and its backward.
 """
 
 import gc
@@ -21,12 +21,12 @@ from fused_po import Schedule
 
 N, V, H = 12, 70, 6
 ROW = 4 * 80  # bytes of a padded row of fp32 logits
-FEWEST = 2 if DEVICE == "cuda" else 40  # steps of an op: what a kernel does is none
-FAULTS = ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, 11))  # the error, at each of how many steps
+FEWEST = 2 if DEVICE == "cuda" else 40  # steps of an op; operators inside a kernel are not counted
+FAULTS = ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, 11))  # (error, raised at every n-th step)
 
 
-def settled(count: Callable[[], int], allowed: int = 0) -> int:
-    """count(), once it is allowed. autograd's thread of a GPU lets go of an error a moment after the caller has it."""
+def count_when_settled(count: Callable[[], int], allowed: int = 0) -> int:
+    """count(), after waiting until it is allowed: autograd's GPU thread frees an error shortly after the caller."""
     for _ in range(100 if DEVICE == "cuda" else 0):
         if count() <= allowed:
             break
@@ -35,7 +35,7 @@ def settled(count: Callable[[], int], allowed: int = 0) -> int:
 
 
 class FaultAt(TorchDispatchMode):
-    """Raises in place of the at-th operator (views apart); collects weak references to the memory of what was made."""
+    """Raises instead of operator number `at` (not counting views); keeps weak references to all created memory."""
 
     def __init__(self, at: int, error: type[BaseException]) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class FaultAt(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        """What is left of it."""
-        return settled(lambda: sum(storage() is not None for storage in self.made))
+        """The created memory that is still alive."""
+        return count_when_settled(lambda: sum(storage() is not None for storage in self.made))
 
 
 class Case(NamedTuple):
-    """call(leaves, how) gives tensors; gradients are taken in the leaves that require them."""
+    """call(leaves, how) returns tensors; gradients are taken with respect to leaves that require grad."""
 
     call: object
     leaves: dict[str, torch.Tensor]
@@ -131,7 +131,7 @@ CASES = {
 
 
 def step(case: Case) -> tuple[torch.Tensor, ...]:
-    """Values, and gradients in what requires them; without the values' graph."""
+    """Values and gradients; the graph of the values is freed."""
     wanted = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
     values = case.results(case.leaves)
     if not wanted:
@@ -141,7 +141,7 @@ def step(case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def fault(case: Case, at: int, error: type[BaseException]) -> tuple[FaultAt, str | None]:
-    """One step with a fault, and what came of it; the error itself is gone when this returns."""
+    """The outcome of one step with a fault; the error is freed when this returns."""
     mode = FaultAt(at, error)
     try:
         with mode:
@@ -178,13 +178,13 @@ def test_a_fault_at_every_step(name, error, stride):
         gc.enable()
     assert mode.steps < at <= mode.steps + stride and mode.steps > FEWEST, "the faults have reached the last step"
     if error is torch.OutOfMemoryError and ("linear" in name or "chunked" in name):
-        told = sum("Lower Schedule.logits_budget" in said for said in messages)
-        assert told > len(messages) / 2, "what to lower"
+        helpful = sum("Lower Schedule.logits_budget" in said for said in messages)
+        assert helpful > len(messages) / 2, "most errors say what to lower"
     for leaf, value in case.leaves.items():
         assert torch.equal(value, before[leaf]) and value.grad is None, f"{leaf} was changed"
-    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call is another"
+    assert all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True)), "the next call gives other results"
     gc.collect()
-    assert DEVICE == "cpu" or settled(torch.cuda.memory_allocated, allocated) <= allocated
+    assert DEVICE == "cpu" or count_when_settled(torch.cuda.memory_allocated, allocated) <= allocated
 
 
 SHORT = dict(logits=normal(4, 20), labels=torch.arange(4, device=DEVICE))
@@ -199,7 +199,7 @@ OF_KERNELS = {
 
 @pytest.mark.parametrize("name", OF_KERNELS)
 def test_a_fault_at_every_allocation_around_the_kernels(name, monkeypatch):
-    """What Triton's launchers ask torch.empty for; under the mode above the interpreter takes minutes."""
+    """Faults in the torch.empty calls of Triton's launchers; with FaultAt the interpreter would take minutes."""
     case = OF_KERNELS[name]._replace(how=OF_KERNELS[name].how | dict(backend="triton"))
     truth, empty, made = step(case), torch.empty, []
 
@@ -219,7 +219,7 @@ def test_a_fault_at_every_allocation_around_the_kernels(name, monkeypatch):
             break
         except torch.OutOfMemoryError:
             pass
-        gc.collect()  # of the interpreter's own cycles
+        gc.collect()  # reference cycles of the interpreter
         assert not [storage for storage in made if storage is not None and storage() is not None], f"allocation {at}"
     monkeypatch.undo()
     assert at >= 2 and all(torch.equal(a, b) for a, b in zip(step(case), truth, strict=True))
@@ -233,8 +233,8 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("gae", "chunked_loss")])
-def test_a_backward_that_failed_can_be_run_again(name):
-    """The graph is whole: the same gradients, whichever step failed."""
+def test_a_failed_backward_can_run_again(name):
+    """The graph is intact: the same gradients after a fault at any step."""
     case = CASES[name]
     wanted = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
     values = case.results(case.leaves)
@@ -253,8 +253,8 @@ def test_a_backward_that_failed_can_be_run_again(name):
 
 @pytest.mark.parametrize("backend", ("reference", "triton"))
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_a_backward_in_place_that_failed_never_gives_a_wrong_gradient(name, backend):
-    """Its logits may be half overwritten; a second try is then an error."""
+def test_a_failed_in_place_backward_never_gives_a_wrong_gradient(name, backend):
+    """The logits may be half overwritten; then a second backward is an error."""
     case = IN_PLACE[name]
     truth = step(case)[-1]
     outcomes = set()

@@ -1,4 +1,4 @@
-"""Nothing on disk is code: no pickle is opened, no shell is given a string, and files that try get nowhere."""
+"""Files are never executed: no pickle is loaded, no shell gets a string, and malicious files have no effect."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ FILES = [
     for path in (ROOT / folder).rglob("*.py")
 ]
 FILES.append(ROOT / "setup.py")
-# Modules that run what they read, or that shells are reached by. safetensors, json and yaml's safe_load do neither.
+# Modules that execute what they read, or that start shells. safetensors, json and yaml's safe_load do neither.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty", "commands"}
 CALLS = {
     "eval",
@@ -40,7 +40,7 @@ RUNS = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.che
 
 
 def dotted(node: ast.expr) -> str:
-    """a.b.c of an expression; "" of one that is no name."""
+    """The dotted name a.b.c of an expression, or "" if it is not a name."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -49,7 +49,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def names_of(tree: ast.Module) -> dict[str, str]:
-    """What the imports of a file call things: {"load": "torch.load", "np": "numpy"}."""
+    """The names that a file imports: {"load": "torch.load", "np": "numpy"}."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -62,12 +62,12 @@ def names_of(tree: ast.Module) -> dict[str, str]:
 
 
 def option(call: ast.Call, name: str) -> object:
-    """The constant that a keyword argument is given; None without it or of something else."""
+    """The constant value of a keyword argument, or None."""
     return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
 
 
 def fault(call: ast.Call, name: str) -> str | None:
-    """What is wrong with a call of this name."""
+    """The fault of a call of this name, or None."""
     if name in CALLS:
         return "runs or unpickles what it is given"
     if name == "torch.load" and option(call, "weights_only") is not True:
@@ -126,15 +126,15 @@ def test_sources():
         "load(path, trust_remote_code=True)",
     ],
 )
-def test_the_reader_of_sources_sees(source):
+def test_the_source_check_finds_faults(source):
     assert len(faults(source)) == 1
 
 
-# Files that would run a command if anything opened them carelessly.
+# Files that would run a command if something opened them carelessly.
 
 
 class Attack:
-    """Unpickled, it makes the file that `path` names."""
+    """Unpickling it creates the file `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -145,19 +145,19 @@ class Attack:
 
 @pytest.fixture
 def ran(tmp_path):
-    """The folder that an attack makes; the attack is first seen to work."""
+    """The folder that an attack creates, after a check that the attack works."""
     path = tmp_path / "ran"
     torch.save(Attack(path), tmp_path / "attack.pt")
     torch.load(tmp_path / "attack.pt", weights_only=False)
     assert path.is_dir()
     path.rmdir()
     yield path
-    assert not path.exists(), "code in a file was run"
+    assert not path.exists(), "code in a file was executed"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(flags, folder of a short run with a cache of its reference's log-probs)."""
+    """(flags, folder) of a short run with a cache of reference log-probs."""
     folder = tmp_path_factory.mktemp("trained")
     words = [*example_runs.small_data(folder, train=8, test=4), "--sft-steps", "0", "--batch-size", "4", "--steps", "1"]
     words += ["--precompute-ref", "--ref-cache", str(folder / "cache")]
@@ -166,7 +166,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_checkpoint(trained, ran, tmp_path):
-    """Pickles under every name that torch.distributed.checkpoint knows: none is opened."""
+    """Pickles under every file name that torch.distributed.checkpoint uses are not loaded."""
     words, folder = trained
     for name in ("shard-00001-model-00001-of-00001.safetensors", "state.json", ".metadata", "__0_0.distcp"):
         output = tmp_path / name
@@ -175,7 +175,7 @@ def test_a_checkpoint(trained, ran, tmp_path):
         assert (path / name).exists() == (name[0] == "s")
         (path / name).write_bytes(pickle.dumps(Attack(ran)))
         if name[0] == "s":
-            with pytest.raises(SystemExit, match=r"--resume: .*checkpoint-00000001 is damaged or no checkpoint"):
+            with pytest.raises(SystemExit, match=r"--resume: .*checkpoint-00000001 is damaged or not a checkpoint"):
                 run("dpo", words, output, "--resume")
         else:
             run("dpo", words, output, "--resume")
@@ -186,7 +186,7 @@ def cut(path: Path) -> None:
 
 
 def others(path: Path) -> None:
-    """A checkpoint of a model of other shapes."""
+    """A checkpoint of a model with other shapes."""
     state = json.loads(path.read_text())
     for tensor in state["model"].values():
         tensor["shape"] = [1]
@@ -201,15 +201,19 @@ def without_model(path: Path) -> None:
 
 SHARD, STATE = (f"checkpoint-00000001/{n}" for n in ("shard-00001-model-00001-of-00001.safetensors", "state.json"))
 DAMAGE = [
-    (SHARD, cut, r"checkpoint-00000001 is damaged or no checkpoint"),
-    (SHARD, lambda path: path.write_bytes(b""), "is damaged or no checkpoint"),
-    (SHARD, lambda path: path.unlink(), "is damaged or no checkpoint"),
-    (STATE, cut, r"is damaged or no checkpoint \(JSONDecodeError\); delete it"),
-    (STATE, lambda path: path.unlink(), r"is damaged or no checkpoint \(FileNotFoundError\)"),
-    (STATE, lambda path: path.write_text("[1]"), "is none of these scripts'"),
-    (STATE, without_model, "is none of these scripts'"),
-    (STATE, others, r"does not fit this run \(it holds other parameters than the model\)"),
-    ("arguments.json", lambda path: path.unlink(), r"arguments.json cannot be read .*; start anew in another folder"),
+    (SHARD, cut, r"checkpoint-00000001 is damaged or not a checkpoint"),
+    (SHARD, lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
+    (SHARD, lambda path: path.unlink(), "is damaged or not a checkpoint"),
+    (STATE, cut, r"is damaged or not a checkpoint \(JSONDecodeError\); delete it"),
+    (STATE, lambda path: path.unlink(), r"is damaged or not a checkpoint \(FileNotFoundError\)"),
+    (STATE, lambda path: path.write_text("[1]"), "was not written by these scripts"),
+    (STATE, without_model, "was not written by these scripts"),
+    (STATE, others, r"does not fit this run \(it has other parameters than the model\)"),
+    (
+        "arguments.json",
+        lambda path: path.unlink(),
+        r"arguments.json cannot be read .*; start a new run in another folder",
+    ),
     ("arguments.json", cut, "arguments.json cannot be read"),
     ("arguments.json", lambda path: path.write_text("[]"), "was started with other arguments"),
 ]
@@ -225,7 +229,7 @@ def test_a_damaged_run_is_a_message(name, damage, message, trained, tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "\xff\xfe", '{"step": "1", "stage": "DPO"}'])
-def test_metrics_that_are_none_are_left_out(text, trained, tmp_path):
+def test_metrics_that_are_none_are_skipped(text, trained, tmp_path):
     words, folder = trained
     shutil.copytree(folder / "run", tmp_path / "run")
     good = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -235,7 +239,7 @@ def test_metrics_that_are_none_are_left_out(text, trained, tmp_path):
 
 
 def test_a_cache_of_log_probs(trained, ran, tmp_path):
-    """Neither a pickle under its name, nor another cache's content, nor one that was changed without its key."""
+    """A pickle under the cache's name, another cache's content, and a changed cache with an old key are not used."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -255,7 +259,7 @@ def test_a_cache_of_log_probs(trained, ran, tmp_path):
             (key, {name: value * float("nan") for name, value in tensors.items()}),
         ):
             save_file({name: value.contiguous() for name, value in wrong.items()}, path, metadata={"key": wrong_key})
-            with pytest.raises(SystemExit, match=r"--ref-cache: .* is not what it is named after; delete it"):
+            with pytest.raises(SystemExit, match=r"--ref-cache: .* does not match its name; delete it"):
                 run("dpo", words, tmp_path / f"run-{wrong_key[:4]}-{len(list(tmp_path.iterdir()))}")
     finally:
         path.write_bytes(whole)
@@ -263,7 +267,7 @@ def test_a_cache_of_log_probs(trained, ran, tmp_path):
 
 
 def test_a_model_s_folder(trained, ran, tmp_path):
-    """Neither a pickle for weights, nor a module of its own that its config names."""
+    """Pickled weights and a module that the config names are not executed."""
     words, folder = trained
     pickled, coded = tmp_path / "pickled", tmp_path / "coded"
     for copy in (pickled, coded):
@@ -280,7 +284,7 @@ def test_a_model_s_folder(trained, ran, tmp_path):
 
 
 def test_flags_and_rows(trained, ran, tmp_path):
-    """YAML with a constructor; words that a shell would run, in a data set, a folder's name and the flags of stages."""
+    """YAML constructors, and shell commands in data sets, folder names and flags of stages, are not executed."""
     words, _ = trained
     (tmp_path / "run.yaml").write_text(f"steps: !!python/object/apply:os.mkdir [{json.dumps(str(ran))}]")
     with pytest.raises(SystemExit, match=r"--config: .* cannot be read"):

@@ -1,4 +1,4 @@
-"""Threads, forks, CUDA streams, CUDA graphs: the ops compute the same wherever they are called from."""
+"""Threads, forks, CUDA streams and CUDA graphs do not change the results of the ops."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def with_gradients(call, *leaves: torch.Tensor) -> list[torch.Tensor]:
-    """A value, and its gradients in the leaves."""
+    """A value and its gradients in the leaves."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     value = call(*leaves)
     return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
@@ -60,7 +60,7 @@ def run(name: str, seed: int, **how) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_at_once(backend):
-    """Each thread has its own problems and forwards and backwards; all of them as if it were alone."""
+    """Each thread runs forwards and backwards of its own problems, with the results of a single thread."""
     interpreted = backend == "triton" and DEVICE == "cpu"  # takes seconds
     names, times = (["logps_from_logits", "linear_logps"], 1) if interpreted else (list(OPS), 20)
     alone = {(name, seed): run(name, seed, backend=backend) for name in names for seed in range(2)}
@@ -72,7 +72,7 @@ def test_threads_at_once(backend):
             for name in names * times:
                 found = run(name, seed, backend=backend)
                 wrong.extend(name for a, b in zip(found, alone[name, seed], strict=True) if not torch.equal(a, b))
-        except BaseException as error:  # a thread's errors are no test's
+        except BaseException as error:  # errors in a thread do not fail a test by themselves
             wrong.append(repr(error))
 
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
@@ -83,8 +83,8 @@ def test_threads_at_once(backend):
     assert wrong == []
 
 
-def test_one_backward_through_many_ops_in_many_threads():
-    """A graph with all of them, of which autograd takes parts in threads of its own where it wants to."""
+def test_one_backward_through_all_ops_in_many_threads():
+    """One graph with all ops, parts of which autograd may run in its own threads."""
     losses, truth = [], []
     for name in OPS:
         leaves = [leaf.requires_grad_() for leaf in leaves_of(name, 3)]
@@ -123,9 +123,9 @@ for first, second, parent in zip(unused[1], again[1], used, strict=True):
 
 
 def test_fork_after_import_and_after_use(tmp_path):
-    """The child computes on the CPU, as the workers of a data loader do, whatever the parent has used.
+    """The child computes on the CPU, like the workers of a data loader, whatever the parent has used.
 
-    With one thread: PyTorch's own operators hang in a child whose parent has used OpenMP's.
+    One thread is used, since PyTorch's own operators hang in a child of a process that has used OpenMP threads.
     """
     command = [
         sys.executable,
@@ -138,8 +138,8 @@ def test_fork_after_import_and_after_use(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_spawned_processes_take_what_is_sent_to_them():
-    """Results and schedules go through pickle between one's own processes."""
+def test_results_can_be_sent_to_spawned_processes():
+    """Results and schedules can be pickled and sent between processes."""
     schedule = fused_po.Schedule(logits_budget=1 << 20)
     stats = fused_po.logps_from_logits(normal(N, V).cpu(), LABELS.cpu())
     received, sent = multiprocessing.get_context("spawn").Pipe()
@@ -148,13 +148,13 @@ def test_spawned_processes_take_what_is_sent_to_them():
     assert again[0] == schedule and torch.equal(again[1].logps, stats.logps) and again[1].entropy is None
 
 
-# On a GPU.
+# Tests that need a GPU.
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", OPS)
 def test_streams_other_than_the_default(name):
-    """Work that the stream has not done yet is waited for, and what comes after on it sees the results."""
+    """The ops wait for unfinished work on the stream, and later work on the stream sees their results."""
     truth, stream = run(name, 4), torch.cuda.Stream()
     leaves = leaves_of(name, 4)
     torch.cuda.synchronize()
@@ -172,7 +172,7 @@ def test_streams_other_than_the_default(name):
 @needs_graphs
 @pytest.mark.parametrize("name", OPS)
 def test_cuda_graphs(name):
-    """Forward and backward captured once and replayed on other inputs; linear_logps with the number of its tokens."""
+    """Forward and backward are captured once and replayed on other inputs; linear_logps needs num_scored."""
     how = {}
     if name == "linear_logps":
         how["schedule"] = fused_po.Schedule(num_scored=int((LABELS != IGNORE).sum()))
@@ -205,8 +205,8 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one():
 
 @needs_gpu
 @pytest.mark.parametrize("bad", (V, -1, 2**40))
-def test_labels_out_of_range_are_no_illegal_access_under_debug(bad, monkeypatch):
-    """They are an error before any kernel reads; the GPU goes on."""
+def test_labels_out_of_range_cause_no_illegal_access_under_debug(bad, monkeypatch):
+    """An error is raised before any kernel reads them, and the GPU keeps working."""
     monkeypatch.setenv("FUSED_PO_DEBUG", "1")
     wrong = LABELS.clone()
     wrong[3] = bad

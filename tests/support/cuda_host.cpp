@@ -1,4 +1,4 @@
-// kernels/cuda/row.h on the host: lanes, warps, blocks and clusters one after another, merged in the kernels' order.
+// kernels/cuda/row.h on the host: lanes, warps, blocks and clusters run one by one and merge in the kernels' order.
 #include <stddef.h>
 #include <string.h>
 
@@ -26,7 +26,7 @@ static State block_merge(const std::vector<State>& threads) {
   return warp_merge(warps);
 }
 
-// One thread's walk: its group of every THREADS, and its column outside the groups. visited counts columns.
+// The columns of one thread: every THREADS-th group, and its column outside the groups. visited counts reads.
 template <int N>
 static State walk(const float* x, int64_t label, const Layout& l, int rank, int blocks, int thread, float scale,
                   int* visited) {
@@ -55,7 +55,7 @@ static State walk(const float* x, int64_t label, const Layout& l, int rank, int 
   return s;
 }
 
-// The state of a row that begins `before` columns past a 16-byte boundary, by a cluster of `blocks`.
+// The state of a row that starts `before` columns after a 16-byte boundary, computed by a cluster of `blocks`.
 template <int N>
 static State score(const float* x, int64_t label, int64_t n_cols, int before, int blocks, float scale, int* visited) {
   const Layout l = layout_of(4096 + before * (16 / N), n_cols, 16 / N);
@@ -102,7 +102,7 @@ extern "C" void host_terms(const Problem* p, const float* logps, const float* en
 
 extern "C" int host_live(float norm, float g) { return is_live({0.0f, norm, 0.0f, 0.0f, g, 0.0f, 0.0f}); }
 
-// Offsets of Problem's fields, first to last, and its size.
+// The offsets of Problem's fields in order, and its size.
 extern "C" void host_offsets(int64_t* out) {
   const size_t all[] = {
       offsetof(Problem, x), offsetof(Problem, out), offsetof(Problem, labels), offsetof(Problem, advantages),
@@ -118,7 +118,7 @@ extern "C" void host_offsets(int64_t* out) {
   for (size_t i = 0; i < sizeof(all) / sizeof(*all); ++i) out[i] = all[i];
 }
 
-// The launchers, over host memory and one row after another, so that all that leads to them can be run without a GPU.
+// The launchers on host memory, one row after another, so that all code above them can run without a GPU.
 
 static float load(const void* x, int type, int64_t i) {
   if (type == FP32) return ((const float*)x)[i];

@@ -17,16 +17,13 @@ from repository import ROOT, SUPPORT  # noqa: F401
 EXAMPLES = ROOT / "examples"
 sys.path.insert(1, str(EXAMPLES))  # after tests/support
 
-import checkpoints  # noqa: E402
-import common  # noqa: E402
-import comparisons  # noqa: E402
+from trainer import checkpoints, comparisons, run_files  # noqa: E402
 
 # Kills its own process inside a step: after the backward, before the weights change.
 KILL = """
 import importlib, os, signal, sys
 sys.path.insert(0, {examples!r})
 import torch
-from repository import ROOT, SUPPORT  # noqa: F401
 torch.set_num_threads({threads})
 script = importlib.import_module({script!r})
 clip, calls = torch.nn.utils.clip_grads_with_norm_, []
@@ -69,7 +66,7 @@ def run(name: str, words: list[str], output: Path, *more: str):
 
 def weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, by default the last one. Any number of ranks may have written it."""
-    path = common.checkpoint(output, step or common.checkpoints(output)[-1])
+    path = run_files.checkpoint(output, step or run_files.checkpoints(output)[-1])
     reader = checkpoint.HuggingFaceStorageReader(str(path))
     names = reader.read_metadata().state_dict_metadata
     state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in names.items() if n.startswith("/model/")}

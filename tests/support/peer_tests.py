@@ -4,7 +4,7 @@
 
 Each is installed into a folder of its own, .peers/<name>, without its pinned dependencies (torch, transformers, vllm,
 ...), which come from this interpreter. Its tests then run with that folder on the path. Liger's own tests of its losses
-run too, from its source distribution, with our classes in the place of Liger's.
+run too, from its source distribution, with our classes instead of Liger's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def ligers_own(folder: Path) -> int:
     plugin = HOME / "plugins"
     plugin.mkdir(parents=True, exist_ok=True)
     lines = "import warnings\nfrom fused_po.integrations import liger\n\nliger.install()\n"
-    (plugin / "ours_in_place.py").write_text(lines + 'warnings.filterwarnings("ignore", ".*says how Liger computes")\n')
+    (plugin / "ours_in_place.py").write_text(
+        lines + 'warnings.filterwarnings("ignore", ".*has no effect in fused_po")\n'
+    )
     checkout = next(source.glob("liger_kernel-*/test")).parent
     choice = " and ".join([LIGERS, *(f"not {name}" for name in NOT_LIGERS)])
     paths = os.pathsep.join(map(str, (folder, plugin, checkout)))

@@ -20,7 +20,7 @@ from tiny_trl import plain_head
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-import models  # isort: skip
+from trainer import models  # isort: skip
 import trl_dpo  # isort: skip
 
 engine, folder, data = sys.argv[1:]
@@ -63,7 +63,7 @@ for name, seed, more in runs:
     state = PartialState()
     used = {"ranks": state.num_processes, "fsdp2": isinstance(wrapped, FSDPModule), "zero": zero}
     used |= {"ddp": isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)}
-    used["by TRL"] = name != "ours" or any("stay with TRL" in str(warning.message) for warning in said)
+    used["by TRL"] = name != "ours" or any("TRL's own kernel computes" in str(warning.message) for warning in said)
     if state.process_index == 0:
         print(json.dumps({"run": name, "log": trainer.state.log_history[:3], "used": used}), flush=True)
 torch.distributed.barrier()

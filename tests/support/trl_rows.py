@@ -3,9 +3,7 @@
 import example_runs  # noqa: F401  (puts examples/ on the path)
 from transformers import PreTrainedTokenizerFast
 
-import dataset  # isort: skip
-import models  # isort: skip
-import tokens  # isort: skip
+from trainer import dataset, formats, models, tokenization  # isort: skip
 
 ASK, SAY, ERR = ([{"role": r, "content": c}] for r, c in (("user", "1 or 2?"), ("assistant", "2"), ("assistant", "1")))
 SYSTEM = [{"role": "system", "content": "It is"}]
@@ -39,7 +37,9 @@ def bytes_tokenizer(add_eos: bool = False) -> PreTrainedTokenizerFast:
 
 def chat_version(tokenizer):
     """The tokenizer with a chat template, which writes a BOS token if the tokenizer puts one before a text."""
-    tokenizer.chat_template = TEMPLATE if tokens.put_before(tokenizer) else TEMPLATE.removeprefix("{{ bos_token }}")
+    tokenizer.chat_template = (
+        TEMPLATE if tokenization.put_before(tokenizer) else TEMPLATE.removeprefix("{{ bos_token }}")
+    )
     return tokenizer
 
 
@@ -50,5 +50,5 @@ TOKENIZERS = {
 
 
 def ours(rows, want, tokenizer, length=200) -> list[dict]:
-    made = [new for row in rows for new in dataset.rows_of(row, want, "row")]
+    made = [new for row in rows for new in formats.rows_of(row, want, "row")]
     return dataset.encode(made, tokenizer, length - 1, length)

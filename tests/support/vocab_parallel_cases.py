@@ -65,7 +65,7 @@ def frozen(rows: int, bias: bool) -> None:
         with Collectives() as said:
             (stats.logps * g + stats.lse * g.roll(1)).sum().backward()
         found.append((stats.logps.detach(), stats.lse.detach(), h.grad))
-    assert [size for _, size in said.calls] == [H * int((labels >= 0).sum())], "ignored tokens are not said"
+    assert [size for _, size in said.calls] == [H * int((labels >= 0).sum())], "ignored tokens must not be sent"
     for ours, expected in zip(*reversed(found)):
         torch.testing.assert_close(ours, expected)
     same_everywhere(*found[1])

@@ -1,17 +1,17 @@
-"""TRL's trainers on fused_po's log-probs: `patch()` once before training, or `with patched():` around it.
+"""TRL's trainers with fused_po's log-probs: call `patch()` once before training, or train inside `with patched():`.
 
-The trainers keep their losses, metrics and options; what changes is how log-probs, entropies and the like are made of
-hidden states and head. docs/integrations.md says which trainers, and what stays TRL's. `PaddingFreeDPOTrainer` is TRL's
-DPOTrainer, its models run without padding.
+The trainers keep their losses, metrics and options; only the computation of log-probs, entropies and similar statistics
+from hidden states and LM head changes. docs/integrations.md lists the trainers and what is not replaced.
+`PaddingFreeDPOTrainer` is TRL's DPOTrainer running its models without padding.
 """
 
-from fused_po.integrations.trl.seam import is_patched, patch, patched, unpatch
+from fused_po.integrations.trl.patching import is_patched, patch, patched, unpatch
 
 __all__ = ["PaddingFreeDPOTrainer", "is_patched", "patch", "patched", "unpatch"]
 
 
 def __getattr__(name: str) -> type:
-    """The trainer needs TRL, which the rest imports only when it is used."""
+    """Import the trainer on first access: it needs TRL at import, unlike the rest of this module."""
     if name == "PaddingFreeDPOTrainer":
         from fused_po.integrations.trl.padding_free import PaddingFreeDPOTrainer
 

@@ -1,4 +1,4 @@
-"""Logits that do not exist: what TRL's loss code asks of logits [..., V], from statistics of their rows."""
+"""A stand-in for logits [..., V] that answers the operations of TRL's loss code from statistics of the rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-INSTEAD = "call fused_po.integrations.trl.unpatch() to have TRL make its logits, and report this to fused_po"
+INSTEAD = "call fused_po.integrations.trl.unpatch() so that TRL computes its logits, and report this to fused_po"
 
 
 class ScoredLogits:
-    """Stands for logits [..., V] of which only each row's label was scored.
+    """Replaces logits [..., V]; only the label of each row was scored.
 
-    It can be sliced, reshaped and detached like them, and knows what the trainers in experimental.py do with them: the
-    log-prob of the label, cross-entropy with it, entropy, the mean, and whether the label is the argmax. All else is a
-    TypeError. The log-prob of a token that is not the row's label is NaN, never another's.
+    It can be sliced, reshaped and detached like logits, and supports the operations of the trainers in experimental.py:
+    the log-prob of the label, cross-entropy with the label, entropy, the mean, and whether the label is the argmax. All
+    other operations raise TypeError. The log-prob of a token that is not the row's label is NaN.
     """
 
     def __init__(self, n_vocab: int, rows: dict[str, Optional[Tensor]], normalized: bool = False) -> None:
-        """rows: "labels" and "log_probs", and "entropy", "mean_logits", "is_top1" or None, each [...]."""
+        """rows: "labels" and "log_probs"; "entropy", "mean_logits" and "is_top1", which may be None. Each is [...]."""
         self.n_vocab, self.rows, self.normalized = n_vocab, rows, normalized
 
     def _of_each(self, change: Callable[[Tensor], Tensor]) -> ScoredLogits:
@@ -32,10 +32,10 @@ class ScoredLogits:
     def _row(self, name: str) -> Tensor:
         value = self.rows[name]
         if value is None:
-            raise TypeError(f"fused_po: {name} was not asked for when these logits were scored; {INSTEAD}")
+            raise TypeError(f"fused_po: {name} was not computed for these logits; {INSTEAD}")
         return value
 
-    # The shape of it.
+    # Shape operations.
 
     @property
     def shape(self) -> torch.Size:
@@ -80,12 +80,12 @@ class ScoredLogits:
     def detach(self) -> ScoredLogits:
         return self._of_each(Tensor.detach)
 
-    # What is asked of it.
+    # Operations on the values.
 
     def log_probs(self, index: Tensor) -> Tensor:
-        """[...] log-prob of index [...] where it is the label, NaN for another token; 0 where TRL masks the row later.
+        """[...] log-prob of index [...] where it is the label, NaN for other tokens; 0 where TRL masks the row later.
 
-        That is where no label was scored, and where TRL asks for token 0 in the place of a label it ignores.
+        TRL masks rows without a scored label, and rows where it replaces an ignored label by token 0.
         """
         labels, logps = self.rows["labels"], self.rows["log_probs"]
         masked = (labels == IGNORE) | ((index == 0) & (labels != 0))
@@ -118,7 +118,7 @@ class ScoredLogits:
         self._last(dim)
         return torch.where(self._row("is_top1"), self.rows["labels"], -1)
 
-    # Functions of torch that take it.
+    # Functions of torch.
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Tensor:
@@ -126,7 +126,8 @@ class ScoredLogits:
             return cls._cross_entropy(*args, **(kwargs or {}))
         if func is torch.take_along_dim:
             return cls._take_along_dim(*args, **(kwargs or {}))
-        raise TypeError(f"fused_po: TRL asks for {torch.overrides.resolve_name(func) or func} of logits; {INSTEAD}")
+        name = torch.overrides.resolve_name(func) or func
+        raise TypeError(f"fused_po: TRL calls {name} on logits, which is not supported; {INSTEAD}")
 
     def _cross_entropy(self, target: Tensor, ignore_index: int = IGNORE, **options: Any) -> Tensor:
         defaults = {"weight": None, "size_average": None, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
@@ -140,7 +141,7 @@ class ScoredLogits:
     def _take_along_dim(self, indices: Tensor, dim: int) -> Tensor:
         self._last(dim)
         if not self.normalized or indices.shape[-1] != 1:
-            self._refuse("take_along_dim, but for one token of a log_softmax")
+            self._refuse("take_along_dim other than for one token of a log_softmax")
         return self.log_probs(indices.squeeze(-1)).unsqueeze(-1)
 
     def _last(self, dim: int) -> None:
@@ -148,4 +149,4 @@ class ScoredLogits:
             self._refuse(f"dim={dim}")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise TypeError(f"fused_po: TRL asks for {what} of logits; {INSTEAD}")
+        raise TypeError(f"fused_po: TRL uses {what} on logits, which is not supported; {INSTEAD}")

@@ -1,4 +1,4 @@
-"""What stands in TRL's places: log-probs, entropies and the like of tokens, by fused_po."""
+"""The replacements for TRL's functions: log-probs, entropies and other statistics of tokens, computed by fused_po."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fused_po.ops.logps import logps_from_logits
 from fused_po.schedule import Schedule
 
 IGNORE = -100
-DEVICES = ("cpu", "cuda")  # elsewhere TRL's own code stays
-# TRL's names of what it asks for, in the order in which it takes them, and TokenStats' names of the same.
+DEVICES = ("cpu", "cuda")  # on other devices TRL's own code runs
+# TRL's output name -> the field of TokenStats, in the order of TRL's results.
 OUTPUTS = {
     "log_probs": "logps",
     "entropy": "entropy",
@@ -30,27 +30,27 @@ OUTPUTS = {
 
 
 class Request(NamedTuple):
-    """What a trainer that works with logits wants scored of the rows that reach the head. See experimental.py."""
+    """What to compute for the rows that reach the head, for a trainer that uses logits. See experimental.py."""
 
-    labels: Tensor  # as many as rows, -100 where nothing but the mean logit is wanted
+    labels: Tensor  # one per row, -100 where only the mean logit is needed
     outputs: tuple[str, ...]
-    processing: Processing  # what the model does to its logits; TRL looks it up by name
+    processing: Processing  # scale and softcap of the logits as measured; TRL reads them from the config by name
 
 
 REQUEST: ContextVar[Optional[Request]] = ContextVar("request", default=None)
 
 
 def why_stock(weight: Tensor) -> Optional[str]:
-    """Why a head stays with TRL, or None."""
+    """Why TRL's own code must be used for this head, or None."""
     if hasattr(weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 takes the head away between forward and backward"
+        return "DeepSpeed ZeRO-3 releases the head between forward and backward"
     if weight.device.type not in DEVICES:
-        return f"the head is on {weight.device}, served are {' and '.join(DEVICES)}"
+        return f"the head is on {weight.device}, supported are {' and '.join(DEVICES)}"
     return None
 
 
 class Scoring:
-    """Log-probs for TRL, under the names TRL has for them; `stock` is its module of utilities before the patch."""
+    """The functions that replace those of TRL. Attributes `stock_...` hold TRL's own functions."""
 
     def __init__(self, utils: Any, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -73,11 +73,11 @@ class Scoring:
     ) -> tuple[Optional[Tensor], ...]:
         """(log-probs, entropy, log sum p^2, mean logit, whether top 1), each [N] or None, as TRL's autograd function.
 
-        hidden [N, H], weight [V, H], bias [V], targets [N]; chunk_size is TRL's schedule; `self.schedule` is ours.
+        hidden [N, H], weight [V, H], bias [V], targets [N]. chunk_size is ignored: `self.schedule` replaces it.
         """
         reason = why_stock(weight)
         if reason is not None:
-            warnings.warn(f"fused_po: the log-probs stay with TRL's own kernel: {reason}", stacklevel=2)
+            warnings.warn(f"fused_po: TRL's own kernel computes the log-probs: {reason}", stacklevel=2)
             return self.stock_head.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
@@ -93,7 +93,7 @@ class Scoring:
             fields.discard("mean_logits")
         narrow = hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype
         low = torch.autocast(hidden.device.type, hidden.dtype) if narrow else contextlib.nullcontext()
-        with low:  # TRL projects in the dtype of the hidden states
+        with low:  # TRL computes logits in the dtype of the hidden states
             stats = linear_logps(
                 hidden, weight, targets, bias, outputs=tuple(fields), schedule=self.schedule, **scaling
             )
@@ -102,20 +102,20 @@ class Scoring:
         return tuple(getattr(stats, name) for name in OUTPUTS.values())
 
     def compacts(self, device: torch.device) -> bool:
-        """Whether the head gets labelled tokens alone, in the place of `_use_triton`."""
+        """Whether the head gets labeled tokens only. Replaces `_use_triton`."""
         return device.type in DEVICES or self.stock_compacts(device)
 
     def serves_logits(
         self, logits: Tensor | ScoredLogits, index: Optional[Tensor] = None, row_mask: Optional[Tensor] = None
     ) -> bool:
-        """Whether `from_logits` takes these: logits [..., V], index and row_mask [...]; `_supports_trl_loss_kernel`."""
+        """Whether `from_logits` supports these: logits [..., V], others [...]. Replaces `_supports_trl_loss_kernel`."""
         if not self._ours(logits):
             return self.stock_logits is not None and self.stock_serves(logits, index, row_mask)
         rows = [t for t in (index, row_mask) if t is not None]
         return all(t.shape == logits.shape[:-1] and t.device == logits.device for t in rows)
 
     def _ours(self, logits: Tensor | ScoredLogits) -> bool:
-        """Not low-precision logits on a CPU: there TRL rounds each step to their dtype, and returns that."""
+        """Whether fused_po handles these logits. Not in low precision on CPU, where TRL rounds each step."""
         return isinstance(logits, ScoredLogits) or (
             logits.device.type in DEVICES
             and (logits.dtype in (torch.float32, torch.float64) or logits.device.type == "cuda")
@@ -127,7 +127,7 @@ class Scoring:
     def from_logits(
         self, logits: Tensor | ScoredLogits, index: Tensor, temperature: float = 1.0, row_mask: Optional[Tensor] = None
     ) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy), each [...], of logits [..., V] that exist; rows whose mask is 0 give 0."""
+        """(log-probs, entropy), each [...], of logits [..., V]; rows whose mask is 0 give 0."""
         if not self._ours(logits):
             return self.stock_logits(logits, index, temperature=temperature, row_mask=row_mask)
         if isinstance(logits, ScoredLogits):
@@ -139,9 +139,9 @@ class Scoring:
 
 @torch.no_grad()
 def mean_of_all(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], scaling: dict, schedule: Schedule) -> Tensor:
-    """The mean logit [N] of every row, of ignored ones too: a product with the mean of the head's rows.
+    """The mean logit [N] of every row, including ignored ones: a product with the mean of the head's rows.
 
-    A softcap is not linear: there it costs one GEMM over all rows.
+    A softcap is not linear, so with a softcap it needs one GEMM over all rows.
     """
     if scaling["softcap"] is not None:
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)

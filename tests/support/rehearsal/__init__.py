@@ -1,7 +1,7 @@
-"""A rehearsal of the CUDA path on a machine without a GPU. README.md says how it works and what it cannot show.
+"""A rehearsal of the CUDA path on a machine without a GPU. README.md explains how it works and what it cannot show.
 
-`start` prepares a process: what it imports of torch and Triton then computes as on a GPU. The environment for it comes
-from build.py, and the rehearsal's own Python calls it at its start (build.py writes the .pth file).
+`start` prepares a process so that torch and Triton work as on a GPU. build.py provides the environment variables and
+writes the .pth file through which Python calls `start` when it starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function once a module has been imported. Nothing is imported sooner than without it."""
+    """Calls a function after a module has been imported, without importing anything earlier than usual."""
 
     def __init__(self, name: str, then: Callable[[], object]) -> None:
         self.name, self.then, self.searching = name, then, False
@@ -53,7 +53,7 @@ def after_triton() -> None:
 
 
 def start() -> None:
-    """Prepare this process if FUSED_PO_REHEARSAL is 1 and it may see the device. Python may read a .pth file twice."""
+    """Prepare this process if FUSED_PO_REHEARSAL is 1 and the device is visible. Python may read a .pth file twice."""
     if os.environ.get("FUSED_PO_REHEARSAL") != "1" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return
     if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""`make rehearse`: the CUDA path on this machine's CPU, in stages. README.md says what it shows and what it does not.
+"""`make rehearse`: run the CUDA path on this machine's CPU, in stages. README.md lists what it shows and cannot show.
 
     python -m rehearsal                              every stage; of each test the first case and every eighth after it
     python -m rehearsal --every 1                    all cases: hours
@@ -29,8 +29,8 @@ LOGS = ROOT / "runs" / "rehearsal"
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=5")
 SAMPLED = ("-p", "rehearsal.sample", "-m", "not slow", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 
-# Tests whose tensors lie on the GPU where there is one, but for those that train whole models or start other programs.
-# The first of them are the ones that decide: every op and schedule against float64.
+# Tests whose tensors are on the GPU if there is one, except those that train whole models or start other programs. OPS
+# are the most important: every op and schedule against float64.
 OPS = (
     "ops/test_logps",
     "lm_head/test_schedules",
@@ -81,7 +81,7 @@ SHORT = ("kernels/test_row_splits",)
 
 
 class Stage(NamedTuple):
-    """commands: Python's arguments, one run after the other. At most `limit` seconds each."""
+    """commands: arguments for Python, run one after another, with at most `limit` seconds each."""
 
     name: str
     what: str
@@ -95,11 +95,11 @@ def tests(*names: str) -> tuple[tuple[str, ...], ...]:
 
 SELFCHECK = ("-m", "fused_po", "selfcheck", "--device", "cuda", "--quick", "--vocab", "203", "--hidden", "16")
 BENCHMARK = (*PYTEST, "benchmarks/test_head.py", "benchmarks/test_kl.py", "--suite", "tiny")
-HELD_OUT = "runs/rehearsal/held-out.jsonl"  # the first of the shipped ones
+HELD_OUT = "runs/rehearsal/held-out.jsonl"  # the first shipped held-out rows
 
 
 def example(name: str, *words: str, output: str = "") -> tuple[str, ...]:
-    """A step of a training script, its whole way from the model to the picture."""
+    """One step of a training script, from loading the model to the final plot."""
     few = ("--steps", "1", "--batch-size", "4", "--eval-every", "9", "--test-dataset", HELD_OUT)
     return f"examples/{name}.py", "--device", "cuda", *few, *words, "--output", f"runs/rehearsal/{output or name}"
 
@@ -138,7 +138,7 @@ class Outcome(NamedTuple):
 
 
 def run(command: tuple[str, ...], log: IO[str], limit: int) -> tuple[int, str]:
-    """(exit status, output); the output goes to the log as it comes."""
+    """(exit status, output); the output is also written to the log as it arrives."""
     log.write(f"$ python {' '.join(command)}\n")
     log.flush()
     begin = log.tell()
@@ -154,7 +154,7 @@ def run(command: tuple[str, ...], log: IO[str], limit: int) -> tuple[int, str]:
 
 
 def counts(output: str) -> tuple[int, int, int]:
-    """What pytest's last line says: (passed, failed and errors, skipped and expected failures)."""
+    """The counts in pytest's last line: (passed, failed and errors, skipped and expected failures)."""
 
     def number(word: str) -> int:
         found = re.findall(rf"(\d+) {word}", output)
@@ -164,7 +164,7 @@ def counts(output: str) -> tuple[int, int, int]:
 
 
 def rehearse(stage: Stage) -> Outcome:
-    """Run a stage's commands, print each as it ends."""
+    """Run the commands of a stage, and print the result of each when it ends."""
     began, passed, failed, skipped, faults = time.monotonic(), 0, 0, 0, []
     with open(LOGS / f"{stage.name}.log", "w+", encoding="utf-8", errors="replace") as log:
         for command in stage.commands:
@@ -236,7 +236,7 @@ def main() -> int:
 
 
 def partition(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is before and after `--`."""
+    """The arguments before and after `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 

@@ -1,4 +1,4 @@
-"""The hardware's approximate exp2, log2 and division in place of NumPy's exact ones, as large as their stated errors.
+"""Replace NumPy's exact exp2, log2 and division by approximations with the errors that PTX states for the hardware.
 
 ex2.approx.ftz: 2 ulp beside the power of two, and results below 2^-126 are 0. lg2.approx: 2^-22 in the result.
 div.full: 2 ulp. (PTX ISA, "Floating Point Instructions"; the errors here are of that size, not the hardware's own.)
@@ -13,7 +13,7 @@ SMALLEST = 2.0**-126
 
 
 def wobble(x: numpy.ndarray, size: float) -> numpy.ndarray:
-    """A number between -size and size for each x, always the same one, as hardware's errors are."""
+    """A number between -size and size for each x. It depends only on x, like errors of hardware."""
     bits = numpy.ascontiguousarray(x, dtype=numpy.float32).view(numpy.uint32).astype(numpy.uint64)
     return (((bits * 2654435761) >> 7 & 0xFFFF) / 32767.5 - 1) * size
 
@@ -43,6 +43,6 @@ def divide(self, numerator: TensorHandle, denominator: TensorHandle) -> TensorHa
 
 
 def install() -> None:
-    """In this process, for every interpreted kernel."""
+    """Use the approximations for every interpreted kernel of this process."""
     InterpreterBuilder.create_exp2, InterpreterBuilder.create_log2 = exp2, log2
     InterpreterBuilder.create_fdiv = divide

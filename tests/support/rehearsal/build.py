@@ -1,9 +1,9 @@
-"""Make the rehearsal's environment: compile runtime.c, and let its Python start the rehearsal.
+"""Prepare the rehearsal's environment: compile runtime.c, and make its Python start the rehearsal.
 
     .rehearsal/bin/python tests/support/rehearsal/build.py      what `make rehearse` does once
 
-The library and the .pth file go into that Python's own environment, nowhere else. A process is a rehearsal if it has
-the environment variables of `environment()`; its child processes are, too.
+The library and the .pth file are written only to that Python's own environment. A process is a rehearsal if it has the
+environment variables of `environment()`, and so are its child processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLAGS = ("-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,
 
 
 def cannot(python: str = sys.executable) -> str | None:
-    """Why no rehearsal runs with this Python's torch, or None if one can be made."""
+    """Why this Python's torch cannot run a rehearsal, or None if it can."""
     code = "import torch; print(torch.version.cuda or '', torch.cuda.device_count())"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True)
     if found.returncode:
@@ -40,7 +40,7 @@ def compiler() -> str | None:
 
 
 def headers() -> Path | None:
-    """A folder with CUDA's headers: pip's, or a toolkit's."""
+    """A folder with CUDA's headers, from pip or from a toolkit."""
     toolkits = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     for folder in (*SITE.glob("nvidia/cu*/include"), *toolkits, Path("/usr/local/cuda/include")):
         if (folder / "cuda_runtime_api.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
@@ -49,7 +49,7 @@ def headers() -> Path | None:
 
 
 def build() -> None:
-    """Compile the library and write the .pth file; ends the program with one line if it cannot."""
+    """Compile the library and write the .pth file; exits with a one-line error if it cannot."""
     include = headers()
     if compiler() is None:
         sys.exit("build.py: there is no C compiler: install gcc, or set PATH to one")
@@ -62,7 +62,7 @@ def build() -> None:
 
 
 def environment() -> dict[str, str]:
-    """The variables of a rehearsing process, on top of this one's."""
+    """This process's environment variables plus those of a rehearsal."""
     preload = " ".join(filter(None, (str(LIBRARY), os.environ.get("LD_PRELOAD"))))
     return os.environ | {"LD_PRELOAD": preload, "FUSED_PO_REHEARSAL": "1"}
 

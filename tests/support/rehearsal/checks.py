@@ -1,7 +1,7 @@
-"""What is checked while the interpreter runs a kernel: each access lies in an argument, each alignment hint is true.
+"""Checks while the interpreter runs a kernel: every access is inside an argument, and every alignment hint is true.
 
-A false hint does no harm until the compiler makes a wide access of it. So it is noted on the value that has it, goes
-along with what is computed from that value, and is a fault where such a pointer or mask is used.
+A false hint does no harm until the compiler uses it for a wide access. So it is recorded on its value, passed on to
+values computed from it, and is a fault where such a pointer or mask is used.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ FALSE = "rehearsal.false_hint"  # an attribute of a TensorHandle
 
 
 class Fault(BaseException):
-    """A GPU would have read or written wrong memory, or refused the launch. Not an Exception: nothing may handle it."""
+    """A GPU would read or write wrong memory, or refuse the launch. Not an Exception, so that nothing handles it."""
 
 
 class Watch(threading.local):
-    """The launch under way in this thread."""
+    """The current launch of this thread."""
 
     kernel: str | None = None
-    ranges: tuple[tuple[int, int], ...] = ()  # of the arguments' memory: [begin, end)
+    ranges: tuple[tuple[int, int], ...] = ()  # ranges of the arguments' memory: [begin, end)
 
 
 watch = Watch()
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes from a tensor's first element to the end of its last, its padding between rows included."""
+    """The bytes from a tensor's first element to the end of its last one, including padding between rows."""
     if not tensor.numel():
         return tensor.data_ptr(), tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -54,7 +54,7 @@ def watching(kernel: str, arguments: Iterable[Any]) -> Iterator[None]:
 
 
 def check_access(kind: str, pointers: TensorHandle, mask: TensorHandle) -> None:
-    """Fault if an unmasked lane is outside all arguments, or if the compiler was told a false alignment."""
+    """Raise a Fault if an unmasked lane is outside all arguments, or if an alignment hint is false."""
     if watch.kernel is None:
         return
     addresses = numpy.asarray(pointers.data).astype(numpy.int64)[numpy.asarray(mask.data).astype(bool)]
@@ -73,7 +73,7 @@ def check_access(kind: str, pointers: TensorHandle, mask: TensorHandle) -> None:
 
 
 def carrying(method: Callable) -> Callable:
-    """A method of the interpreter's builder whose result has the false hints of its operands."""
+    """Wrap a method of the interpreter's builder so that its result inherits the false hints of its operands."""
 
     @functools.wraps(method)
     def run(self, *operands, **options):
@@ -87,7 +87,7 @@ def carrying(method: Callable) -> Callable:
 
 
 def install() -> None:
-    """Watch the interpreter in this process."""
+    """Install the checks in this process's interpreter."""
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     set_attr = TensorHandle.set_attr
 

@@ -1,9 +1,9 @@
 """CUDA's operators computed on the CPU, over the memory of the stand-in runtime (runtime.c).
 
-Every operator that torch registers for CUDA gets a kernel here that takes views of its tensors as CPU tensors, runs
-the CPU's operator, and returns CUDA tensors. Above the operators nothing changes: autograd, fake tensors, the caching
-allocator and its counters, random seeds, and all checks of devices and dtypes work as with a GPU. mm and addmm with an
-out_dtype, which a CPU lacks, keep CUDA's own checks.
+Every operator that torch registers for CUDA gets a kernel that views its tensors as CPU tensors, runs the CPU's
+operator, and returns CUDA tensors. Everything above the operators is unchanged: autograd, fake tensors, the caching
+allocator and its counters, random seeds, and all checks of devices and dtypes. mm and addmm with an out_dtype, which
+CPUs do not have, keep CUDA's own checks.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, empty, empty_strided
 
-LIBRARIES: list[torch.library.Library] = []  # their registrations end when they are collected
+LIBRARIES: list[torch.library.Library] = []  # registrations end when these objects are collected
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-# These need no computation: torch's own kernels only make or reshape tensors.
+# These need no computation: torch's own kernels only create or reshape tensors.
 KEPT = frozenset((
     "_cudnn_init_dropout_state", "_efficientzerotensor", "_pin_memory",
     "_reshape_alias", "_to_sparse", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_strided",
     "is_pinned", "is_same_size", "is_set_to", "record_stream", "resize_", "set_", "unfold", "view", "view_as_complex",
     "view_as_real",
 ))  # fmt: skip
-# Of libraries that a CPU has no counterpart of. A call fails with CUDA's error.
+# Operators of libraries without a CPU counterpart. A call fails with CUDA's error.
 LEFT_OUT = (
     "_cslt",
     "_cudnn",
@@ -40,12 +40,12 @@ LEFT_OUT = (
     "quantize",
     "sparse",
 )
-# They take tensors of a CPU and of a GPU together.
+# These take CPU and GPU tensors together.
 BETWEEN_DEVICES = ("_copy_from", "copy_", "index", "_index", "_unsafe_index", "_foreach_copy_", "_assert_async")
 
 
 def on_cpu(tensor: Any) -> Any:
-    """The same memory as a CPU tensor; what is not a CUDA tensor as it is."""
+    """The same memory as a CPU tensor; anything that is not a CUDA tensor is returned unchanged."""
     if not isinstance(tensor, Tensor) or tensor.device.type != "cuda":
         return tensor
     storage = tensor.untyped_storage()
@@ -53,7 +53,7 @@ def on_cpu(tensor: Any) -> Any:
         return empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
     whole = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    view = empty(0, dtype=tensor.dtype)  # not torch.empty: a test may stand in for it
+    view = empty(0, dtype=tensor.dtype)  # not torch.empty, which a test may replace
     view.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
     if tensor.is_conj():
         view = view.conj()
@@ -73,7 +73,7 @@ def on_cuda(tensor: Any) -> Any:
 
 
 def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
-    """A CPU generator for one call, seeded by the state of the CUDA generator, which moves on."""
+    """A CPU generator for one call, seeded from the CUDA generator, whose state advances."""
     if generator is None:
         generator = torch.cuda.default_generators[0]
     if generator.device.type == "cpu":
@@ -84,7 +84,7 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
 
 
 def lowered(argument: Any) -> Any:
-    """An argument of a CUDA operator as the CPU's operator takes it."""
+    """Convert an argument of a CUDA operator for the CPU's operator."""
     if isinstance(argument, Tensor):
         return on_cpu(argument)
     if isinstance(argument, torch.device):
@@ -95,14 +95,14 @@ def lowered(argument: Any) -> Any:
 
 
 def raised(result: Any) -> Any:
-    """A result of the CPU's operator as the CUDA operator gives it."""
+    """Convert a result of the CPU's operator to that of the CUDA operator."""
     if isinstance(result, (list, tuple)):
         return [raised(item) for item in result]
     return on_cuda(result)
 
 
 def dtype_of_number(number: bool | int | float, beside: list) -> torch.dtype:
-    """Of a tensor that stands for a number beside tensors: wide where they have dimensions, else theirs."""
+    """The dtype of a tensor that replaces a number: wide if the other tensors have dimensions, else their dtype."""
     if not isinstance(number, float):
         return torch.bool if isinstance(number, bool) else torch.int64
     floating = [a for a in beside if isinstance(a, Tensor) and a.is_floating_point()]
@@ -112,11 +112,11 @@ def dtype_of_number(number: bool | int | float, beside: list) -> torch.dtype:
 
 
 class Emulated:
-    """The CUDA kernel of one operator: the CPU's operator over the same memory."""
+    """The CUDA kernel of one operator, which runs the CPU's operator on the same memory."""
 
     def __init__(self, operator: torch._ops.OpOverload) -> None:
         self.operator, self.schema = operator, operator._schema
-        self.written = {  # alias set -> (position, name) of the argument that is written
+        self.written = {  # alias set -> (position, name) of the argument that is written to
             name: (i, argument.name)
             for i, argument in enumerate(self.schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
@@ -129,7 +129,7 @@ class Emulated:
         self.generator = generators[0] if generators else None
 
     def wrapped(self, args: list) -> list:
-        """Numbers among the tensors as tensors without dimensions, which have no say in the result's dtype."""
+        """Convert numbers to tensors without dimensions, which do not affect the result's dtype."""
         for i in self.tensors:
             if i < len(args) and isinstance(args[i], (bool, int, float)):
                 args[i] = torch.scalar_tensor(args[i], dtype=dtype_of_number(args[i], args))
@@ -140,7 +140,7 @@ class Emulated:
         return args[position] if position < len(args) else kwargs.get(name)
 
     def call(self, args: list, kwargs: dict) -> Any:
-        """The CPU's operator, with random numbers from the CUDA generator's seed."""
+        """Run the CPU's operator, with random numbers from the CUDA generator's seed."""
         if not self.draws:
             return self.operator(*args, **kwargs)
         if self.generator is not None:
@@ -155,7 +155,7 @@ class Emulated:
             return self.operator(*args, **kwargs)
 
     def check_devices(self, arguments: Iterable) -> None:
-        """CUDA's error where a CPU tensor with dimensions comes beside CUDA tensors."""
+        """Raise CUDA's error if a CPU tensor with dimensions is passed together with CUDA tensors."""
         for argument in arguments:
             if isinstance(argument, (list, tuple)):
                 self.check_devices(argument)
@@ -170,7 +170,7 @@ class Emulated:
             self.check_devices((*args, *kwargs.values()))
         low, low_kwargs = self.wrapped([lowered(a) for a in args]), {name: lowered(a) for name, a in kwargs.items()}
         found = self.call(low, low_kwargs)
-        for place in self.written.values():  # an out= that the operator resized
+        for place in self.written.values():  # an out= tensor that the operator resized
             theirs, ours = self.argument(place, args, kwargs), self.argument(place, low, low_kwargs)
             if isinstance(theirs, Tensor) and theirs.shape != ours.shape:
                 theirs.resize_(ours.shape)
@@ -189,7 +189,7 @@ class Emulated:
 
 
 def check_product(a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | None = None) -> None:
-    """What CUDA asks of mm and addmm with an out_dtype."""
+    """CUDA's checks of mm and addmm with an out_dtype."""
     if a.dtype != b.dtype:
         raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {a.dtype} != {b.dtype}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
@@ -203,7 +203,7 @@ def check_product(a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor | No
 
 
 def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """A GEMM as a GPU does it: the inputs' products summed in fp32, rounded to out_dtype at the end."""
+    """A GEMM like on a GPU: products are summed in fp32 and rounded to out_dtype at the end."""
     wide = torch.float32 if a.dtype in (torch.float16, torch.bfloat16) else a.dtype
     return (on_cpu(a).to(wide) @ on_cpu(b).to(wide)).to(out_dtype)
 
@@ -246,11 +246,11 @@ SPECIAL: dict[str, Callable] = {
 
 
 def install() -> None:
-    """Register a kernel for every CUDA operator. torch must see the stand-in runtime's device."""
+    """Register a kernel for every CUDA operator. torch must see the device of the stand-in runtime."""
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA device: the stand-in runtime is not preloaded (see rehearsal/README.md)")
-    torch.cuda._sleep = lambda cycles: None  # a kernel that only takes time
-    torch.backends.cuda.enable_flash_sdp(False)  # attention is then made of plain operators
+    torch.cuda._sleep = lambda cycles: None  # a kernel that only waits
+    torch.backends.cuda.enable_flash_sdp(False)  # attention then uses plain operators
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel.*")

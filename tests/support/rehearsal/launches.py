@@ -1,8 +1,8 @@
-"""Every launch of a Triton kernel: compiled as for a GPU, then interpreted on the same memory, with checks.
+"""Every launch of a Triton kernel is compiled as for a GPU, then interpreted on the same memory, with checks.
 
-The compilation is Triton's own, from the arguments of the call: its specialisation, its compiler, ptxas for sm_90. So
-whatever stops a kernel form on a GPU before it runs stops it here. A second copy of the kernels, loaded for Triton's
-interpreter, then computes the result. Meanwhile checks.py looks at every access.
+Triton itself compiles the kernel from the arguments of the call: specialisation, compiler, ptxas for sm_90. So anything
+that would stop a kernel on a GPU before it runs stops it here. A second copy of the kernels, loaded for Triton's
+interpreter, then computes the result, while checks.py checks every access.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ STANDARD = "triton.language.rehearsal_standard"
 ARCHITECTURE = int(os.environ.get("FUSED_PO_REHEARSAL_ARCH", "90"))
 WARP = 32
 MAX_WARPS = 32
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # the largest shared memory of a block in bytes
 
 _one_at_a_time = threading.RLock()  # the interpreter swaps functions of triton.language while a kernel runs
 _compile = JITFunction.run
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles. It launches nothing."""
+    """The parts of a driver that Triton uses for compilation. It launches nothing."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", ARCHITECTURE, WARP)
@@ -70,7 +70,7 @@ class Driver:
 
 @contextlib.contextmanager
 def interpreting(on: bool) -> Iterator[None]:
-    """TRITON_INTERPRET set or not; Triton reads it where a kernel is defined or compiled."""
+    """Set or unset TRITON_INTERPRET, which Triton reads when a kernel is defined or compiled."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     if on:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -83,7 +83,7 @@ def interpreting(on: bool) -> Iterator[None]:
 
 
 def load_interpreted(name: str, path: Path) -> ModuleType:
-    """A module, or a package by its __init__.py, a second time and under another name, for the interpreter."""
+    """Load a module, or a package by its __init__.py, a second time under another name, for the interpreter."""
     folder = [str(path.parent)] if path.name == "__init__.py" else None
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
     module = importlib.util.module_from_spec(spec)
@@ -93,8 +93,8 @@ def load_interpreted(name: str, path: Path) -> ModuleType:
     return module
 
 
-def twin_of(kernel: JITFunction) -> Any:
-    """The interpreted copy of a kernel, from a second copy of its module; of fused_po's from one of their package."""
+def interpreted_copy(kernel: JITFunction) -> Any:
+    """The interpreted copy of a kernel, from a copy of its module, or of the package for fused_po's kernels."""
     module, name = kernel.fn.__module__, kernel.fn.__name__
     if module.startswith(PACKAGE):
         if TWINS not in sys.modules:
@@ -106,15 +106,15 @@ def twin_of(kernel: JITFunction) -> Any:
 
 @contextlib.contextmanager
 def interpreted_language() -> Iterator[None]:
-    """triton.language for the interpreter; afterwards as it was, which the interpreter does not see to.
+    """Patch triton.language for the interpreter and restore it afterwards, which the interpreter itself does not do.
 
-    tl.sum, tl.max and the like are kernels themselves, so they have interpreted copies, too.
+    tl.sum, tl.max and similar functions are kernels themselves, so they have interpreted copies too.
     """
     copies = sys.modules.get(STANDARD) or load_interpreted(STANDARD, Path(standard.__file__))
     core, math = tl.core, tl.math
     holders = [tl, core, math, core.tensor, core.dtype, core.base_value, core.range, core.static_range]
     before = [(holder, dict(vars(holder))) for holder in holders]
-    tl.standard = copies  # by whose functions the interpreter knows a sum or a maximum
+    tl.standard = copies  # functions by which the interpreter recognises a sum or a maximum
     for name, copy in vars(copies).items():
         if isinstance(copy, InterpretedFunction) and hasattr(tl, name):
             setattr(tl, name, copy)
@@ -130,7 +130,7 @@ def interpreted_language() -> Iterator[None]:
 
 
 def check_resources(name: str, grid: tuple[int, ...], compiled: Any) -> None:
-    """What the driver checks at a launch."""
+    """The checks of a driver at a launch."""
     if not 0 < grid[0] < 2**31 or any(not 0 < size <= 65535 for size in grid[1:]):
         raise checks.Fault(f"{name}: a grid of {grid}; allowed are 2^31 - 1 by 65,535 by 65,535")
     limit = SHARED.get(ARCHITECTURE, SHARED[90])
@@ -141,23 +141,23 @@ def check_resources(name: str, grid: tuple[int, ...], compiled: Any) -> None:
 
 
 def interpret(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
-    """The kernel's result, computed by its interpreted copy over the tensors' memory."""
+    """Compute the kernel's result with its interpreted copy, in the memory of the tensors."""
     name = kernel.fn.__name__
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, torch.Tensor) and argument.device.type != "cuda":
             raise checks.Fault(f"{name}: a tensor on {argument.device}")
     args = tuple(on_cpu(a) for a in args)
     kwargs = {key: on_cpu(a) for key, a in kwargs.items()}
-    quiet = numpy.errstate(all="ignore")  # a GPU says nothing of log2(0), and tests turn warnings into errors
+    quiet = numpy.errstate(all="ignore")  # a GPU does not warn about log2(0), and tests turn warnings into errors
     with checks.watching(name, (*args, *kwargs.values())), interpreted_language(), quiet, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, of Triton 3.6's interpreter
-        twin_of(kernel)[grid](*args, **kwargs)
+        warnings.simplefilter("ignore", DeprecationWarning)  # a NumPy warning in Triton 3.6's interpreter
+        interpreted_copy(kernel)[grid](*args, **kwargs)
 
 
 def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-    """Replaces JITFunction.run: compile, check, interpret. The compiled kernel, as Triton's own run returns it.
+    """Replaces JITFunction.run: compile, check, interpret. Returns the compiled kernel, like Triton's own run.
 
-    With fused_po's kernels no error is an Exception: it would take the next backend, and the tests would pass on that.
+    In fused_po's kernels no error is an Exception: fused_po would fall back to the next backend, and tests would pass.
     """
     name = kernel.fn.__name__
     with _one_at_a_time, _disable_current_modes():

@@ -1,8 +1,8 @@
-// A stand-in for the CUDA runtime, preloaded in front of libcudart: one device, whose memory is host memory.
+// A stand-in for the CUDA runtime, preloaded before libcudart: one device whose memory is host memory.
 //
-// Everything that an emulated operator needs works: memory, copies, streams (all work is done at once), events (a clock).
-// A kernel launch fails: no CUDA code runs here, and a result that nobody computed must not pass for one.
-// What is not defined here comes from the real runtime, which finds no driver and says so.
+// Everything that emulated operators need works: memory, copies, streams (all work is synchronous), events (a clock).
+// A kernel launch is an error: no CUDA code can run here, and a missing result must not go unnoticed.
+// Functions that are not defined here come from the real runtime, which returns an error because it finds no driver.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <malloc.h>
@@ -15,15 +15,15 @@ typedef cudaError_t Error;
 #define UNUSED __attribute__((unused))
 #define GIB (1ull << 30)
 
-static const size_t CARD = 80 * GIB;      // what the device says it has
-static const size_t AVAILABLE = 12 * GIB; // what it gives, so that a test out of bounds does not take the machine's memory
+static const size_t CARD = 80 * GIB;      // reported memory of the device
+static const size_t AVAILABLE = 12 * GIB; // memory it provides: less than the machine's
 static size_t used = 0;
 static __thread Error last = cudaSuccess;
 
 static Error fail(Error error) { return last = error; }
 
 // The device.
-// Hidden from a process by an empty CUDA_VISIBLE_DEVICES, as a real one is.
+// An empty CUDA_VISIBLE_DEVICES hides it from a process, like a real device.
 Error cudaGetDeviceCount(int *count) {
   const char *visible = getenv("CUDA_VISIBLE_DEVICES");
   *count = visible == NULL || *visible != 0;
@@ -88,7 +88,7 @@ Error cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int devi
   return cudaSuccess;
 }
 
-// Memory. Blocks are at the alignment that CUDA gives: 256 bytes and more.
+// Memory. Blocks have CUDA's alignment, at least 256 bytes.
 Error cudaMalloc(void **pointer, size_t bytes) {
   *pointer = NULL;
   if (__atomic_load_n(&used, __ATOMIC_RELAXED) + bytes > AVAILABLE) return fail(cudaErrorMemoryAllocation);
@@ -148,7 +148,7 @@ const char *cudaGetErrorName(Error error) {
   return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorNotSupported";
 }
 
-// Streams do their work at once. An event is the time at which it was recorded.
+// Streams run their work synchronously. An event is the time at which it was recorded.
 static Error new_stream(cudaStream_t *stream) { *stream = malloc(16); return cudaSuccess; }
 Error cudaStreamCreate(cudaStream_t *stream) { return new_stream(stream); }
 Error cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned f UNUSED, int p UNUSED) { return new_stream(stream); }
@@ -193,7 +193,7 @@ Error cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t e
   return cudaSuccess;
 }
 
-// Kernels: registered as torch's libraries load, never run.
+// Kernels: registered when torch's libraries load, never run.
 static Error refuse_launch(void) { return fail(cudaErrorNotSupported); }
 Error cudaLaunchKernel(const void *f UNUSED, dim3 grid UNUSED, dim3 block UNUSED, void **arguments UNUSED,
                        size_t shared UNUSED, cudaStream_t s UNUSED) {
@@ -246,7 +246,7 @@ Error __cudaPopCallConfiguration(dim3 *grid UNUSED, dim3 *block UNUSED, size_t *
   return cudaSuccess;
 }
 
-// The driver: the few functions that torch asks of libcuda.so.1 while the device starts. Any other is not found.
+// The driver: the few functions of libcuda.so.1 that torch needs to start the device. Others are not found.
 int cuInit(unsigned flags UNUSED) { return 0; }
 int cuDriverGetVersion(int *version) { *version = CUDART_VERSION; return 0; }
 int cuDevicePrimaryCtxGetState(int device UNUSED, unsigned *flags, int *active) {

@@ -1,4 +1,4 @@
-"""A pytest plugin: of each test function the first case and every n-th after it, n from FUSED_PO_REHEARSAL_EVERY."""
+"""A pytest plugin: run the first case of each test function and every n-th after it (FUSED_PO_REHEARSAL_EVERY)."""
 
 from __future__ import annotations
 

@@ -63,13 +63,13 @@ PAIRWISE = [
         "dpo", "smoothed", partial(losses.dpo, beta=0.5, label_smoothing=0.1),
         lambda w, l: -0.9 * s(0.5 * (w - l)).log() - 0.1 * s(0.5 * (l - w)).log(),
         0.9 * softplus(-0.25) + 0.1 * softplus(0.25),
-        "OpenRLHF, torchtune agree; TRL's sigmoid has no smoothing, Liger's ignores it without a word",
+        "OpenRLHF, torchtune agree; TRL's sigmoid has no smoothing, Liger's silently ignores it",
     ),
     pair(
-        "dpo", "margin, beta a pair", lambda *four: losses.dpo(*four, beta=torch.full_like(four[0], 0.5), margin=1.0),
+        "dpo", "margin, beta per pair", lambda *four: losses.dpo(*four, beta=torch.full_like(four[0], 0.5), margin=1.0),
         lambda w, l: -s(0.5 * (w - l) - 1).log(),
         softplus(0.75),  # 0.5 * 0.5 - 1 = -0.75
-        "none has it",
+        "no other library has it",
     ),
     pair(
         "robust_dpo", "", partial(losses.robust_dpo, beta=0.5, label_smoothing=0.2),
@@ -119,7 +119,7 @@ PAIRWISE = [
         "dpop", "", partial(losses.dpop, beta=0.5, penalty=3.0),
         lambda w, l: -s(0.5 * (w - l - 3 * (-w).clamp(min=0))).log(),
         softplus(1.75),  # w = -1, l = -0.5: 0.5 * (-1 + 0.5 - 3 * 1) = -1.75
-        "none has it",
+        "no other library has it",
         values=(-3.0, -4.0, -2.0, -3.5),
     ),
     pair(
@@ -176,7 +176,7 @@ PAIRWISE = [
     pair(
         "tdpo", "1", partial(losses.tdpo, beta=0.5, alpha=None), None,
         softplus(0.25),  # 0.5 * (0.5 - (2 - 1)) = -0.25
-        "none has it",
+        "no other library has it",
         values=(*BY_HAND, 1.0, 2.0), sample=lambda: [torch.randn(4, dtype=F64) for _ in range(6)], grads=(0, 1, 4, 5),
         oracle=lambda c, r, rc, rr, kc, kr: -s(0.5 * (c - rc - r + rr - kr + kc)).log(),
         extremes=lambda d: [*apart(d), torch.tensor([abs(d)]), torch.tensor([0.0])],
@@ -184,7 +184,7 @@ PAIRWISE = [
     pair(
         "tdpo", "2", partial(losses.tdpo, beta=0.5, alpha=0.5), None,
         softplus(0.0),  # 0.5 * (0.5 - 0.5 * (2 - 1)) = 0
-        "none has it",
+        "no other library has it",
         values=(*BY_HAND, 1.0, 2.0), sample=lambda: [torch.randn(4, dtype=F64) for _ in range(6)], grads=(0, 1, 5),
         oracle=lambda c, r, rc, rr, kc, kr: -s(0.5 * (c - rc - r + rr - 0.5 * (kr - kc.detach()))).log(),
         extremes=lambda d: [*apart(d), torch.tensor([abs(d)]), torch.tensor([0.0])],
@@ -211,7 +211,7 @@ PAIRWISE.append(
         None,
         # rewards 1, 0.5, 0: the first beats both others, the second beats the third
         log(exp(1) + exp(0.5) + 1) - 1 + softplus(-0.5),
-        "none has it",
+        "no other library has it",
         values=([[-1.0, -2.0, -3.0]], [[-3.0, -3.0, -3.0]]),
         sample=lambda: [torch.randn(2, 3, dtype=F64) for _ in range(2)],
         grads=(0,),
@@ -231,7 +231,7 @@ for divergence, formula, hand in (
             partial(losses.preference_loss, f_divergence=divergence, beta=0.5),
             partial(lambda f, w, l: -log_s(0.5 * (f(w) - f(l))), formula),
             softplus(-0.5 * hand),
-            "TRL agrees; past exponents of 20 ours goes on along the tangent, TRL's alpha stops at 80, others overflow",
+            "TRL agrees; beyond exponents of 20 ours follows the tangent, TRL's alpha stops at 80, others overflow",
         )
     )
 
@@ -286,7 +286,7 @@ REFERENCE_FREE = [
     free(
         "tpo", "", partial(losses.tpo, beta=0.5, alpha=2.0), lambda c, r, g: -s((c - r) / 2).log() - 2 * g,
         (-1.0, -3.0, -0.25), softplus(-1.0) + 0.5,
-        "TRL agrees but for the NLL, its mean over the batch's tokens",
+        "TRL agrees except for the NLL, where it averages over the batch's tokens",
         sample=lambda: [*two(), -torch.rand(4, dtype=F64)], grads=(0, 1, 2),
         extremes=lambda d: [*two_apart(d), torch.tensor([-abs(d)])],
     ),
@@ -298,7 +298,7 @@ REFERENCE_FREE = [
         "orpo", "", partial(losses.orpo, beta=0.5),
         lambda c, r: -c - 0.5 * s(torch.log(odds(c.exp()) / odds(r.exp()))).log(),
         (log(0.5), log(0.25)), log(2) + 0.5 * log(4 / 3),  # odds 1 and 1/3: s(log 3) = 3/4
-        "TRL, Liger agree but for the NLL, their mean over the batch's tokens; they are not finite where p rounds to 1",
+        "TRL, Liger agree except for the NLL, averaged over the batch's tokens; not finite where p rounds to 1",
     ),
     free(
         "orpo", "no NLL", partial(losses.orpo, beta=0.5, nll_coef=0.0),

@@ -246,7 +246,7 @@ def clip_cov_oracle(epsilon: float, share: float):
 def clip_cov(case: str, epsilon: float, share: float, expected: list) -> Row:
     band = dict(clip_cov_lb=0.1, clip_cov_ub=2.0)
     run = partial(losses.clip_cov, epsilon=epsilon, clip_cov_ratio=share, **band)
-    peers = "verl, the authors agree but for whom of the band they choose: at random"
+    peers = "verl, the authors agree, but choose tokens of the band at random"
     return policy("clip_cov", case, run, clip_cov_oracle(epsilon, share), expected, peers)
 
 
@@ -268,7 +268,7 @@ ENTROPY = [
         "entropy_bonus", "", partial(losses.entropy_bonus, coef=0.1), lambda h, m: -0.1 * h * m,
         ([[2.0, NAN]], [[1.0, 0.0]]), [[-0.2, 0.0]],
         lambda: [torch.rand(3, 4, dtype=F64), torch.rand(3, 4) > 0.3], (0,), None,
-        "TRL takes its mean over tokens; OpenRLHF, verl agree",
+        "OpenRLHF, verl agree; TRL averages it over tokens",
     ),
     Row(
         "value_loss", "", losses.value_loss,
@@ -312,7 +312,7 @@ GRPO = [
     *(grpo(n, "", of_ratio(clip(0.2, 0.2)), PPO, "TRL, Liger agree") for n in ("grpo", "bnpo", "dr_grpo", "dapo")),
     grpo(
         "luspo", "", of_ratio(clip(0.1, 0.1), "mean"), GSPO,
-        "TRL, Liger agree at sequence level; at token level Liger's sum takes in padding", {"epsilon": 0.1},
+        "TRL, Liger agree at sequence level; at token level Liger's sum includes padding", {"epsilon": 0.1},
     ),
     grpo("gspo", "", of_ratio(clip(0.1, 0.1), "mean"), GSPO, "TRL's grpo at sequence level", {"epsilon": 0.1}),
     grpo(

@@ -56,7 +56,7 @@ ROWS = [
         two, (0, 1), apart, "TRL agrees; OpenRLHF has no centring, and its LogExpLoss takes a margin without using it",
     ),
     Row(
-        "bradley_terry", "margin a pair", lambda c, r, m: losses.bradley_terry(c, r, margin=m),
+        "bradley_terry", "margin per pair", lambda c, r, m: losses.bradley_terry(c, r, margin=m),
         lambda c, r, m: logistic(c - r - m), (1.0, 0.5, 2.0),
         log1p(exp(1.5)),  # -log s(1 - 0.5 - 2)
         lambda: [*two(), torch.rand(4, dtype=F64)], (0, 1), lambda d: [*apart(d), torch.tensor([1.0])],

@@ -82,13 +82,13 @@ ROWS = [
     Row(
         "bco", "", partial(losses.bco, beta=0.5), bco_oracle, (*BY_HAND, 0.25),
         [log1p(exp(-0.25)), log1p(exp(0.0))],  # -log s(0.5 - 0.25), -log s(-(0.25 - 0.25))
-        answers(scalar), (0,), apart(0.5), "TRL's BCOTrainer (gone by 1.16) agrees; OpenRLHF and Liger have none",
+        answers(scalar), (0,), apart(0.5), "TRL's BCOTrainer (removed by 1.16) agrees; OpenRLHF and Liger have none",
     ),
     Row(
         "bco", "weights", lambda *a: losses.bco(*a[:4], beta=0.5, weights=a[4]), bco_oracle,
         (*BY_HAND, 0.25, [1.0, 4.0]),
         [log1p(exp(-0.25)), 4 * log1p(exp(0.0))],
         answers(scalar, lambda: torch.rand(5, dtype=F64)), (0,), apart(0.5, [1.0, 4.0]),
-        "TRL's BCOTrainer (gone by 1.16) agrees; OpenRLHF and Liger have none",
+        "TRL's BCOTrainer (removed by 1.16) agrees; OpenRLHF and Liger have none",
     ),
 ]  # fmt: skip

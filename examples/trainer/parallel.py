@@ -1,22 +1,24 @@
-"""Several processes: torchrun's ranks, the rows dealt out among them, PyTorch's own engines around the model.
+"""Training on several processes: torchrun's ranks, their shares of the rows, and PyTorch's DDP, FSDP2 and TP.
 
     torchrun --nproc-per-node=4 examples/dpo.py --parallel ddp             the whole model on every rank
-    torchrun --nproc-per-node=4 examples/dpo.py --parallel fsdp            weights, gradients, optimizer state cut in 4
-    torchrun --nproc-per-node=4 examples/dpo.py --parallel tp              every layer cut in 4, the head by vocabulary
-    torchrun --nproc-per-node=4 examples/dpo.py --parallel fsdp --tp 2     layers cut in 2, those sharded over 2
+    torchrun --nproc-per-node=4 examples/dpo.py --parallel fsdp            weights, gradients, optimizer sharded over 4
+    torchrun --nproc-per-node=4 examples/dpo.py --parallel tp              every layer split over 4, head by vocabulary
+    torchrun --nproc-per-node=4 examples/dpo.py --parallel fsdp --tp 2     layers split over 2, and sharded over 2
 
 How the scripts use it:
 
-    with processes(args):           joins torchrun's group, if there is one (loop.main does)
-    first(), agreed(make)           is this the rank that writes and prints; what the first one made, on all of them
-    deal(rows, args)                this rank's rows; collect(rows, args) is its inverse; total(...) adds numbers up
+    with processes(args):           joins torchrun's process group, if there is one (training_run.main does this)
+    first()                         whether this rank prints and writes files
+    agreed(make)                    the first rank's result of make(), on all ranks
+    deal(rows, args)                this rank's share of the rows; collect(rows, args) is the inverse
+    total(values, args)             sums over the ranks
     engine = Engine(args, model, frozen)
-        engine(function)            function() as the forward of the wrapped model
-        with engine.gathered():     all weights are here, as sampling wants them
-        engine.whole(model)         the model with all its weights, on the first rank
+        engine(function)            runs function() as the forward of the wrapped model
+        with engine.gathered():     every rank has all weights, which sampling needs
+        engine.whole(model)         the unwrapped model with all weights, on the first rank
 
-A rank of tensor parallelism has the rows of its neighbours; "data ranks" are counted without them. In a process of its
-own, without a group, the same calls do nothing but their work.
+The ranks that split a layer (a tensor-parallel group) have the same rows; a data rank is one such group. In a single
+process without a process group the same functions work, without communication.
 """
 
 from __future__ import annotations
@@ -30,60 +32,53 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 
-import common
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .errors import fail
 
 ENGINES = ("ddp", "fsdp", "tp")
 
 
 def add_flags(parser) -> None:
-    """--parallel, --tp and --timeout, for a script that runs on several processes."""
+    """Add --parallel, --tp and --timeout, for a script that can run on several processes."""
     add = parser.add_argument
-    add(
-        "--parallel",
-        choices=ENGINES,
-        help="what torchrun's processes share: rows (ddp), weights too (fsdp), layers (tp)",
-    )
-    add("--tp", type=int, help="with fsdp: ranks that share each layer. Without it 1; all with --parallel tp")
-    add("--timeout", type=float, default=600, help="seconds until a rank that waits for another one gives up")
+    text = "how torchrun's processes divide the work: rows (ddp), rows and weights (fsdp), or layers (tp)"
+    add("--parallel", choices=ENGINES, help=text)
+    text = "with --parallel fsdp: number of ranks that split each layer. Default: 1; all ranks with --parallel tp"
+    add("--tp", type=int, help=text)
+    add("--timeout", type=float, default=600, help="seconds that a rank waits for another before it gives up")
 
 
 def check_flags(args) -> None:
-    """Adds what a script without `add_flags` lacks, and ends the program where flags and processes do not fit."""
+    """Check that the flags fit the number of processes, and set defaults in scripts without `add_flags`."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if not hasattr(args, "parallel"):
         args.parallel, args.tp = None, 1
         if size > 1:
-            common.fail(f"torchrun started {size} processes, but this script runs in one; dpo.py and ppo.py take more")
+            fail(f"torchrun started {size} processes, but this script runs in one; dpo.py and ppo.py can use several")
         return
     if args.parallel is None:
         if size > 1:
-            common.fail(
-                f"--parallel: missing; torchrun started {size} processes, which share work by {', '.join(ENGINES)}"
+            fail(
+                f"--parallel: missing; torchrun started {size} processes, which divide the work by {', '.join(ENGINES)}"
             )
     elif "RANK" not in os.environ:
-        how = f"torchrun --nproc-per-node=2 examples/{args.script}.py --parallel {args.parallel}"
-        common.fail(f"--parallel: got {args.parallel} in a process of its own; start several: {how}")
+        command = f"torchrun --nproc-per-node=2 examples/{args.script}.py --parallel {args.parallel}"
+        fail(f"--parallel: got {args.parallel} in a single process; start several: {command}")
     args.tp = args.tp or (size if args.parallel == "tp" else 1)
     if args.parallel == "tp" and args.tp != size:
-        common.fail(
-            f"--tp: got {args.tp} with --parallel tp on {size} ranks; --parallel fsdp --tp {args.tp} shares both"
-        )
+        fail(f"--tp: got {args.tp} with --parallel tp on {size} ranks; --parallel fsdp --tp {args.tp} combines the two")
     if args.tp < 1 or size % args.tp or (args.tp > 1 and args.parallel not in ("tp", "fsdp")):
-        common.fail(
-            f"--tp: got {args.tp} with --parallel {args.parallel} on {size} ranks; it must divide them, with fsdp"
-        )
+        fail(f"--tp: got {args.tp} with --parallel {args.parallel} on {size} ranks; it must divide them, with fsdp")
     if args.tp > 1 and args.lora:
-        common.fail(
-            f"--lora: not with --tp {args.tp}, which cuts the layers that it adapts; take --parallel ddp or fsdp"
-        )
+        fail(f"--lora: not with --tp {args.tp}, which splits the layers that LoRA adapts; use --parallel ddp or fsdp")
 
 
 @contextlib.contextmanager
 def processes(args) -> Iterator[None]:
-    """torchrun's group around a run: nccl on GPUs (a GPU a rank), gloo on CPUs. Ranks must have equal settings."""
+    """Inside, torchrun's ranks form a process group: nccl with one GPU per rank, or gloo on CPUs."""
     if args.parallel is None or dist.is_initialized():
         yield
         return
@@ -97,36 +92,36 @@ def processes(args) -> Iterator[None]:
         settings = {name: value for name, value in vars(args).items() if name != "device"}
         equal("settings", settings)
         yield
-        wait()  # none leaves while another one still writes
+        wait()  # until every rank has finished writing
     finally:
         mesh.cache_clear()
-        gc.collect()  # engines, in cycles, hold groups that must not outlive this one
+        gc.collect()  # reference cycles keep engines alive, whose process groups must be freed first
         dist.destroy_process_group()
 
 
-def home(args) -> str:
-    """Where a model is loaded to: where it trains, or the CPU if an `Engine` shall cut it first."""
+def load_device(args) -> str:
+    """The device to load a model to: --device, or the CPU if an `Engine` shards the model first."""
     return "cpu" if getattr(args, "parallel", None) in ("fsdp", "tp") else args.device
 
 
 def size() -> int:
-    """Ranks in all; 1 in a process of its own."""
+    """The number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def first() -> bool:
-    """Whether this rank writes files and prints."""
+    """Whether this rank prints and writes files."""
     return size() == 1 or dist.get_rank() == 0
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait for all ranks."""
     if size() > 1:
         dist.barrier()
 
 
 def agreed(make: Callable):
-    """make() of the first rank, on all of them. What it makes can be pickled."""
+    """Run make() on the first rank and return its result, which must be picklable, on all ranks."""
     made = [make() if first() else None]
     if size() > 1:
         dist.broadcast_object_list(made, 0)
@@ -134,7 +129,7 @@ def agreed(make: Callable):
 
 
 def equal(what: str, values: dict) -> None:
-    """Ends the program with the difference where ranks have other values than rank 0: they would wait in vain."""
+    """End the program if a rank has other values than rank 0: the ranks would wait for each other forever."""
     theirs = agreed(lambda: values)
     bad = [
         f"{name}: {values.get(name)}, {theirs.get(name)} on rank 0"
@@ -146,33 +141,33 @@ def equal(what: str, values: dict) -> None:
         dist.all_gather_object(every, bad or ([] if values.keys() == theirs.keys() else ["other names"]))
     for rank, found in enumerate(every):
         if found:
-            common.fail(f"the ranks' {what} differ; rank {rank} has {'; '.join(found[:3])}. Start all ranks alike")
+            fail(f"the ranks' {what} differ; rank {rank} has {'; '.join(found[:3])}. Start all ranks the same way")
 
 
 @functools.cache
 def mesh(device: str, tp: int) -> dist.DeviceMesh:
-    """[data, tensor]: ranks of one tensor group are neighbours."""
+    """The device mesh [data, tensor]; the ranks of a tensor-parallel group are consecutive."""
     return dist.init_device_mesh(device, (size() // tp, tp), mesh_dim_names=("data", "tensor"))
 
 
 def axis(args, name: str) -> dist.DeviceMesh:
-    """The mesh's axis "data" or "tensor"."""
+    """The dimension "data" or "tensor" of the mesh."""
     return mesh(torch.device(args.device).type, args.tp)[name]
 
 
 def data_ranks(args) -> tuple[int, int]:
-    """(this rank's number among those that have rows of their own, how many they are)."""
+    """(index of this data rank, number of data ranks)."""
     return (dist.get_rank() // args.tp, size() // args.tp) if size() > 1 else (0, 1)
 
 
 def deal(rows: list, args) -> list:
-    """This rank's rows, those of its neighbours before and after them; lengths differ by at most 1."""
+    """This data rank's share of the rows: a contiguous part; the parts' lengths differ by at most 1."""
     rank, count = data_ranks(args)
     return rows[len(rows) * rank // count : len(rows) * (rank + 1) // count]
 
 
 def collect(rows: list[dict], args) -> list[dict]:
-    """All ranks' rows in the order of `deal`; their tensors on args.device."""
+    """The rows of all data ranks in the order of `deal`, with their tensors on args.device."""
     if data_ranks(args)[1] == 1:
         return rows
 
@@ -185,9 +180,10 @@ def collect(rows: list[dict], args) -> list[dict]:
 
 
 def parts(rows: list, args) -> Iterator[tuple[list, int, bool]]:
-    """(rows of a micro-batch, its weight, is it the last): as many on each rank, since engines wait for each other.
+    """Yield (rows of a micro-batch, its weight, whether it is the last), equally often on each rank.
 
-    A rank that has run out of rows goes along with one that weighs 0.
+    Ranks must make the same number of forward passes, since they communicate in each. A rank with no rows left repeats
+    one with weight 0.
     """
     mine = deal(rows, args)
     most = -(-len(rows) // data_ranks(args)[1])
@@ -198,7 +194,7 @@ def parts(rows: list, args) -> Iterator[tuple[list, int, bool]]:
 
 
 def total(values: dict[str, Tensor | float], args) -> dict[str, float]:
-    """Each value summed over the data ranks, in float64; one collective."""
+    """Sum each value over the data ranks in float64, by one collective."""
     if data_ranks(args)[1] == 1:
         return {name: float(value) for name, value in values.items()}
     added = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=args.device)
@@ -207,7 +203,7 @@ def total(values: dict[str, Tensor | float], args) -> dict[str, float]:
 
 
 def own_seed(seed: int | None, args) -> int | None:
-    """A seed for draws that differ from rank to rank and leave the generators alike; on one rank the seed itself."""
+    """A seed that differs between data ranks and leaves their generators in the same state. On one rank: `seed`."""
     rank, count = data_ranks(args)
     if count == 1:
         return seed
@@ -215,7 +211,7 @@ def own_seed(seed: int | None, args) -> int | None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """torch's, for parameters on different meshes, too: the norm of the whole gradient, the same on all ranks."""
+    """Clip to the norm of the whole gradient, which all ranks agree on; parameters may be on different meshes."""
     meshes: dict = {}
     for p in parameters:
         if p.grad is not None:
@@ -227,10 +223,11 @@ def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-class Inside(nn.Module):
-    """What an engine wraps: modules, and as its forward any function of them. Its hooks then fire for all weights,
+class FunctionModule(nn.Module):
+    """The module that DDP or FSDP wraps: it contains the models, and its forward runs any function that uses them.
 
-    the LM head's too, whose own forward is never called."""
+    Hooks on this module then cover all weights, also those of the LM head, whose own forward is never called.
+    """
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
@@ -241,22 +238,22 @@ class Inside(nn.Module):
 
 
 class Engine:
-    """DDP, fully_shard or tensor parallelism, by args.parallel, around a model and its frozen reference, in place.
+    """Wraps a model and its frozen reference in DDP, FSDP2 (fully_shard) or tensor parallelism, in place.
 
     Args:
-        module: what is trained, still whole: a causal LM (in PEFT's wrapper), or a module with one as its `policy`.
-        frozen: a reference of its own, or None.
+        module: the module to train, before sharding: a causal LM (also a PeftModel), or a module with one as `policy`.
+        frozen: the reference, or None if it is the model without its adapters.
     """
 
     def __init__(self, args, module: nn.Module, frozen: nn.Module | None = None):
         self.args, self.module, self.frozen = args, module, frozen
         self.policy = getattr(module, "policy", module)
         modules = [part for part in (module, frozen) if part is not None]
-        self.outer: nn.Module = Inside(*modules)
+        self.outer: nn.Module = FunctionModule(*modules)
         if args.parallel is None:
             return
         equal("weights", {name: (tuple(p.shape), str(p.dtype)) for name, p in self.outer.named_parameters()})
-        self.skeleton = on_meta(module)
+        self.skeleton = without_weights(module)
         for part in modules if args.tp > 1 else []:
             tensor_parallel(causal_lm(part), axis(args, "tensor"))
         if args.parallel == "fsdp":
@@ -273,16 +270,16 @@ class Engine:
         return self.outer(function)
 
     def accumulate(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around a micro-batch: DDP reduces gradients after the last one alone."""
+        """Context of a micro-batch: DDP reduces gradients only after the last one."""
         return self.outer.no_sync() if self.args.parallel == "ddp" and not last else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside, each rank has all weights that fully_shard cut, and waits for no other one: for sampling."""
+        """Inside, each rank has all weights that FSDP shards, and can sample without waiting for others."""
         if self.args.parallel != "fsdp":
             yield
             return
-        self.outer(lambda: None)  # fully_shard takes for its root what runs first
+        self.outer(lambda: None)  # fully_shard takes the first module that runs as its root
         units = [m for m in self.outer.modules() if isinstance(m, dist.fsdp.FSDPModule)]
         self.outer.set_reshard_after_forward(False)
         for unit in units:
@@ -295,7 +292,7 @@ class Engine:
                 unit.reshard()
 
     def whole(self, part: nn.Module) -> nn.Module | None:
-        """A part of what is trained, unwrapped, on the CPU, with all weights; None on ranks but the first."""
+        """A submodule of what is trained, unwrapped and with all weights, on the first rank; None on the others."""
         if self.args.parallel in (None, "ddp"):
             return part if first() else None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -305,7 +302,7 @@ class Engine:
             return None
         ties = tied(self.skeleton)
         self.skeleton.load_state_dict(state, assign=True)
-        for one, *others in ties:  # which `assign` has untied
+        for one, *others in ties:  # assign=True has untied them
             for other in others:
                 parent, _, name = other.rpartition(".")
                 setattr(self.skeleton.get_submodule(parent), name, operator.attrgetter(one)(self.skeleton))
@@ -314,7 +311,7 @@ class Engine:
 
 
 def tied(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter and buffer: several of one that is tied."""
+    """The names of each parameter and buffer; a tied one has several."""
     names: dict[int, list[str]] = {}
     for each in (module.named_parameters, module.named_buffers):
         for name, tensor in each(remove_duplicate=False):
@@ -322,23 +319,23 @@ def tied(module: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def on_meta(module: nn.Module) -> nn.Module:
-    """A copy without weights."""
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
     tensors = [*module.parameters(), *module.buffers()]
     empty = lambda t: nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t  # noqa: E731
     return copy.deepcopy(module, {id(t): empty(t) for t in tensors})
 
 
 def causal_lm(module: nn.Module) -> nn.Module:
-    """transformers' model in PEFT's wrapper or beside a value head."""
+    """The transformers model inside a PeftModel or a module with a value head."""
     found = (m for m in module.modules() if hasattr(m, "_no_split_modules") and hasattr(m, "get_output_embeddings"))
     return next(m for m in found if m.get_output_embeddings() is not None)
 
 
 def tensor_parallel(model: nn.Module, ranks: dist.DeviceMesh) -> None:
-    """Cuts a transformers model over the ranks by its own plan, with PyTorch's parallelize_module, in place.
+    """Split a transformers model over the ranks in place, by its own tp_plan and PyTorch's parallelize_module.
 
-    The head and the embedding are cut by rows of the vocabulary: `fused_po` takes the head's part as it is.
+    Head and embedding are split by rows of the vocabulary; `fused_po` works on a rank's part of the head directly.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
@@ -348,14 +345,16 @@ def tensor_parallel(model: nn.Module, ranks: dist.DeviceMesh) -> None:
         "rowwise": RowwiseParallel(),
         "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
         "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
-        "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),  # norms of heads
+        "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),  # QK norms
     }
     plan, config = model.tp_plan, model.config.get_text_config()
     if unknown := sorted(set(plan.values()) - styles.keys()) or ([] if plan else ["no plan"]):
-        common.fail(f"--tp: {type(model).__name__} cannot be cut ({', '.join(unknown)}); take --parallel fsdp")
+        fail(f"--tp: {type(model).__name__} cannot be split ({', '.join(unknown)}); use --parallel fsdp")
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name, 0) % ranks.size():
-            common.fail(f"--tp: {ranks.size()} does not divide the model's {name}, {getattr(config, name)}")
+            fail(
+                f"--tp: {ranks.size()} does not divide the model's {name}, {getattr(config, name)}; use --parallel fsdp"
+            )
     parallelize_module(model, ranks, {name: styles[style] for name, style in plan.items()})
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight

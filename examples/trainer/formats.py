@@ -1,71 +1,71 @@
-"""TRL's data set formats: what a row has, what it lacks, and the same rows in the words of the examples."""
+"""TRL's data set formats: checks the fields of a row and converts it into the rows that the scripts use."""
 
 from __future__ import annotations
 
 import json
 
-from common import fail
+from .errors import fail
 
-FORMATS = {  # TRL's names, the fields that tell them; a preference row may have a prompt, or the answers begin alike
+FORMATS = {  # TRL's names and the fields that identify a format; in a preference row the prompt is optional
     "preference": ("chosen", "rejected"),
     "unpaired preference": ("prompt", "completion", "label"),
     "prompt-completion": ("prompt", "completion"),
     "conversation": ("messages",),
-    "language modelling": ("text",),
+    "language modeling": ("text",),
     "prompt-only": ("prompt",),
 }
-TAKEN = {  # which formats make which rows
+TAKEN = {  # the formats from which each kind of row can be made
     "preference": ("preference",),
     "unpaired": ("unpaired preference", "preference"),
-    "completion": ("unpaired preference", "prompt-completion", "preference", "conversation", "language modelling"),
+    "completion": ("unpaired preference", "prompt-completion", "preference", "conversation", "language modeling"),
     "prompt": ("prompt-only", "preference"),
 }
 ANSWERS = ("chosen", "rejected", "completion")
 FIELDS = ("prompt", *ANSWERS, "messages", "text")
-COLUMNS = ("columns",)  # a row's key for the user's own columns: no string, so that no column has this name
+COLUMNS = ("columns",)  # a row's key for the user's own columns; not a string, so no column can have this name
 IMAGES = ("image", "images")
-TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")  # TRL's SFT would train on these
+TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")  # TRL's SFTTrainer would train on these
 RESERVED = ("tokenize", "add_generation_prompt", "return_dict", "tools", "conversation", "return_tensors")
 
 
 def shared(first, second) -> int:
-    """How many leading items are equal: characters, messages, tokens."""
+    """Length of the common prefix of two texts, lists of messages or lists of tokens."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def is_chat(value: object) -> bool:
-    """Whether a field holds messages."""
+    """Whether a field is a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def shared_prompt(row: dict) -> dict:
-    """A preference row with its prompt; where there is none, it is what both answers begin with (words, or turns).
+    """A preference row with a prompt. If it has none, the common beginning of both answers (words, or messages) is it.
 
-    Some data sets have a prompt as text beside conversations that begin with it: then the conversations give it.
+    Some data sets have both a prompt as text and conversations that begin with it; the conversations are then used.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row and not (isinstance(row["prompt"], str) and is_chat(chosen) and is_chat(rejected)):
         return row
-    same = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # something is left of each
-    if isinstance(chosen, str):  # whole words
+    same = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # each answer keeps at least one item
+    if isinstance(chosen, str):  # end at a whole word
         same = max(0, chosen.rfind(" ", 0, same))
     return {**row, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def check_message(message: object, field: str, where: str) -> None:
-    """A role with a text, with parts that are texts, or with calls of tools."""
+    """Check that a message has a role and a content: a text, a list of text parts, or tool calls without content."""
     good = isinstance(message, dict) and isinstance(message.get("role"), str)
     content = message.get("content") if good else None
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            fail(f"{where}: field {field!r} has a part of type {kind!r}; the examples train on text alone")
+            fail(f"{where}: field {field!r} has a part of type {kind!r}, but the examples train on text only")
     if not good or not (isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))):
         fail(f"{where}: field {field!r} has {message!r}, expected messages with the strings role and content")
 
 
 def check_field(row: dict, field: str, where: str) -> None:
-    """A text or a list of messages that is not empty; a label True or False."""
+    """Check that a field is a text or a list of messages and not empty; that a label is true or false."""
     value = row[field]
     kind = "null" if value is None else type(value).__name__
     if field == "label":
@@ -81,7 +81,7 @@ def check_field(row: dict, field: str, where: str) -> None:
 
 
 def template_settings(row: dict, where: str) -> dict:
-    """What a row of messages hands to the chat template, as in TRL: `tools`, `chat_template_kwargs`; or their JSON."""
+    """Chat template arguments in a row's fields `tools` and `chat_template_kwargs` (or their JSON), as in TRL."""
     found = {}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(name)
@@ -89,32 +89,32 @@ def template_settings(row: dict, where: str) -> dict:
             try:
                 value = json.loads(value)
             except ValueError as error:
-                fail(f"{where}: field {name!r} is a string, but not JSON ({error})")
+                fail(f"{where}: field {name!r} is a string that is not JSON ({error})")
         if value is not None and not isinstance(value, kind):
-            fail(f"{where}: field {name!r} is {type(value).__name__}, expected a {kind.__name__}, or its JSON")
+            fail(f"{where}: field {name!r} is {type(value).__name__}, expected a {kind.__name__} or its JSON")
         found[name] = value
     for tool in found["tools"] or ():
         if not isinstance(tool, dict):
             fail(f"{where}: field 'tools' has {tool!r}, expected tools as JSON schemas")
-    how = found["chat_template_kwargs"] or {}
-    if names := [name for name in RESERVED if name in how]:
+    options = found["chat_template_kwargs"] or {}
+    if names := [name for name in RESERVED if name in options]:
         fail(f"{where}: field 'chat_template_kwargs' has {', '.join(names)}, which the examples set themselves")
-    tools = {"tools": found["tools"]} if found["tools"] else {}  # some templates write something of an empty list
-    return {name: value for name, value in how.items() if value is not None} | tools
+    tools = {"tools": found["tools"]} if found["tools"] else {}  # some templates also write an empty list
+    return {name: value for name, value in options.items() if value is not None} | tools
 
 
 def check_ignored(row: dict, want: str, where: str) -> None:
-    """Refuses columns that TRL reads and the examples do not."""
+    """End the program on columns that TRL uses and the examples do not."""
     for name in IMAGES:
         if row.get(name) not in (None, [], ""):
-            fail(f"{where}: field {name!r} holds images; the examples train on text alone: take out the column")
+            fail(f"{where}: field {name!r} holds images, but the examples train on text only; remove the column")
     for name in TOKENIZED if want == "completion" else ():
         if row.get(name) is not None:
-            fail(f"{where}: field {name!r} holds tokens; the examples tokenize themselves: take out the column")
+            fail(f"{where}: field {name!r} holds tokens, but the examples tokenize texts themselves; remove the column")
 
 
 def with_messages(row: dict) -> dict:
-    """A row with `conversations` of from and value as one with `messages`, as TRL's SFT makes it."""
+    """Convert `conversations` with from and value into `messages`, as TRL's SFTTrainer does."""
     turns = row.get("conversations")
     if "messages" in row or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return row
@@ -123,9 +123,9 @@ def with_messages(row: dict) -> dict:
 
 
 def asked(row: dict, where: str) -> dict:
-    """A row for answers to be drawn to: the prompt, and where it is a good preference row its answers.
+    """A row to draw answers for: its prompt, and the answers if it is a valid preference row.
 
-    All other columns are the user's own, whatever their names: a reward function is given them.
+    All other columns are kept, whatever their names, and passed to a reward function.
     """
     kept = {name: value for name, value in row.items() if name not in FIELDS and name != "label"} | {COLUMNS: row}
     answers = [row.get("chosen"), row.get("rejected")]
@@ -141,7 +141,7 @@ def asked(row: dict, where: str) -> dict:
 
 
 def rows_of(row: object, want: str, where: str) -> list[dict]:
-    """The rows of `want` (a key of TAKEN) that one line of a data set gives, or an error that says what it has."""
+    """Convert one row of a data set into rows of the kind `want`, a key of TAKEN. where: its location, for errors."""
     formats = {name: FORMATS[name] for name in TAKEN[want]}
     if not isinstance(row, dict):
         fail(f"{where}: expected an object with the fields {wanted(want)}, got {type(row).__name__}")
@@ -151,7 +151,7 @@ def rows_of(row: object, want: str, where: str) -> list[dict]:
         first = next(iter(formats.values()))
         missing = next(field for field in first if field not in row)
         has = f"it has {', '.join(map(repr, row)) or 'no fields'}"
-        fail(f"{where}: field {missing!r} is missing; wanted {wanted(want)}; {has}")
+        fail(f"{where}: field {missing!r} is missing; expected {wanted(want)}; {has}")
     check_ignored(row, want, where)
     fields = [*formats[found], *(["prompt"] if "prompt" in row and found == "preference" else [])]
     for field in fields:
@@ -159,7 +159,7 @@ def rows_of(row: object, want: str, where: str) -> list[dict]:
     whole = row
     row = shared_prompt(row) if found == "preference" else row
     if len({type(row[field]) for field in fields if field != "label"}) > 1:
-        fail(f"{where}: {', '.join(fields)} are partly texts, partly lists of messages; expected one kind")
+        fail(f"{where}: {', '.join(fields)} are partly texts and partly lists of messages; expected one of the two")
     row = asked(whole, where) if want == "prompt" else row
     if any(isinstance(row.get(field), list) for field in (*fields, "prompt")):
         template_settings(row, where)
@@ -171,12 +171,12 @@ def rows_of(row: object, want: str, where: str) -> list[dict]:
 
 
 def answers_of(row: dict, found: str, want: str) -> list[dict]:
-    """The rows with one answer each, `completion`, that a row of the format `found` gives; other columns stay."""
+    """Convert a row of the format `found` into rows with one answer each, `completion`. Other columns are kept."""
     rest = {name: value for name, value in row.items() if name not in FIELDS}
     if found == "preference":
         pair = [rest | {"prompt": row["prompt"], "completion": row[f], "label": f == "chosen"} for f in FORMATS[found]]
         return pair if want == "unpaired" else pair[:1]
-    if found in ("conversation", "language modelling"):  # every token is scored
+    if found in ("conversation", "language modeling"):  # every token is a label
         whole = row[FORMATS[found][0]]
         return [rest | {"prompt": whole[:0], "completion": whole}]
     if found == "unpaired preference":
@@ -185,12 +185,12 @@ def answers_of(row: dict, found: str, want: str) -> list[dict]:
 
 
 def wanted(want: str) -> str:
-    """In words, the formats that make such rows."""
+    """The formats from which rows of this kind can be made, for error messages."""
     return " or ".join(f"{', '.join(FORMATS[name])} ({name})" for name in TAKEN[want])
 
 
 def plain(message: dict) -> dict:
-    """A message as chat templates take it: its text in one piece, without the nulls that `datasets` fills in."""
+    """A message as chat templates expect it: its text as one string, without the nulls that `datasets` adds."""
     message = {name: value for name, value in message.items() if value is not None or name == "content"}
     if isinstance(message.get("content"), list):
         message["content"] = "".join(part["text"] for part in message["content"])
@@ -198,16 +198,16 @@ def plain(message: dict) -> dict:
 
 
 def said(message: dict) -> str:
-    """A message's text."""
+    """The text of a message."""
     return plain(message).get("content") or ""
 
 
 def text_of(content: str | list[dict]) -> str:
-    """A text, or the last message's."""
+    """A text itself; of a list of messages the text of the last one."""
     return content if isinstance(content, str) else said(content[-1])
 
 
 def texts_of(rows: list[dict]) -> list[str]:
-    """All texts, for a tokenizer to be trained on."""
+    """All texts of the rows, to train a tokenizer on."""
     parts = [row[field] for row in rows for field in ("prompt", "chosen", "rejected", "completion") if field in row]
     return [text for part in parts for text in ([part] if isinstance(part, str) else map(said, part))]

@@ -1,4 +1,4 @@
-"""Dropout switched off, of whatever kind: a policy in training and its reference in evaluation are then one model."""
+"""Switches off dropout of every kind, so that the policy in training mode is the same function as its reference."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from common import fail
 from torch import Tensor, nn
 
 from fused_po.integrations import probe
 
-NAMES = ("drop", "jitter")  # parts of the names of rates: attention_dropout, attn_pdrop, layerdrop, router_jitter_noise
-KEPT = "_rates_of_dropout"  # the attribute of a model with what its configurations had
+from .errors import fail
+
+NAMES = ("drop", "jitter")  # in the names of rates: attention_dropout, attn_pdrop, layerdrop, router_jitter_noise
+KEPT = "_rates_of_dropout"  # the attribute of a model that keeps the original rates of its configurations
 
 
 def rates(owner) -> list[str]:
-    """The names of an object's own rates. owner: a module, or a configuration."""
-    kind = "drop" in type(owner).__name__.lower()  # nn.Dropout and its like, whose rate is called p
+    """The names of the dropout rates of a module or configuration that are not 0."""
+    kind = "drop" in type(owner).__name__.lower()  # nn.Dropout and similar modules name their rate p
     return [
         name
         for name, value in vars(owner).items()
@@ -27,7 +28,7 @@ def rates(owner) -> list[str]:
 
 
 def configurations(model: nn.Module) -> list:
-    """All the configurations that a model's modules look at, and those in them."""
+    """All configurations that the model's modules refer to, nested ones included."""
     from transformers import PreTrainedConfig
 
     found, left = {}, [value for module in model.modules() for value in vars(module).values()]
@@ -40,9 +41,10 @@ def configurations(model: nn.Module) -> list:
 
 
 def switch_off(model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
-    """Every rate becomes 0, in modules and in the configurations that they read; then it is measured.
+    """Set every dropout rate to 0, in the modules and their configurations, then verify that training is deterministic.
 
-    run: ids [1, T] -> hidden states.
+    Args:
+        run: token ids [1, T] -> hidden states.
     """
     for module in model.modules():
         for name in rates(module):
@@ -62,13 +64,13 @@ def switch_off(model: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
         if (other - states[0]).abs().max() > 1e-3 * states[0].abs().max():
             fail(
                 f"--model: {type(model).__name__} draws random numbers in training though its dropout rates are 0; "
-                "give --keep-dropout to train it so"
+                "give --keep-dropout to train it with them"
             )
 
 
 @contextlib.contextmanager
 def as_loaded(model: nn.Module) -> Iterator[None]:
-    """Inside, the configurations have the rates that they came with: for saving."""
+    """Inside, the configurations have their original rates, so that these are what is saved."""
     kept = vars(model).get(KEPT, [])
     for config, name, value in kept:
         setattr(config, name, value)

@@ -1,7 +1,7 @@
-"""A run's checkpoints, by torch.distributed.checkpoint: each rank writes its part, any number of ranks reads them.
+"""Checkpoints by torch.distributed.checkpoint: each rank writes its part, and any number of ranks can read them.
 
-Nothing in them is code that could run: tensors lie in safetensors files, the rest in state.json, where a tensor's name
-and shape stand in its place.
+They contain no code: tensors are in safetensors files, everything else is in state.json, with the name and shape of a
+tensor where the state has a tensor.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import common
-import parallel
 import torch
 from torch import Tensor
 
-HOLDS = {"model", "optimizer", "parts", "rng"}
+from . import parallel, run_files
+from .errors import fail
+
+KEYS = {"model", "optimizer", "parts", "rng"}
 
 
 def state_of(learner, parts: dict) -> dict:
-    """What a checkpoint holds, by the names of the model without its wrappers."""
+    """What a checkpoint contains; parameters have the names of the model without its wrappers."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(ignore_frozen_params=True)
     model, optimizer = get_state_dict(learner.model, learner.optimizer, options=options)
     frozen = {name for name, p in learner.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    again = {name for names in parallel.tied(learner.model) for name in names[1:]}  # a tied tensor has its first name
+    again = {name for names in parallel.tied(learner.model) for name in names[1:]}  # tied: saved under the first name
     model = {name: value for name, value in model.items() if name not in frozen | again}
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -35,9 +36,13 @@ def state_of(learner, parts: dict) -> dict:
 
 
 def without_tensors(value, tensors: dict[str, Tensor], name: str = "", storages: set[int] | None = None):
-    """`value` as JSON has it, its tensors moved to `tensors`, by their place; scalars as views of one element.
+    """Replace each tensor in a nested state by {"tensor": name, "shape": shape}, which JSON can hold.
 
-    safetensors takes no tensor with gaps, and no piece of memory twice: such tensors are copied. storages: those met.
+    safetensors accepts neither non-contiguous tensors nor two tensors that share memory; such tensors are copied.
+
+    Args:
+        tensors: receives the tensors by name; 0-dim ones as [1].
+        name: prefix of the names. storages: addresses of the memory seen so far.
     """
     storages = set() if storages is None else storages
     if isinstance(value, Tensor):
@@ -57,7 +62,7 @@ def without_tensors(value, tensors: dict[str, Tensor], name: str = "", storages:
 
 
 def with_tensors(value, tensors: dict[str, Tensor]):
-    """The inverse."""
+    """The inverse of `without_tensors`."""
     if isinstance(value, dict) and value.keys() == {"tensor", "shape"}:
         tensor = tensors[value["tensor"]]
         return tensor if value["shape"] else tensor.view(())
@@ -68,14 +73,18 @@ def with_tensors(value, tensors: dict[str, Tensor]):
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Without the warning that a checkpoint is that of a single process."""
+    """Suppresses the warning that a checkpoint is written or read by a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is .* single process")
         yield
 
 
 def save(path: Path, learner, parts: dict) -> None:
-    """The learner, whatever else has a state_dict, torch's generators, into a folder that is whole or not there."""
+    """Save a checkpoint into a folder, which exists only once it is complete.
+
+    Args:
+        learner: its model and optimizer. parts: other objects with a state_dict, by name.
+    """
     import torch.distributed.checkpoint as checkpoint
 
     tensors: dict[str, Tensor] = {}
@@ -92,17 +101,17 @@ def save(path: Path, learner, parts: dict) -> None:
         if parallel.first():
             (where / "state.json").write_text(json.dumps(rest))
 
-    common.write_whole(path, write) if parallel.first() else write(None)
+    run_files.write_whole(path, write) if parallel.first() else write(None)
     parallel.wait()
 
 
 def shapes(state: dict) -> dict[str, list[int]]:
-    """The shape of each of the model's tensors."""
+    """The shapes of the model's tensors by name."""
     return {name: part["shape"] for name, part in state["model"].items()}
 
 
 def load(path: Path, learner, parts: dict) -> None:
-    """Puts back what `save` wrote, on any number of ranks; ends the program where it is damaged or another run's."""
+    """Load what `save` wrote, on any number of ranks; end the program if it is damaged or from another run."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -111,26 +120,26 @@ def load(path: Path, learner, parts: dict) -> None:
     misfit = f"--resume: {path} does not fit this run"
     try:
         rest = json.loads((path / "state.json").read_text())
-        if not isinstance(rest, dict) or HOLDS - rest.keys():
-            common.fail(f"--resume: {path} is none of these scripts'; delete it")
+        if not isinstance(rest, dict) or KEYS - rest.keys():
+            fail(f"--resume: {path} was not written by these scripts; delete it")
         if shapes(rest) != shapes(here):
-            common.fail(f"{misfit} (it holds other parameters than the model); delete it")
+            fail(f"{misfit} (it has other parameters than the model); delete it")
         with alone():
             checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(path)))
-    except (Exception, checkpoint.CheckpointException) as error:  # whatever a cut or foreign file makes torch raise
-        common.fail(
-            f"--resume: {path} is damaged or no checkpoint ({type(error).__name__}); delete it, and the one before "
-            "is taken"
+    except (Exception, checkpoint.CheckpointException) as error:  # torch raises many types for damaged files
+        fail(
+            f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}); delete it to resume from the "
+            "checkpoint before it"
         )
     try:
         state = with_tensors(rest, tensors)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
-        how = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
-        set_state_dict(learner.model, learner.optimizer, **how)
+        states = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+        set_state_dict(learner.model, learner.optimizer, **states)
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"{misfit} ({error}); delete it")
+        fail(f"{misfit} ({error}); delete it")
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"]["cuda"])

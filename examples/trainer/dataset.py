@@ -1,4 +1,4 @@
-"""Rows of text: read in TRL's data set formats, held out, encoded, drawn for a step, stacked into a batch."""
+"""Data of a run: rows in TRL's formats, held-out rows, token ids, the rows of a step, padded batches."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ import math
 import random
 import sys
 
-import comparisons
-import files
-import tokens
 import torch
-from common import fail
-from formats import ANSWERS, COLUMNS, rows_of, shared_prompt, text_of, texts_of, wanted
 from torch import Tensor
 
-__all__ = ["batch_at", "encode", "held_out", "read", "read_both", "rows_of", "scored_tokens", "shared_prompt", "stack"]
-__all__ += ["text_of", "texts_of"]
-IGNORE = -100
+from . import comparisons, row_files, tokenization
+from .errors import fail
+from .formats import ANSWERS, COLUMNS, rows_of, wanted
+
+IGNORE = -100  # the label of tokens that are not scored
 
 
 def read(source: str, split: str, want: str = "preference", config: str | None = None) -> list[dict]:
-    """Rows of a file, a folder or a Hub id; texts, or lists of messages. Columns of other names stay in the rows.
+    """Read the rows of a file, a folder or a Hub id. Texts may also be lists of messages; other columns are kept.
 
     Args:
-        want: "preference": prompt, chosen, rejected. "unpaired": prompt, completion, label; of a preference row, two.
-            "completion": prompt, completion; of a preference row the chosen one. "prompt": prompt, and of a preference
-            row its answers.
+        want: the kind of rows, by their fields.
+            "preference": prompt, chosen, rejected.
+            "unpaired": prompt, completion, label; a preference row becomes two.
+            "completion": prompt, completion; for a preference row the chosen answer.
+            "prompt": prompt; for a preference row also its answers.
     """
-    made = [rows_of(row, want, where) for where, row in files.rows(source, split, config)]
+    made = [rows_of(row, want, where) for where, row in row_files.rows(source, split, config)]
     rows = [row for some in made for row in some]
     if unwanted := sum(not some for some in made):
-        print(f"{source}: {unwanted} of {len(made)} rows left out: their label is false", file=sys.stderr)
+        print(f"{source}: {unwanted} of {len(made)} rows left out because their label is false", file=sys.stderr)
     if not rows:
-        form = "rows" if files.ending(files.Path(source)) in files.TABLES else "one JSON object a line"
+        form = "rows" if row_files.ending(row_files.Path(source)) in row_files.TABLES else "one JSON object per line"
         fail(f"{source}: the {split} set holds no rows; expected {form} with {wanted(want)}")
     return rows
 
 
 def held_out(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows): a share of the prompts, drawn by the seed; no prompt is in both."""
+    """Split rows into (training rows, held-out rows) by prompt: a random share of the prompts is held out."""
     names = [json.dumps(row["prompt"] or row["completion"], sort_keys=True, default=str) for row in rows]
     prompts = list(dict.fromkeys(names))
     if len(prompts) < 2:
-        fail(
-            f"--test-share: the data set has {len(prompts)} prompt; expected 2 or more, so that some are left to train"
-        )
+        fail(f"--test-share: the data set has {len(prompts)} prompt; expected 2 or more, one of them to train on")
     count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
     chosen = set(random.Random(seed).sample(prompts, count))
     parts = ([row for row, name in zip(rows, names) if (name in chosen) is out] for out in (False, True))
@@ -53,29 +50,31 @@ def held_out(rows: list[dict], share: float, seed: int) -> tuple[list[dict], lis
 
 
 def check_flags(args) -> None:
-    """Where the held-out rows come from: --test-dataset, --test-share, the shipped ones, or split 'test'."""
-    args.dataset, args.split = files.parted(args.dataset, args.split, "--split")
+    """Check the flags for training and held-out rows, and fill in where the held-out rows come from."""
+    args.dataset, args.split = row_files.source_and_split(args.dataset, args.split, "--split")
     if args.test_share is not None:
         if not 0 < args.test_share < 1:
             fail(f"--test-share: got {args.test_share}, expected a number between 0 and 1")
         if args.test_dataset is not None or args.test_split is not None:
-            fail("--test-share: given beside --test-dataset or --test-split; give one of them")
+            fail("--test-share: given together with --test-dataset or --test-split; give only one of them")
     elif args.test_dataset is None:
         args.test_dataset = str(comparisons.TEST) if args.dataset == str(comparisons.TRAIN) else args.dataset
     else:
-        args.test_dataset, args.test_split = files.parted(args.test_dataset, args.test_split, "--test-split")
+        args.test_dataset, args.test_split = row_files.source_and_split(
+            args.test_dataset, args.test_split, "--test-split"
+        )
     for flag, source, split in (
         ("split", args.dataset, args.split),
         ("test-split", args.test_dataset, args.test_split),
     ):
-        if split is not None and files.is_file(source):
+        if split is not None and row_files.is_file(source):
             fail(f"--{flag}: got {split!r}, but {source} is a file, which has no splits; leave it out")
     if args.test_dataset == args.dataset:
-        if files.is_file(args.dataset):
-            ways = "name others, or give --test-share 0.1"
-            fail(f"--test-dataset: missing; rows to measure on must not be those to train on; {ways}")
+        if row_files.is_file(args.dataset):
+            ways = "name a file with other rows, or give --test-share 0.1"
+            fail(f"--test-dataset: missing; the rows to evaluate on must differ from the training rows; {ways}")
         if (args.split or "train") == (args.test_split or "test"):
-            fail(f"--test-split: got {args.test_split or 'test'!r}, the split to train on; name another")
+            fail(f"--test-split: got {args.test_split or 'test'!r}, which is the training split; name another one")
 
 
 def read_both(args, want: str) -> tuple[list[dict], list[dict]]:
@@ -88,14 +87,14 @@ def read_both(args, want: str) -> tuple[list[dict], list[dict]]:
 
 
 def encode(rows: list[dict], tokenizer, max_prompt_length: int, max_length: int) -> list[dict]:
-    """Rows with the ids of their texts (prompt_ids, chosen_ids, ...; see tokens.py); says on stderr what is left out.
+    """Add token ids to the rows (prompt_ids, chosen_ids, ...; see tokenization.py); report on stderr what is left out.
 
-    Of a row's own columns only prompt, answers and label stay beside the ids; all of them are under `COLUMNS`, where
-    nothing that the examples put into a row can hide them.
+    Of a row's own columns, prompt, answers and label are kept under their names. All columns are kept under `COLUMNS`,
+    where they cannot collide with the names that the examples add.
     """
-    kept, cut, before = [], 0, tokens.put_before(tokenizer)
+    kept, cut, before = [], 0, tokenization.put_before(tokenizer)
     for row in rows:
-        ids = tokens.encoded(row, tokenizer, before)
+        ids = tokenization.encoded(row, tokenizer, before)
         if len(ids.get("generation_ids", ids["prompt_ids"])) > max_prompt_length:
             continue
         room = max_length - len(ids["prompt_ids"])
@@ -111,25 +110,26 @@ def encode(rows: list[dict], tokenizer, max_prompt_length: int, max_length: int)
         print(f"{cut} answers cut at --max-length {max_length} tokens, prompt included", file=sys.stderr)
     if not kept:
         fail(f"no row is left: all prompts are longer than --max-prompt-length {max_prompt_length} tokens")
-    tokens.note(kept, tokenizer)
+    tokenization.note(kept, tokenizer)
     return kept
 
 
 def margins(rows: list[dict], device: str) -> Tensor | None:
-    """[B] of the column `margin`, by which TRL's reward trainer parts a pair; None without one."""
+    """The column `margin` [B], which TRL's RewardTrainer subtracts from a pair's margin; None if no row has it."""
     found = [row.get(COLUMNS, {}).get("margin") for row in rows]
     if all(margin is None for margin in found):
         return None
     for margin in found:
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            fail(f"--dataset: field 'margin' is {margin!r}, expected a finite number in every row, or in none")
+            fail(f"--dataset: field 'margin' is {margin!r}, expected a finite number in every row or in none")
     return torch.tensor(found, dtype=torch.float32, device=device)
 
 
 def stack(rows: list[dict], fields: tuple[str, ...], pad: int, device: str) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, each [len(fields) * B, T]; first the answers of the first field, and so on.
+    """A padded batch: input_ids, attention_mask and labels, each [len(fields) * B, T].
 
-    Padded on the right; labels are the input's, IGNORE on prompts and padding, not shifted.
+    The first B sequences have the answers of the first field, and so on. Padding is on the right. Labels equal
+    input_ids on answers and IGNORE on prompts and padding; they are not shifted.
     """
     prompts = [row["prompt_ids"] for _ in fields for row in rows]
     answers = [row[f"{field}_ids"] for field in fields for row in rows]
@@ -142,12 +142,12 @@ def stack(rows: list[dict], fields: tuple[str, ...], pad: int, device: str) -> d
 
 
 def scored_tokens(rows: list[dict], fields: tuple[str, ...]) -> int:
-    """How many tokens a loss over these answers counts: all of an answer; the first of all has nothing before it."""
+    """The number of scored tokens of these answers. Without a prompt, the first token of an answer is not scored."""
     return sum(len(row[f"{field}_ids"]) - (not row["prompt_ids"]) for row in rows for field in fields)
 
 
 def batch_at(rows: list[dict], step: int, size: int, seed: int) -> list[dict]:
-    """The batch of a step: shuffled anew each epoch, a function of its arguments alone, so that a run can resume."""
+    """The rows of a step; each epoch has its own order. Depends only on the arguments, so that a run can resume."""
     order: list[int] = []
     first = step * size
     for epoch in range(first // len(rows), (first + size - 1) // len(rows) + 1):

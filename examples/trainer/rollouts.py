@@ -1,17 +1,16 @@
-"""What the loops that sample share: answers of the policy, their rewards, what is known of their tokens.
+"""What the scripts that sample share: rollouts with rewards, log-probs of the answers, evaluation, the whole run.
 
-    parse(parser, argv)                        the flags below, beside those of loop.py
+    parse(parser, argv, ...)                   adds and checks the flags of sampling and rewards
     train(args, panels, stage, train_steps)    the whole run around a script's own steps
-    begin(run, args, texts)                    -> (policy, reference, tokenizer, prompts, held-out prompts, judge)
-    judge = judge_of(args, tokenizer, prompts) rewards of answers, by a program, a function or a reward model
+    begin(run, args, texts, warm_up)           (policy, reference, tokenizer, prompts, held-out prompts, judge)
     rollout(model, tokenizer, prompts, args, judge)
                                                rows with answer_ids, answer_text, ended, reward
     annotated(engine, rows, tokenizer, args, values_of)
-                                               rows with values of their answers' tokens, scored without gradients
-    stacked(rows, name, mask)                  such values as [B, T], for a loss
-    measure(...)                               held out: correct answers, reward, exact KL to the reference
+                                               adds values of the answers' tokens, computed without gradients
+    stacked(rows, name, mask)                  such values as a tensor [B, T], for a loss
+    measure(...)                               on held-out prompts: correct answers, reward, exact KL to the reference
 
-An answer's tokens are those up to and with its end; nothing after it exists in a row, so nothing after it is scored.
+An answer ends with its end-of-sequence token; a row holds no tokens after it, so none are scored.
 """
 
 from __future__ import annotations
@@ -21,58 +20,65 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import dataset
-import judges
-import loop
-import models
-import parallel
-import sft
 import torch
-from common import fail
-from formats import COLUMNS
-from judges import FIELDS, Judge, by_function, by_model, by_program, checked, judge_of
 from torch import Tensor
 
 import fused_po
 
-__all__ = ["FIELDS", "Judge", "by_function", "by_model", "by_program", "checked", "judge_of"]
+from . import dataset, flags, models, parallel, reward_sources, sampling, scoring, setup
+from .errors import fail
+from .formats import COLUMNS
+from .reward_sources import FIELDS, Judge
+from .training_run import Run
+
 SHARES = {
     "correct": "greedy answers that are correct",
     "reward": "reward of sampled answers",
-    "kl": "exact KL to the reference, nats an answer",
+    "kl": "exact KL to the reference, nats per answer",
 }
 
 
 def parse(
     parser: argparse.ArgumentParser, argv: list[str] | None, positive: tuple[str, ...], natural: tuple[str, ...]
 ) -> argparse.Namespace:
-    """The script's flags and those of sampling and rewards, checked."""
+    """Add the flags of sampling and rewards to the script's own, parse and check all of them."""
     add = parser.add_argument
-    add("--max-completion-length", type=int, default=16, help="tokens of an answer, its end included")
-    add("--temperature", type=float, default=1.0, help="of the draws, and of the log-probs that are trained")
-    add("--reward-model", help="folder of a run of reward.py (runs/reward/model), in place of the checking program")
-    called = "FILE.py:NAME, called as TRL calls its reward functions: prompts=, completions=, the data's other columns"
-    add("--reward-function", help=f"{called}; returns a list of numbers; in place of the checking program")
-    add("--missing-eos-penalty", type=float, default=1.0, help="taken off the reward of an answer that does not end")
-    add("--sft-batch-size", type=int, default=32, help="rows of a supervised step")
+    text = "limit of an answer in tokens, including its end-of-sequence token"
+    add("--max-completion-length", type=int, default=16, help=text)
+    add("--temperature", type=float, default=1.0, help="for sampling, and for the log-probs in the loss")
+    text = (
+        "folder of a model from reward.py (runs/reward/model) that computes the rewards. Default: a program that checks"
+    )
+    add("--reward-model", help=f"{text} the answers to the shipped questions")
+    text = (
+        "FILE.py:NAME of a function that returns a list of rewards, called as in TRL: prompts=, completions=, and the"
+    )
+    add("--reward-function", help=f"{text} data set's other columns")
+    text = "subtracted from the reward of an answer without end-of-sequence token"
+    add("--missing-eos-penalty", type=float, default=1.0, help=text)
+    add("--sft-batch-size", type=int, default=32, help="rows per supervised step")
     positive += ("max_completion_length", "temperature", "sft_batch_size")
-    args = loop.parse(parser, argv, positive, (*natural, "missing_eos_penalty"))
-    judges.check_flags(args)
+    args = flags.parse(parser, argv, positive, (*natural, "missing_eos_penalty"))
+    reward_sources.check_flags(args)
     if args.max_prompt_length + args.max_completion_length > args.max_length:
         lengths = f"{args.max_prompt_length} + {args.max_completion_length}"
-        fail(f"--max-length: got {args.max_length}, less than a prompt and its answer may have, {lengths} tokens")
+        fail(f"--max-length: got {args.max_length}, less than prompt and completion may have, {lengths} tokens")
     return args
 
 
-def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
-    """(policy, frozen reference or None, tokenizer, prompts, held-out prompts, judge), after the supervised steps."""
-    model, tokenizer, prompts, held_out = loop.start(args, texts)
+def begin(run: Run, args, texts: tuple[list[dict], list[dict]], warm_up: Callable):
+    """Everything before the first rollout, supervised steps included. warm_up: `sft.warm_up`.
+
+    Returns:
+        (policy, frozen reference or None, tokenizer, prompts, held-out prompts, judge).
+    """
+    model, tokenizer, prompts, held_out = setup.start(args, texts)
     if args.sft_steps and not all("chosen_ids" in row for row in prompts):
-        fail("--sft-steps: the data set has prompts alone, nothing to imitate; give --model and --sft-steps 0")
+        fail("--sft-steps: the data set has prompts without answers to train on; give --model and --sft-steps 0")
     done = lambda: (sum(row["stage"] != "SFT" for row in run.history), args.steps)  # noqa: E731
-    judge = judge_of(args, tokenizer, prompts + held_out, done)  # before the steps: it may not be there
+    judge = reward_sources.judge_from(args, tokenizer, prompts + held_out, done)  # before the steps: it may be missing
     shape = argparse.Namespace(**{**vars(args), "batch_size": args.sft_batch_size})
-    model = sft.warm_up(run, model, tokenizer, prompts, shape)
+    model = warm_up(run, model, tokenizer, prompts, shape)
     frozen = models.freeze(model, args)
     return models.adapt(model, args), frozen, tokenizer, prompts, held_out, judge
 
@@ -80,20 +86,24 @@ def begin(run: loop.Run, args, texts: tuple[list[dict], list[dict]]):
 def rollout(
     model, tokenizer, prompts: list[dict], args, judge: Judge, *, samples: int = 1, seed: int | None = None
 ) -> list[dict]:
-    """The prompts with `samples` answers each, one after the other: answer_ids, answer_text, ended, reward, logged.
+    """Draw `samples` answers for each prompt and reward them. The answers to one prompt are consecutive rows.
 
-    A judge sees the user's columns beside these, and all of them, whatever their names, under COLUMNS. The reward is
-    NaN where the judge cannot score an answer; `logged` is what it logged of the call.
+    The ranks share the prompts and draw different random numbers; all ranks get all rows.
 
-    seed: of the draws, which then leave torch's generator as it was. The ranks share the prompts, each with draws of
-        its own; all get all rows.
+    Args:
+        judge: sees the user's columns in the rows, and all of them, whatever their names, under COLUMNS.
+        seed: seeds the draws and leaves torch's generator unchanged. None: use the generator as it is.
+
+    Returns:
+        Rows with answer_ids, answer_text, ended, reward (NaN if the judge could not score it), and logged (means of
+        what the judge logged during the call).
     """
     own = [{COLUMNS: {name: value for name, value in row.items() if name != "prompt_ids"}, **row} for row in prompts]
     asked = parallel.deal([row for row in own for _ in range(samples)], args)
-    how = dict(temperature=args.temperature, seed=parallel.own_seed(seed, args))
-    rows = models.sample(model, tokenizer, asked, args, args.max_completion_length, **how)
+    options = dict(temperature=args.temperature, seed=parallel.own_seed(seed, args))
+    rows = sampling.sample(model, tokenizer, asked, args, args.max_completion_length, **options)
     rows = [{**row[COLUMNS], **row} for row in rows]
-    ends = models.end_ids(model, tokenizer)
+    ends = sampling.end_ids(model, tokenizer)
     ended = [row["answer_ids"][-1] in ends for row in rows]
     rewards = [r - (0.0 if end else args.missing_eos_penalty) for r, end in zip(judge(rows) if rows else [], ended)]
     logged = {name: sum(values) / len(values) for name, values in getattr(judge, "logged", {}).items()}
@@ -102,54 +112,52 @@ def rollout(
 
 
 def rewarded(rows: list[dict]) -> list[dict]:
-    """The rows whose answer was scored; at least one is."""
+    """The rows that have a reward; ends the program if none has."""
     found = [row for row in rows if not math.isnan(row["reward"])]
     if not found:
-        fail(
-            f"--reward-function: returned None for all {len(rows)} answers of a step, from which nothing can be learned"
-        )
+        fail(f"--reward-function: returned None for all {len(rows)} answers of a step; expected some numbers")
     return found
 
 
 def column(rows: list[dict], name: str) -> Tensor:
-    """[N] of the rows' numbers, float64, on the CPU."""
+    """The rows' values of `name` as [N], float64, on the CPU."""
     return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
 
 def stack(rows: list[dict], tokenizer, args) -> tuple[dict[str, Tensor], Tensor]:
-    """(batch, mask [B, T]): the mask is true where a token of an answer is predicted."""
+    """(batch, mask [B, T]); the mask is True at positions that predict a token of an answer."""
     batch = dataset.stack(rows, FIELDS, tokenizer.pad_token_id, args.device)
     return batch, fused_po.shift_labels(batch["labels"]) != dataset.IGNORE
 
 
 def logps_of(model, hidden: Tensor, batch: dict[str, Tensor], args, outputs: tuple[str, ...] = ("logps",)):
-    """TokenStats [B, T] of a batch's labels, at the temperature of the draws."""
+    """Log-probs and the other `outputs` [B, T] of a batch's labels, at the sampling temperature."""
     labels = fused_po.shift_labels(batch["labels"])
-    how = dict(temperature=args.temperature, outputs=outputs)
-    with models.autocast(args):
-        return fused_po.linear_logps(hidden, labels=labels, **how, **models.head(model))
+    options = dict(temperature=args.temperature, outputs=outputs)
+    with scoring.autocast(args):
+        return fused_po.linear_logps(hidden, labels=labels, **options, **scoring.head(model))
 
 
 def exact_kl(model, frozen, hidden: Tensor, batch: dict[str, Tensor], args) -> fused_po.KLStats:
-    """KLStats [B, T]: the exact KL to the reference at each token of the answers, and its log-prob, with gradients."""
+    """KLStats [B, T]: the exact KL to the reference at each answer token, and its log-prob; both have gradients."""
     labels = fused_po.shift_labels(batch["labels"])
     with models.reference(model, frozen) as scorer:
-        head = models.head(scorer)
-        ref = dict(ref_hidden=models.hidden_states(scorer, batch, args), ref_weight=head["weight"])
+        head = scoring.head(scorer)
+        ref = dict(ref_hidden=scoring.hidden_states(scorer, batch, args), ref_weight=head["weight"])
         ref |= dict(ref_bias=head["bias"])
-    with models.autocast(args):
-        return fused_po.linear_kl(hidden, labels=labels, **ref, **models.head(model), temperature=args.temperature)
+    with scoring.autocast(args):
+        return fused_po.linear_kl(hidden, labels=labels, **ref, **scoring.head(model), temperature=args.temperature)
 
 
 def split(values: dict[str, Tensor], mask: Tensor, rows: list[dict]) -> list[dict]:
-    """The rows, each with its answer's part [n] of values [B, T]."""
+    """Add to each row its answer's part [n] of values [B, T]."""
     lengths = mask.sum(1).tolist()
     parts = {name: value[mask].split(lengths) for name, value in values.items()}
     return [{**row, **{name: part[i] for name, part in parts.items()}} for i, row in enumerate(rows)]
 
 
 def stacked(rows: list[dict], name: str, mask: Tensor) -> Tensor:
-    """[B, T] of what the rows hold for their answers' tokens; 0 elsewhere."""
+    """The inverse of `split`: the rows' values of `name` as [B, T], 0 outside the answers."""
     flat = torch.cat([row[name] for row in rows])
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
@@ -158,9 +166,10 @@ def stacked(rows: list[dict], name: str, mask: Tensor) -> Tensor:
 def annotated(
     engine: parallel.Engine, rows: list[dict], tokenizer, args, values_of: Callable[[dict], dict[str, Tensor]]
 ) -> list[dict]:
-    """The rows with values of their answers' tokens, scored as in training, but without gradients.
+    """Add values of the answers' tokens to the rows, computed as in training but without gradients.
 
-    values_of: a stacked batch -> values [B, T] by name.
+    Args:
+        values_of: a stacked batch -> values [B, T] by name.
     """
     out: list[dict] = []
     for part, weight, _ in parallel.parts(rows, args):
@@ -171,11 +180,11 @@ def annotated(
 
 
 def with_old_logps(engine: parallel.Engine, rows: list[dict], tokenizer, args) -> list[dict]:
-    """The rows with old_logps and entropy, the policy's own before an update."""
+    """Add old_logps and entropy to the rows: the policy's, before an update."""
     model = engine.policy
 
     def values_of(batch):
-        hidden = models.hidden_states(model, batch, args)
+        hidden = scoring.hidden_states(model, batch, args)
         stats = logps_of(model, hidden, batch, args, ("logps", "entropy"))
         return {"old_logps": stats.logps, "entropy": stats.entropy}
 
@@ -183,22 +192,22 @@ def with_old_logps(engine: parallel.Engine, rows: list[dict], tokenizer, args) -
 
 
 def with_ref_logps(engine: parallel.Engine, rows: list[dict], tokenizer, args) -> list[dict]:
-    """The rows with ref_logps, the reference's."""
+    """Add ref_logps to the rows: the reference's log-probs."""
     with models.reference(engine.policy, engine.frozen) as scorer:
 
         def values_of(batch):
-            return {"ref_logps": logps_of(scorer, models.hidden_states(scorer, batch, args), batch, args).logps}
+            return {"ref_logps": logps_of(scorer, scoring.hidden_states(scorer, batch, args), batch, args).logps}
 
         return annotated(engine, rows, tokenizer, args, values_of)
 
 
 def mean_of(rows: list[dict], name: str) -> float:
-    """Of the values of all answers' tokens."""
+    """Mean of a value over the tokens of all answers."""
     return torch.cat([row[name] for row in rows]).mean().item()
 
 
 def logged_means(rows: list[dict]) -> dict[str, float]:
-    """What a reward function logged by `log_metric`: means over the answers of the calls that logged it."""
+    """Means of the values that a reward function logged by `log_metric`, over the answers of those calls."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.get("logged", {}).items():
@@ -207,7 +216,7 @@ def logged_means(rows: list[dict]) -> dict[str, float]:
 
 
 def sampling_metrics(rows: list[dict]) -> dict[str, float]:
-    """Under TRL's names: rewards, lengths, answers without an end."""
+    """Rewards, lengths and the share of answers without end-of-sequence token, under TRL's names."""
     rewards = column([row for row in rows if not math.isnan(row["reward"])], "reward")
     lengths = [len(row["answer_ids"]) for row in rows]
     return {
@@ -221,32 +230,44 @@ def sampling_metrics(rows: list[dict]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(model, frozen, tokenizer, prompts: list[dict], args, judge: Judge) -> dict[str, float]:
-    """Held out: share of correct greedy answers (NaN for unknown questions), reward and exact KL of sampled ones.
+    """Evaluate on held-out prompts.
 
-    The KL is that to the reference, summed over an answer's tokens: nats an answer.
+    Returns:
+        correct: share of correct greedy answers; NaN if the program cannot check any. reward: mean of sampled answers.
+        kl: exact KL to the reference, summed over the tokens of a sampled answer, in nats per answer.
     """
     rows = rollout(model, tokenizer, prompts, args, judge, seed=args.seed)
     nats, mine = 0.0, parallel.deal(rows, args)
-    with models.evaluating(model):
+    with scoring.evaluating(model):
         for begin in range(0, len(mine), 100):
             batch, _ = stack(mine[begin : begin + 100], tokenizer, args)
-            nats += exact_kl(model, frozen, models.hidden_states(model, batch, args), batch, args).kl.sum().item()
+            nats += exact_kl(model, frozen, scoring.hidden_states(model, batch, args), batch, args).kl.sum().item()
     nats = parallel.total({"nats": nats}, args)["nats"]
-    correct = models.share_correct(model, tokenizer, prompts, args, longest=args.max_completion_length)
+    correct = sampling.share_correct(model, tokenizer, prompts, args, longest=args.max_completion_length)
     reward = column(rows, "reward").nanmean().item()
     return logged_means(rows) | {"correct": correct, "reward": reward, "kl": nats / len(rows)}
 
 
 def train(
-    args, panels: dict[str, str], stage: str, train_steps: Callable, module_of: Callable = lambda model: model
+    args,
+    panels: dict[str, str],
+    stage: str,
+    train_steps: Callable,
+    warm_up: Callable,
+    module_of: Callable = lambda model: model,
 ) -> dict[str, dict[str, float]]:
-    """A whole run around a script's `train_steps`; returns what `measure` gave before and after.
+    """A whole run: supervised steps, a script's `train_steps`, evaluation, saving.
 
-    module_of: the policy -> what is trained, a module with the policy in it.
+    Args:
+        stage: name of the method. warm_up: `sft.warm_up`.
+        module_of: the policy -> the module to train, which contains the policy.
+
+    Returns:
+        The results of `measure` before and after.
     """
-    texts = loop.load_rows(args, "prompt")
-    with loop.Run(args, panels) as run:
-        model, frozen, tokenizer, prompts, held_out, judge = begin(run, args, texts)
+    texts = setup.load_rows(args, "prompt")
+    with Run(args, panels) as run:
+        model, frozen, tokenizer, prompts, held_out, judge = begin(run, args, texts, warm_up)
         engine = parallel.Engine(args, module_of(model), frozen)
 
         def evaluate() -> dict[str, float]:

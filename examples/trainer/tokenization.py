@@ -1,42 +1,41 @@
-"""Token ids of rows, as TRL 1.16 makes them: prompt and answer are written together, then parted.
+"""Token ids of rows, as in TRL 1.16: prompt and answer are tokenized together, then split.
 
-A text begins with what the tokenizer itself puts before one (a BOS, or nothing) and ends with one EOS; neither is put
-there twice where a chat template has written the text already. Messages are what the chat template writes of them.
+A text starts with the tokens that the tokenizer itself adds (a BOS token, or nothing) and ends with one EOS token.
+Neither is added again if the text already has it, for example from a chat template. Messages are formatted by the
+chat template.
 """
 
 from __future__ import annotations
 
 import sys
 
-from common import fail
-from formats import ANSWERS, COLUMNS, plain, shared, template_settings
+from .errors import fail
+from .formats import ANSWERS, COLUMNS, plain, shared, template_settings
 
 SETTINGS = ("tools", "chat_template_kwargs")
 
 
-def written(tokenizer, messages: list[dict], settings: dict, **how) -> list[int]:
-    """Token ids of messages by the tokenizer's chat template."""
+def template_ids(tokenizer, messages: list[dict], settings: dict, **options) -> list[int]:
+    """Token ids of messages, formatted by the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        fail(
-            "--dataset has conversations, which the tokenizer cannot write (no template); take the model's chat version"
-        )
+        fail("--dataset has conversations, but the tokenizer has no chat template; use the model's chat version")
     messages = [plain(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings, **how)
-    except Exception as error:  # whatever a template may raise
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **settings, **options)
+    except Exception as error:  # templates raise many types
         reason = f"{type(error).__name__}: {error}"
         fail(f"--dataset: the model's chat template cannot write {messages!r:.300} ({reason})")
 
 
 def put_before(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text."""
+    """The token ids that the tokenizer adds before a text."""
     whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     starts = range(len(whole) - len(bare) + 1)
     return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 
 
 def of_text(text: str, tokenizer, before: list[int]) -> list[int]:
-    """Token ids of a text; `before` is left out where the text begins with a BOS of its own."""
+    """Token ids of a text. `before` is not added if the text already begins with a BOS token."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
     has_own = ids[:1] == before[:1] or (bos is not None and text.lstrip().startswith(bos))
@@ -44,36 +43,36 @@ def of_text(text: str, tokenizer, before: list[int]) -> list[int]:
 
 
 def ended(text: str, tokenizer) -> str:
-    """The text with an EOS, if it does not end with one (and white space) already."""
+    """Append the EOS token, unless the text already ends with it, apart from white space."""
     return text if text.rstrip().endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
 def of_row(row: dict, fields: list[str], tokenizer, before: list[int]) -> tuple[list[int], dict[str, list[int]]]:
-    """(ids of the prompt alone, ids of prompt and answer by field)."""
+    """(ids of the prompt alone, ids of prompt and answer together by field)."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         whole = {field: of_text(prompt + ended(row[field], tokenizer), tokenizer, before) for field in fields}
         return of_text(prompt, tokenizer, before), whole
-    how = template_settings(row, "--dataset")
-    alone = written(tokenizer, prompt, how, add_generation_prompt=True) if prompt else []
-    return alone, {field: written(tokenizer, prompt + row[field], how) for field in fields}
+    options = template_settings(row, "--dataset")
+    alone = template_ids(tokenizer, prompt, options, add_generation_prompt=True) if prompt else []
+    return alone, {field: template_ids(tokenizer, prompt + row[field], options) for field in fields}
 
 
 def check_answers(row: dict, answers: dict[str, list[int]]) -> None:
-    """Refuses a row whose answer has no token behind the prompt."""
+    """End the program if an answer has no tokens after the prompt."""
     for field, ids in answers.items():
         if not ids:
             fail(
-                f"--dataset: the chat template writes nothing of field {field!r} behind the prompt: {row[field]!r:.300}"
+                f"--dataset: the chat template adds no tokens for field {field!r} after the prompt: {row[field]!r:.300}"
             )
 
 
 def encoded(row: dict, tokenizer, before: list[int]) -> dict:
-    """prompt_ids, and <field>_ids of each answer behind them.
+    """prompt_ids, and for each answer <field>_ids.
 
-    An answer begins where prompt and answer together differ from the prompt alone: a template may end a prompt in
-    another way before an answer, and tokens may merge over the boundary. Then `generation_ids` is the prompt alone,
-    which answers are drawn to.
+    An answer starts where the tokens of prompt and answer first differ from those of the prompt alone. That can be
+    before the end of the prompt: a template may end a prompt differently before an answer, and tokens may merge across
+    the boundary. Then `generation_ids` is the whole prompt, for which answers are drawn.
     """
     fields = [field for field in ANSWERS if field in row]
     alone, whole = of_row(row, fields, tokenizer, before)
@@ -85,22 +84,23 @@ def encoded(row: dict, tokenizer, before: list[int]) -> dict:
 
 
 def note(rows: list[dict], tokenizer) -> None:
-    """Says on stderr in which encoded rows something has no effect."""
+    """Report on stderr in how many encoded rows a field has no effect, or the end of the prompt is not trained on."""
     unread = [name for row in rows if isinstance(row["prompt"], str) for name in SETTINGS if row[COLUMNS].get(name)]
     for name in dict.fromkeys(unread):
-        rest = "which a chat template reads; in rows of text it has no effect"
+        rest = "which only a chat template uses; it has no effect on rows of text"
         print(f"{unread.count(name)} of {len(rows)} rows have the field {name!r}, {rest}", file=sys.stderr)
     apart = [row for row in rows if "generation_ids" in row]
     if apart:
         end = tokenizer.decode(apart[0]["generation_ids"][len(apart[0]["prompt_ids"]) :])
-        where = f"in {len(apart)} of {len(rows)} rows the prompt's tokens are not those it has before an answer"
-        print(f"{where}: its end, such as {end!r}, is left out in training, as TRL does", file=sys.stderr)
+        where = f"in {len(apart)} of {len(rows)} rows the prompt alone has other tokens than before an answer"
+        print(f"{where}: its end, such as {end!r}, is left out in training, as in TRL", file=sys.stderr)
 
 
 def check_fits(model, tokenizer, rows: list[dict], args, flag: str = "--model") -> None:
-    """Refuses tokens that the embedding has no row for, and sequences longer than the learned positions.
+    """End the program if token ids exceed the embedding, or sequences exceed the learned positions.
 
-    rows: of `dataset.encode`.
+    Args:
+        rows: of `dataset.encode`. flag: the flag that named the model, for error messages.
     """
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     size = min(table.weight.shape[0] for table in tables if table is not None)
@@ -113,7 +113,7 @@ def check_fits(model, tokenizer, rows: list[dict], args, flag: str = "--model") 
     top = max((number for row in rows for name in names for number in row.get(name, ())), default=0)
     if top >= size:
         token = f"{tokenizer.convert_ids_to_tokens(top)!r} has id {top}"
-        fail(f"{flag}: the tokenizer's token {token}, but the model has {size} tokens; take the model's own tokenizer")
+        fail(f"{flag}: the tokenizer's token {token}, but the model has {size} tokens; use the model's own tokenizer")
     limit = learned_positions(model)
     answers = [name for name in names if name not in ("prompt_ids", "generation_ids")]
     longest = max(
@@ -129,7 +129,7 @@ def check_fits(model, tokenizer, rows: list[dict], args, flag: str = "--model") 
 
 
 def learned_positions(model) -> int | None:
-    """How many positions the model has a learned vector for; None where they are computed (rotary, ALiBi)."""
+    """The number of learned position embeddings; None if positions are computed (rotary, ALiBi)."""
     import torch
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
