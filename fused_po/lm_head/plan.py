@@ -27,7 +27,7 @@ from typing import NamedTuple, Optional
 import torch
 
 NOTHING, PRODUCT, BASIS = "nothing", "product", "basis"
-ROW_BYTES = 64  # rows of logits start at one_factor_per_row of it, for vector loads in kernels and aligned leading dimensions in GEMMs
+ROW_BYTES = 64  # rows of logits start at multiples of it: aligned vector loads and leading dimensions of GEMMs
 BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink further
 
 
