@@ -1,6 +1,6 @@
-"""The backward over an LM head: the GEMMs that turn gradients in the logits, a tile at a time, into those of operands.
+"""The backward of an LM head: GEMMs from the gradients of tiles of logits to the gradients of the operands.
 
-Who forms the gradient of a tile is in logp_tiles.py and kl_tiles.py, what is kept and in which pieces in plan.py.
+logp_tiles.py and kl_tiles.py compute the gradient of a tile. plan.py decides what is kept and the sizes of tiles.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Gradients(NamedTuple):
 
 
 class ThinSums:
-    """The gradients of a bias and of `low`: products with few columns, summed more exactly than a GEMM sums."""
+    """The gradients of a bias and of `low`: products with few columns, summed more exactly than by a GEMM."""
 
     def __init__(self, operands: Operands, needs: Needs, g: Tensor, scaled: Tensor, sums: torch.dtype) -> None:
         """g [N, 1]: factors of the rows. scaled [N, H + r]: hidden times g."""
@@ -70,7 +70,7 @@ class ThinSums:
 
 
 class Backward:
-    """One backward over rows of which the first have their bases kept."""
+    """One backward. The bases of the first rows are kept; the other rows are projected again."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Backward:
         self.prepare(plan)
 
     def prepare(self, plan: HeadPlan) -> None:
-        """What all tiles share: factors, scaled states, memory for sums."""
+        """Prepare what all tiles use: factors, scaled hidden states, buffers for sums."""
         hidden, needs, factors = self.operands.hidden, self.needs, self.tiles.factors
         some_head = needs.weight or needs.low
         self.factors = None if factors is None else factors[:, None]
@@ -139,7 +139,7 @@ class Backward:
             self.thin.write(self.grads, self.needs, self.accumulate)
 
     def block(self, columns: slice) -> list:
-        """All tiles of some columns: what they add to each gradient; the sums over ranks that have begun."""
+        """Add the tiles of some columns to each gradient. Returns the all-reduces that were started."""
         weight, own_sums = self.operands.weight, self.plan.own_sums
         gemm = self.operands.hidden.dtype
         part = weight if own_sums else operand(take(weight, columns), self.dtypes.compute, gemm)
@@ -158,7 +158,7 @@ class Backward:
         return waiting
 
     def add_hidden(self, d: Tensor, rows: slice, columns: slice, part: Tensor) -> list:
-        """The columns' share of hidden's gradient; with the last one, ranks add theirs up under the next GEMM."""
+        """Add the part of these columns to the gradient of hidden. After the last one, start the all-reduce."""
         low = None if self.operands.low is None else self.operands.low[columns]
         compute = self.dtypes.compute if part is self.operands.weight else part.dtype
         out = take(self.grads.hidden, rows)

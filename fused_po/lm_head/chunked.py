@@ -199,8 +199,7 @@ def chunked_loss(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; the error names it. Or
-        loss_fn
-            does not return a scalar, or depends on another tensor that requires grad.
+            loss_fn does not return a scalar, or depends on another tensor that requires grad.
     """
     if transforms_active():
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""`linear_kl`: the exact KL from hidden states and heads of policy and reference, a tile of both logits at a time."""
+"""`linear_kl`: the exact KL from hidden states and LM heads of policy and reference, computed in tiles."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N], below 0 where a token does not count
     rows: Optional[Tensor]  # [n] numbers of the tokens that count, None for all

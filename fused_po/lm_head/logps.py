@@ -1,6 +1,6 @@
-"""`linear_logps`: log-probs of labels from hidden states and the LM head, a tile of logits at a time.
+"""`linear_logps`: log-probs of labels from hidden states and the LM head, computed in tiles.
 
-The ops around forward.py and backward.py: what the forward keeps for the backward is decided by what requires grad.
+It defines the ops that use forward.py and backward.py. What the forward keeps depends on which inputs require grad.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N]
-    rows: Optional[Tensor]  # [n] numbers of the scored tokens, None for all
+    rows: Optional[Tensor]  # [n] indices of the scored tokens, None for all
     stats: Tensor  # [SavedRow.COUNT, N]
     entropy: Optional[Tensor]  # [N]
     kept: Tensor
@@ -67,9 +67,9 @@ class Saved(NamedTuple):
 def forward(
     head: Head, operands: Operands, labels: Tensor, rows: Optional[Tensor], n_kept: int
 ) -> tuple[RowStats, Tensor]:
-    """(statistics of all labels [N], what is kept of them); rows [n]: numbers of those that are scored, None for all.
+    """(statistics of all labels [N], what is kept). rows [n]: indices of the scored tokens, None for all.
 
-    n_kept: at least n, tokens to have memory for in what is kept.
+    n_kept: the number of tokens to allocate in what is kept, at least n.
     """
     plan, weight, n_all = head.plan(labels.device), operands.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
@@ -121,7 +121,7 @@ def backward(
 
 
 def product_gradient(head: Head, operands: Operands, rows: Incoming, product: Tensor) -> Tensor:
-    """This rank's part of hidden's gradient from product = basis @ weight: no GEMM. d lse = label's slope - d logp."""
+    """This rank's part of the gradient of hidden, without a GEMM, from product = basis @ weight."""
     weight, grads = operands.weight, rows.grads
     valid = rows.labels != head.ignore_index
     g_logps, g_lse = (None if g is None else torch.where(valid, g, 0) for g in (grads.logps, grads.lse))

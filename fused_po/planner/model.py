@@ -57,7 +57,7 @@ class HeadShape(NamedTuple):
 def read_head(model: str) -> HeadShape:
     """The head of `model`: a path to a config.json, to a folder with one, or the id of a model on the Hub.
 
-    Paths need torch alone; an id goes through transformers, which looks into its cache before it asks the Hub.
+    Paths need only torch. An id needs transformers, which reads its cache before it asks the Hub.
 
     Raises:
         ValueError: nothing there, nothing that can be read, or no LM head. Names the flag and the way out.

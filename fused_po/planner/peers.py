@@ -105,7 +105,7 @@ def trl(work: Work) -> Optional[Cost]:
 
 
 def liger(work: Work) -> Optional[Cost]:
-    """Liger 0.8.5's DPO: pair by pair, gradients in the forward, every token; the head's added up in its own dtype."""
+    """Liger 0.8.5's DPO: one pair at a time, gradients in the forward, all tokens; it sums the head's in its dtype."""
     if work.loss != "dpo":
         return None
     n, v, h, size = work.tokens, work.vocab, work.hidden, work.dtype.itemsize

@@ -44,12 +44,12 @@ class Work(NamedTuple):
 
     @property
     def live_reference(self) -> bool:
-        """Whether the reference's head runs in a pass of its own."""
+        """Whether the head of the reference runs in a separate pass."""
         return LOSSES[self.loss][0]
 
     @property
     def reference(self) -> Work:
-        """The reference's pass of its own."""
+        """The separate pass of the reference."""
         return self._replace(hidden=self.ref_hidden, needs=(False, False), entropy=False, loss="logps")
 
     @property
