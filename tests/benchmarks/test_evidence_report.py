@@ -213,7 +213,7 @@ def test_publishing_a_run_twice_gives_the_same_results_and_readme(tmp_path, repo
         assert text in page
     readme = (repository / "README.md").read_text()
     assert "not measured on a GPU yet" not in readme and "frozen head, share of the speed of 2 bare GEMMs" in readme
-    assert "gradient, of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
+    assert "gradient kernel, share of copy bandwidth 91.0%, missed" in readme and "results/h100/evidence.png)" in readme
     assert publish.NOTHING["one-read"] in readme  # not measured: stays
     before = everything(repository)
     said = publish.publish([out], None, repository)

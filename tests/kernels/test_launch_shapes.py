@@ -107,7 +107,7 @@ def test_without_a_gpu_it_is_an_error(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "launch_shapes.py", "--json", tmp_path / "shapes.json"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 1
-    assert run.stderr == "launch_shapes: torch finds no CUDA GPU here, and shapes are timed on one.\n"
+    assert run.stderr == "launch_shapes: torch finds no CUDA GPU, and shapes are timed on one.\n"
     assert not (tmp_path / "shapes.json").exists()
 
 
