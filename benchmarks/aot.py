@@ -40,9 +40,20 @@ ARCHITECTURES = ("80", "90", "100", "gfx942")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 LOGITS_POINTERS = {"basis_ptr", "out_ptr", "ref_ptr", "values_ptr", "x_ptr"}  # pointers to logits; others: statistics
 FP32_ARGUMENTS = {
-    "beta", "bound", "decay", "entropy_coef", "gamma", "high", "inner", "kl_coef", "label_smoothing", "low", "outer",
-    "ref_inner", "ref_outer",
-}  # fmt: skip
+    "beta",
+    "bound",
+    "decay",
+    "entropy_coef",
+    "gamma",
+    "high",
+    "inner",
+    "kl_coef",
+    "label_smoothing",
+    "low",
+    "outer",
+    "ref_inner",
+    "ref_outer",
+}
 
 
 def load(name: str) -> types.ModuleType:
@@ -128,13 +139,13 @@ def gradient_cases(dtype: str) -> list[Case]:
     return out
 
 
-def preference_cases(dtype: str) -> list[Case]:
+def dpo_cases(dtype: str) -> list[Case]:
     out = []
     dpo = {"g_losses_ptr": None, "g_sequences_ptr": None}
     for kl in (None, "k3"):
-        out.append(Case(f"dpo gradient, kl={kl}", "preference", "dpo_gradient_kernel", dtype, {"KL": kl, **dpo}))
+        out.append(Case(f"dpo gradient, kl={kl}", "dpo", "dpo_gradient_kernel", dtype, {"KL": kl, **dpo}))
     reference = {"REF_GROUP": 16 // ITEMSIZE[dtype]}
-    return [*out, Case("pair statistics", "preference", "pair_statistics_kernel", dtype, reference)]
+    return [*out, Case("pair statistics", "dpo", "pair_statistics_kernel", dtype, reference)]
 
 
 def kl_cases(dtype: str) -> list[Case]:
@@ -187,7 +198,7 @@ def cases() -> list[Case]:
     """Every kernel, in every variant that changes its code."""
     out = []
     for dtype in ("bf16", "fp16", "fp32"):
-        out += statistics_cases(dtype) + gradient_cases(dtype) + preference_cases(dtype)
+        out += statistics_cases(dtype) + gradient_cases(dtype) + dpo_cases(dtype)
         out += kl_cases(dtype) + policy_cases(dtype)
     softcap = {"OUTPUTS": 3, "inner": 0.0}
     out.append(Case("statistics, logps+entropy, softcap", "statistics", "statistics_kernel", "bf16", softcap))
@@ -196,7 +207,7 @@ def cases() -> list[Case]:
         for sums in (False, True) if kl is None else (False,):
             name = f"dpo, kl={kl}" + (", reference sums" if sums else "")
             constants = {"KL": kl, "REF_SUMS": sums}
-            out.append(Case(name, "preference", "dpo_kernel", "fp32", constants, block=1024, warps=4))
+            out.append(Case(name, "dpo", "dpo_kernel", "fp32", constants, block=1024, warps=4))
     out += shards_cases()
     for name, constants in {"gae": {"mask_ptr": None, "last_ptr": None}, "gae, masked, last values": {}}.items():
         out.append(Case(name, "gae", "gae_kernel", "fp32", constants, block=1024, warps=8))

@@ -307,11 +307,19 @@ def evidence(name: str) -> list[tuple[Case, str]]:
     dpo = main._replace(prompt=0.5, task="dpo", reference="live")
     kl = Case(8192, 151936, 4096, "bf16", task="kl", reference="live")
     return [
-        (main, "main"), (main._replace(head="frozen"), "main"), (dpo, "dpo"), (square, "liger"), (wide, "main"),
-        (wide._replace(head="frozen"), "main"), (main._replace(prompt=0.5), "main"), (square, "quack"), (kl, "main"),
-        (main._replace(tokens=4096, task="grpo"), "grpo"), (square, "rest"),
+        (main, "main"),
+        (main._replace(head="frozen"), "main"),
+        (dpo, "dpo"),
+        (square, "liger"),
+        (wide, "main"),
+        (wide._replace(head="frozen"), "main"),
+        (main._replace(prompt=0.5), "main"),
+        (square, "quack"),
+        (kl, "main"),
+        (main._replace(tokens=4096, task="grpo"), "grpo"),
+        (square, "rest"),
         (main._replace(vocabulary=32000), "main"),
-    ]  # fmt: skip
+    ]
 
 
 # Tokens, width, vocabulary of the bare GEMMs that `make gpu-evidence` times as upper bounds.

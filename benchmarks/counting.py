@@ -13,10 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 # The positions of the two factors among the arguments, in every overload: out=, out_dtype=, in place.
 FACTORS = {
-    aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten._addmm_activation: (1, 2),
-    aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten.baddbmm_: (1, 2), aten._scaled_mm: (0, 1),
+    aten.mm: (0, 1),
+    aten.addmm: (1, 2),
+    aten.addmm_: (1, 2),
+    aten._addmm_activation: (1, 2),
+    aten.bmm: (0, 1),
+    aten.baddbmm: (1, 2),
+    aten.baddbmm_: (1, 2),
+    aten._scaled_mm: (0, 1),
     aten.matmul: (0, 1),  # not decomposed by autograd inside a custom operator
-}  # fmt: skip
+}
 
 
 def run_inside(mode: TorchDispatchMode, func, args: tuple, kwargs: dict):

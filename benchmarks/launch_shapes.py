@@ -42,11 +42,18 @@ ROWS = ((2048, 4, 0), (4096, 8, 0), (8192, 8, 0), (8192, 16, 0))
 BLOCKS = ((2048, 4, 4), (4096, 8, 1), (4096, 8, 4), (8192, 8, 2))
 PAIRS = ((2048, 4, 0), (2048, 8, 0), (4096, 8, 0), (4096, 16, 0))
 CANDIDATES = {
-    "statistics": ROWS, "statistics_all": ((2048, 8, 0), (4096, 16, 0), (4096, 8, 0)),
-    "pair_statistics": ROWS, "policy": ROWS, "gradient": BLOCKS, "dpo_gradient": BLOCKS,
-    "from_basis": BLOCKS, "scale": ((4096, 8, 16), (4096, 8, 4), (2048, 8, 16)), "kl": PAIRS, "mixture": PAIRS[:3],
+    "statistics": ROWS,
+    "statistics_all": ((2048, 8, 0), (4096, 16, 0), (4096, 8, 0)),
+    "pair_statistics": ROWS,
+    "policy": ROWS,
+    "gradient": BLOCKS,
+    "dpo_gradient": BLOCKS,
+    "from_basis": BLOCKS,
+    "scale": ((4096, 8, 16), (4096, 8, 4), (2048, 8, 16)),
+    "kl": PAIRS,
+    "mixture": PAIRS[:3],
     "kl_gradient": ((2048, 8, 4), (4096, 8, 1), (4096, 8, 4), (2048, 4, 8)),
-}  # fmt: skip
+}
 
 
 class Problem(NamedTuple):
@@ -135,9 +142,11 @@ def row_problem(kernel: str, run, x: Given) -> Problem:
         )
         given, logits = (x.g, torch.ones_like(x.g), None, None), x.logits.clone()
         return Problem(
-            lambda: run.policy(logits, x.labels, given, form, 1.0, IGNORE, True), lambda: logits[0, :CHECKED],
-            x.slope(-x.g), 3 * x.size,
-        )  # fmt: skip
+            lambda: run.policy(logits, x.labels, given, form, 1.0, IGNORE, True),
+            lambda: logits[0, :CHECKED],
+            x.slope(-x.g),
+            3 * x.size,
+        )
     if kernel == "scale":
         logits, factor = x.logits.clone(), torch.full_like(x.g[0], -1.0)
         return Problem(
@@ -149,12 +158,16 @@ def row_problem(kernel: str, run, x: Given) -> Problem:
         run.gradient(x.logits, x.labels, stats[4], None, None, None, None, *PLAIN, basis)
         return Problem(
             lambda: run.from_basis(basis[0], x.labels, stats[4], stats[0], None, x.g, None, None, 1.0, out[0]),
-            lambda: out[0, :CHECKED], x.slope(x.g), 2 * x.size,
-        )  # fmt: skip
+            lambda: out[0, :CHECKED],
+            x.slope(x.g),
+            2 * x.size,
+        )
     return Problem(
         lambda: run.gradient(x.logits, x.labels, stats[4], None, x.g, None, None, *PLAIN, out),
-        lambda: out[0, :CHECKED], x.slope(x.g), 2 * x.size,
-    )  # fmt: skip
+        lambda: out[0, :CHECKED],
+        x.slope(x.g),
+        2 * x.size,
+    )
 
 
 def pair_problem(kernel: str, run, x: Given) -> Problem:
@@ -177,8 +190,10 @@ def pair_problem(kernel: str, run, x: Given) -> Problem:
             lambda: run.dpo_gradient(
                 logits, sequences, tokens, pairs, weights, None, None, g, None, *PLAIN, out.view_as(logits)
             ),
-            lambda: out[0, :CHECKED], x.slope(g.repeat_interleave(x.n // 2)), 2 * x.size,
-        )  # fmt: skip
+            lambda: out[0, :CHECKED],
+            x.slope(g.repeat_interleave(x.n // 2)),
+            2 * x.size,
+        )
     if kernel == "mixture":
         tokens = run.kl(x.logits, x.ref, x.labels, PLAIN, PLAIN, 0.5, True)
 
@@ -199,8 +214,10 @@ def pair_problem(kernel: str, run, x: Given) -> Problem:
     kl = x.kl(x.log_p, x.log_q)[:, None]
     return Problem(
         lambda: run.kl_gradient(x.logits, x.ref, x.labels, tokens, grads, PLAIN, PLAIN, "reverse", True, out),
-        lambda: out[0, :CHECKED], x.g[:CHECKED, None].double() * x.p * (x.log_p - x.log_q - kl), 3 * x.size,
-    )  # fmt: skip
+        lambda: out[0, :CHECKED],
+        x.g[:CHECKED, None].double() * x.p * (x.log_p - x.log_q - kl),
+        3 * x.size,
+    )
 
 
 PAIR_KERNELS = ("pair_statistics", "dpo_gradient", "kl", "mixture", "kl_gradient")

@@ -206,23 +206,14 @@ def chunk_loss(stats: fused_po.TokenStats, rows: Tensor) -> Tensor:
     return -stats.logps.sum() / N
 
 
-def linear_rows(d: Data) -> list[Row]:
-    """From hidden states and heads."""
+def linear_logps_rows(d: Data) -> list[Row]:
+    """linear_logps, and what is built on it, from hidden states and the head."""
     both, frozen = (d.hidden, d.weight), d.weight.detach()
     both_outputs = {"outputs": ("logps", "entropy")}
-    reference = {"ref_hidden": d.ref_hidden, "ref_weight": d.ref_weight}
     groups = torch.arange(2 * B, device=d.labels.device)[:, None].expand(2 * B, T)
 
     def logits(weight: Tensor = d.weight) -> Tensor:
         return F.linear(d.hidden, weight)
-
-    def ref_logits() -> Tensor:
-        with torch.no_grad():
-            return F.linear(d.ref_hidden, d.ref_weight)
-
-    def ref_logps(labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return logps_of(F.linear(d.ref_hidden, d.ref_weight), labels)
 
     def floor(labels: Tensor, weight: Tensor = d.weight) -> Results:
         values = overhead_floor.linear_logps(d.hidden, weight, labels)
@@ -240,16 +231,6 @@ def linear_rows(d: Data) -> list[Row]:
     def logps(**how) -> fused_po.TokenStats:
         return fused_po.linear_logps(d.hidden, how.pop("weight", d.weight), how.pop("labels", d.labels), **how)
 
-    def dpo(labels: Tensor, **how) -> Results:
-        return dpo_results(fused_po.linear_dpo(d.hidden, d.weight, labels, **how))
-
-    def kl(*labels: Tensor) -> fused_po.KLStats:
-        return fused_po.linear_kl(d.hidden, d.weight, d.ref_hidden, d.ref_weight, *labels)
-
-    def chunked() -> Results:
-        return fused_po.chunked_loss(chunk_loss, d.hidden, d.weight, d.labels, groups), ()
-
-    penalty = {"kl": "k3", "kl_coef": 0.1}
     return [
         Row("linear_logps", "linear", lambda: scored(logps()), lambda: scored_eagerly(logits(), d.labels), both,
             lambda: floor(d.labels)),
@@ -260,16 +241,43 @@ def linear_rows(d: Data) -> list[Row]:
         Row("linear_logps, entropy", "linear", lambda: with_entropy(logps(**both_outputs)),
             lambda: with_entropy_eagerly(logits(), d.labels), both),
         Row("linear_logps, losses.grpo", "linear", lambda: policy(logps()), policy_eagerly, both),
-        Row("linear_dpo, ref_logps", "linear", lambda: dpo(d.labels, ref_logps=d.ref_logps),
+        Row("chunked_loss", "linear", lambda: (fused_po.chunked_loss(chunk_loss, *both, d.labels, groups), ()),
+            lambda: (-logps_of(logits(), d.labels).sum() / N, ()), both),
+    ]  # fmt: skip
+
+
+def linear_reference_rows(d: Data) -> list[Row]:
+    """The ops over hidden states and heads of policy and reference."""
+    both = d.hidden, d.weight
+    reference = {"ref_hidden": d.ref_hidden, "ref_weight": d.ref_weight}
+    penalty = {"kl": "k3", "kl_coef": 0.1}
+
+    def logits() -> Tensor:
+        return F.linear(d.hidden, d.weight)
+
+    def ref_logits() -> Tensor:
+        with torch.no_grad():
+            return F.linear(d.ref_hidden, d.ref_weight)
+
+    def ref_logps() -> Tensor:
+        with torch.no_grad():
+            return logps_of(F.linear(d.ref_hidden, d.ref_weight), d.labels)
+
+    def dpo(**how) -> Results:
+        return dpo_results(fused_po.linear_dpo(d.hidden, d.weight, d.labels, **how))
+
+    def kl(*labels: Tensor) -> fused_po.KLStats:
+        return fused_po.linear_kl(d.hidden, d.weight, d.ref_hidden, d.ref_weight, *labels)
+
+    return [
+        Row("linear_dpo, ref_logps", "linear", lambda: dpo(ref_logps=d.ref_logps),
             lambda: dpo_of(logps_of(logits(), d.labels), d.ref_logps, d.labels, None), both),
-        Row("linear_dpo, ref_hidden, k3", "linear", lambda: dpo(d.labels, **reference, **penalty),
-            lambda: dpo_of(logps_of(logits(), d.labels), ref_logps(d.labels), d.labels, "k3"), both),
+        Row("linear_dpo, ref_hidden, k3", "linear", lambda: dpo(**reference, **penalty),
+            lambda: dpo_of(logps_of(logits(), d.labels), ref_logps(), d.labels, "k3"), both),
         Row("linear_kl", "linear", lambda: kl_results(kl()),
             lambda: (lambda v: (v.mean(), (v,)))(kl_of(logits(), ref_logits())), both),
         Row("linear_kl, labels", "linear", lambda: full_kl_results(kl(d.labels)),
             lambda: full_kl_of(logits(), ref_logits(), d.labels), both),
-        Row("chunked_loss", "linear", chunked,
-            lambda: (-logps_of(logits(), d.labels).sum() / N, ()), both),
     ]  # fmt: skip
 
 
@@ -388,4 +396,4 @@ def loss_rows(d: Data) -> list[Row]:
 def rows(device: str) -> list[Row]:
     """All of them."""
     d = data(device)
-    return [*linear_rows(d), *logits_rows(d), *token_rows(d), *loss_rows(d)]
+    return [*linear_logps_rows(d), *linear_reference_rows(d), *logits_rows(d), *token_rows(d), *loss_rows(d)]

@@ -160,14 +160,16 @@ def markdown(found: list[dict]) -> str:
     kinds = {"the exact KL" if info["case"]["task"] == "kl" else "the head": None for info in found}
     versions = ", ".join(f"{k} {v or '(absent)'}" for k, v in about["versions"].items())
     head = [
-        f"# Benchmark of {' and '.join(kinds)}", "",
+        f"# Benchmark of {' and '.join(kinds)}",
+        "",
         f"{about['machine']}; copy {about['copy GB/s']:.0f} GB/s; commit {about['commit']}; `{about['command']}`.",
-        f"{versions}.", "",
+        f"{versions}.",
+        "",
         "Times in seconds: medians over turns in which every provider ran once. `over bare GEMMs`: divided by the time",
         "of the products that a head needs (3 trainable, 2 frozen; 1 more for a reference's scores) for the scored",
         "tokens. `GEMMs`: counted, in units of one. Peak: beyond the inputs. Errors against float64: log-probs or KLs",
         "in nats, the largest; gradients relative, in norm.",
-    ]  # fmt: skip
+    ]
     for info in found:
         head += ["", f"## {title(info['case'])}", "", case_table(info["providers"], info["case"]["task"])]
     return "\n".join(head) + "\n"

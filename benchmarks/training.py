@@ -92,10 +92,15 @@ def model(case: Training, device: str, seed: int):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=case.vocabulary, hidden_size=case.width, num_hidden_layers=case.layers,
-        intermediate_size=case.intermediate or 3 * case.width, num_attention_heads=case.heads[0],
-        num_key_value_heads=case.heads[1], max_position_embeddings=1 << 17, tie_word_embeddings=case.tied,
-    )  # fmt: skip
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        num_hidden_layers=case.layers,
+        intermediate_size=case.intermediate or 3 * case.width,
+        num_attention_heads=case.heads[0],
+        num_key_value_heads=case.heads[1],
+        max_position_embeddings=1 << 17,
+        tie_word_embeddings=case.tied,
+    )
     with torch.device(device):
         return LlamaForCausalLM(config).to(device)
 
@@ -110,9 +115,15 @@ def dpo_trainer(case: Training, device: str):
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     args = DPOConfig(
-        output_dir=tempfile.gettempdir(), report_to=[], bf16=case.bf16, use_cpu=device == "cpu", optim="sgd",
-        gradient_checkpointing=False, disable_tqdm=True, max_length=None,
-    )  # fmt: skip
+        output_dir=tempfile.gettempdir(),
+        report_to=[],
+        bf16=case.bf16,
+        use_cpu=device == "cpu",
+        optim="sgd",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        max_length=None,
+    )
     more = {"ref_model": None if case.adapters else model(case, device, 1)}
     if case.adapters:
         from peft import LoraConfig

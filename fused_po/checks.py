@@ -49,7 +49,8 @@ def integer(name: str, value: object, shape: torch.Size, device: torch.device, w
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise ValueError for a tensor on another device."""
     if value.device != device:
-        raise ValueError(f"{name}: is on {value.device}, expected {device}, the device of the other arguments")
+        expected = f"{device}, the device of the other arguments"
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected {expected}")
 
 
 def number(name: str, value: object, allowed: str, ok: Callable, *limits: float | None) -> float:

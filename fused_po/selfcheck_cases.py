@@ -215,9 +215,8 @@ def chunked_check(backend: Optional[str]) -> Check:
     def ours(t: Values) -> Values:
         n_rows = len(t["labels"])
         rows = torch.arange(n_rows, device=t["labels"].device)
-        schedule = fused_po.Schedule(
-            logits_budget=n_rows // 8 * 4 * len(t["weight"])
-        )  # chunks of an eighth of the rows
+        budget = n_rows // 8 * 4 * len(t["weight"])  # for chunks of an eighth of the rows
+        schedule = fused_po.Schedule(logits_budget=budget)
         arguments = t["hidden"], t["weight"], t["labels"], rows // 4
         loss = fused_po.chunked_loss(
             lambda stats, rows: weighted_sum(stats.logps, rows, n_rows), *arguments, schedule=schedule, backend=backend

@@ -96,9 +96,13 @@ def probe(device: str) -> dict:
         words = [sys.executable, "-m", "evidence.unit", "probe", "--device", device, "--result", str(result)]
         try:
             done = subprocess.run(
-                words, capture_output=True, text=True, cwd=ROOT, timeout=PROBE_LIMIT,
+                words,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                timeout=PROBE_LIMIT,
                 env=environment(STAGES["tests"], None),
-            )  # fmt: skip
+            )
             return read_json(result)
         except subprocess.TimeoutExpired:
             return {"device": None, "reason": f"torch did not answer within {PROBE_LIMIT:.0f} s"}
@@ -163,9 +167,15 @@ def run(args: argparse.Namespace, began: float) -> int:
     state.save()
     machine = prices.MACHINES["H200" if "H200" in about["device"] else "H100"]
     settings = Settings(
-        machine, args.budget, args.device, args.keep_going, args.jobs, about["memory"] or 1 << 60,
-        real, 1.0 if real else PATIENCE,
-    )  # fmt: skip
+        machine,
+        args.budget,
+        args.device,
+        args.keep_going,
+        args.jobs,
+        about["memory"] or 1 << 60,
+        real,
+        1.0 if real else PATIENCE,
+    )
     runner = Runner(units, state, settings, peers=peers, began=began, say=lambda text: print(text, flush=True))
     runner.run()
     left = [u.key for u in runner.unfinished()]

@@ -80,9 +80,15 @@ class Running:
         self.unit, self.result, self.began, self.limit = unit, result, time.monotonic(), limit
         self.output = tempfile.TemporaryFile()  # noqa: SIM115, closed with this object
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, env=env, cwd=ROOT,
-            start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
 
     @property
     def seconds(self) -> float:
@@ -193,9 +199,16 @@ class Runner:
             return
         price, attempts = self.price(unit), self.state.units.get(unit.key, {}).get("attempts", 0) + 1
         self.state.record(
-            unit.key, stage=unit.stage, status="running", attempts=attempts, expected=round(price, 1), reason=None,
-            at_least=1.5 * price, code=self.state.code, call=self.call,
-        )  # fmt: skip
+            unit.key,
+            stage=unit.stage,
+            status="running",
+            attempts=attempts,
+            expected=round(price, 1),
+            reason=None,
+            at_least=1.5 * price,
+            code=self.state.code,
+            call=self.call,
+        )
         result = self.folder / (unit.key.replace("/", "-") + ".json")
         result.unlink(missing_ok=True)
         stage = STAGES.get(unit.stage, Stage(unit.stage, "", ""))

@@ -159,11 +159,14 @@ def selfcheck_units(tiny: bool) -> list[Unit]:
     dtypes = ("fp32",) if tiny else ("fp32", "bf16", "fp16")
     return [
         Unit(
-            "selfcheck", dtype, ("selfcheck", "--dtype", dtype, *words),
-            lambda m: prices.START + SELFCHECK_CHECKS * 0.8 * prices.FORM, memory=4 * prices.GIB,
+            "selfcheck",
+            dtype,
+            ("selfcheck", "--dtype", dtype, *words),
+            lambda m: prices.START + SELFCHECK_CHECKS * 0.8 * prices.FORM,
+            memory=4 * prices.GIB,
         )
         for dtype in dtypes
-    ]  # fmt: skip
+    ]
 
 
 def case_units(tiny: bool) -> list[Unit]:
@@ -241,11 +244,15 @@ def cuda_units(tiny: bool) -> list[Unit]:
         Unit("cuda", "tests", ("tests", test_files()["cuda_host"]), lambda m: prices.tests(m, 110) / 2, (REAL, "nvcc")),
         Unit("cuda", "selfcheck", ("cuda-check", *size), lambda m: prices.START + 14, (REAL, "nvcc"), 4 * prices.GIB),
         Unit(
-            "cuda", "one-read", ("one-read", *size), lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,
-            (REAL, "nvcc"), 10 * LOGITS,
+            "cuda",
+            "one-read",
+            ("one-read", *size),
+            lambda m: prices.rows(m, timed, LOGITS, 2) - 12 * prices.FORM,
+            (REAL, "nvcc"),
+            10 * LOGITS,
         ),
         *sanitized("cuda", "cuda", 2, size, "nvcc"),
-    ]  # fmt: skip
+    ]
 
 
 STEP_LENGTHS = 6  # lengths to try for the longest sequence
@@ -270,9 +277,13 @@ def units_of(stage: str, tiny: bool = False) -> list[Unit]:
     if stage in ("ncu", "sanitizer"):
         return tool_units(stage, tiny)
     makers = {
-        "tests": test_units, "selfcheck": selfcheck_units, "benchmark": benchmark_units, "shapes": shapes_units,
-        "cuda": cuda_units, "step": step_units,
-    }  # fmt: skip
+        "tests": test_units,
+        "selfcheck": selfcheck_units,
+        "benchmark": benchmark_units,
+        "shapes": shapes_units,
+        "cuda": cuda_units,
+        "step": step_units,
+    }
     return makers[stage](tiny)
 
 

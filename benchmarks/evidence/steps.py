@@ -89,8 +89,11 @@ def example(args: argparse.Namespace) -> dict:
 
     longest = training.longest(fits, case.most, case.grain)
     report = {
-        "seconds a step": seconds, "tokens a second": 2 * case.length / seconds, "peak bytes": peak,
-        "longest": longest, "loss": float(losses[0]),
-    }  # fmt: skip
+        "seconds a step": seconds,
+        "tokens a second": 2 * case.length / seconds,
+        "peak bytes": peak,
+        "longest": longest,
+        "loss": float(losses[0]),
+    }
     print(report)
     return {"training": case._asdict(), "reports": {"examples/dpo.py": report}}

@@ -17,21 +17,46 @@ from evidence.runner import find_tool
 from evidence.stages import ROOT
 
 SECTIONS = (
-    "SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats",
-)  # fmt: skip
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+    "Occupancy",
+    "LaunchStats",
+    "WarpStateStats",
+)
 KERNELS = {  # by group, the kernels that ncu profiles
-    "statistics": "statistics_kernel", "gradient": "gradient_kernel|from_basis_kernel", "kl": "kl_.*kernel",
+    "statistics": "statistics_kernel",
+    "gradient": "gradient_kernel|from_basis_kernel",
+    "kl": "kl_.*kernel",
     "policy": "policy_kernel",
-}  # fmt: skip
+}
 KEPT = (  # metrics of the details page for the JSON; the log has all of them
-    "Duration", "DRAM Throughput", "Memory Throughput", "Compute (SM) Throughput", "L2 Hit Rate", "Achieved Occupancy",
-    "Theoretical Occupancy", "Registers Per Thread", "Executed Ipc Active", "Max Bandwidth",
-    "Warp Cycles Per Issued Instruction", "Block Limit Registers", "Block Limit Shared Mem", "Grid Size", "Block Size",
-)  # fmt: skip
+    "Duration",
+    "DRAM Throughput",
+    "Memory Throughput",
+    "Compute (SM) Throughput",
+    "L2 Hit Rate",
+    "Achieved Occupancy",
+    "Theoretical Occupancy",
+    "Registers Per Thread",
+    "Executed Ipc Active",
+    "Max Bandwidth",
+    "Warp Cycles Per Issued Instruction",
+    "Block Limit Registers",
+    "Block Limit Shared Mem",
+    "Grid Size",
+    "Block Size",
+)
 SERVED = (  # checks of selfcheck that launch only kernels that the CUDA backend has
-    "policy_loss_from_logits", "policy_loss_from_logits, in place", "logps_from_logits", "logps_from_logits, in place",
-    "linear_logps, none kept", "linear_logps, head frozen", "linear_logps, low rank", "chunked_loss",
-)  # fmt: skip
+    "policy_loss_from_logits",
+    "policy_loss_from_logits, in place",
+    "logps_from_logits",
+    "logps_from_logits, in place",
+    "linear_logps, none kept",
+    "linear_logps, head frozen",
+    "linear_logps, low rank",
+    "chunked_loss",
+)
 FORBIDDEN = "ERR_NVGPUCTRPERM"
 FOUND = 77  # exit status of the sanitizers if they found errors
 LIMIT = 280.0

@@ -18,9 +18,18 @@ from evidence.stages import ROOT
 from evidence.state import TESTS, code_digest, read_json, write_json
 
 PACKAGES = (
-    "fused-po", "torch", "triton", "transformers", "trl", "peft", "liger-kernel", "quack-kernels", "cut-cross-entropy",
-    "unsloth-zoo", "verl",
-)  # fmt: skip
+    "fused-po",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "liger-kernel",
+    "quack-kernels",
+    "cut-cross-entropy",
+    "unsloth-zoo",
+    "verl",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -48,17 +57,22 @@ def probe(args: argparse.Namespace) -> dict:
         return found | {"reason": f"no CUDA GPU: torch {torch.__version__} {built}"}
     about = torch.cuda.get_device_properties(0)
     return found | {
-        "device": about.name, "memory": about.total_memory, "capability": [about.major, about.minor],
+        "device": about.name,
+        "memory": about.total_memory,
+        "capability": [about.major, about.minor],
         "multiprocessors": about.multi_processor_count,
-    }  # fmt: skip
+    }
 
 
 def tests(args: argparse.Namespace) -> dict:
     """Run pytest on a file, or on a share of its tests. Tests that passed are recorded and not run again."""
     ended = args.out / TESTS
     environ = os.environ | {
-        "EVIDENCE_TESTS": str(ended), "EVIDENCE_CODE": code_digest(), "EVIDENCE_SHARD": args.shard, "CI": "true",
-    }  # fmt: skip
+        "EVIDENCE_TESTS": str(ended),
+        "EVIDENCE_CODE": code_digest(),
+        "EVIDENCE_SHARD": args.shard,
+        "CI": "true",
+    }
     words = [sys.executable, "-m", "pytest", "-p", "evidence.passed", "-p", "no:cacheprovider", "-m", args.marks]
     done = subprocess.run([*words, "--durations=5", "--tb=short", *args.words], cwd=ROOT, env=environ)
     from evidence.passed import counts

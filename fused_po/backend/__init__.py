@@ -1,1 +1,1 @@
-"""A backend's interface, and which backend runs an op."""
+"""The interface of a backend, and the selection of the backend for an op."""

@@ -1,7 +1,7 @@
-"""What a backend has to provide: its functions, the order of its results, and the rows of the buffers it fills.
+"""The interface of a backend: its functions, the order of their results, and the rows of its buffers.
 
 A backend is a module with the functions of `Backend`: `fused_po.reference`, or a folder `kernels/<name>/`. Shapes:
-logits are [O, I, V] with columns side by side, any strides of O and I; N = O * I rows; labels are [N]. Statistics are
+logits are [O, I, V] with contiguous columns and any strides of O and I; N = O * I rows; labels are [N]. Statistics are
 fp32 (float64 for float64 logits).
 
 z = outer * tanh(inner * logits), or outer * logits where inner is None, are the logits that go into the softmax.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """Which statistics of a row are asked for."""
+    """Which statistics of a row are requested."""
 
     logps: bool = False
     entropy: bool = False
@@ -50,14 +50,14 @@ LOGPS, LOGPS_AND_ENTROPY = Outputs(logps=True).bits, Outputs(logps=True, entropy
 
 
 class Scaling(NamedTuple):
-    """How logits become those of the softmax."""
+    """The scaling from raw logits to the logits of the softmax."""
 
     outer: float = 1.0
     inner: Optional[float] = None
 
 
 class Grads(NamedTuple):
-    """Incoming gradients of the statistics that have one, each [N]; None where there is none."""
+    """Incoming gradients of logps, entropy and lse, each [N] or None."""
 
     logps: Optional[Tensor] = None
     entropy: Optional[Tensor] = None
@@ -74,16 +74,20 @@ class Grads(NamedTuple):
         return self.entropy is None and self.lse is None
 
     def requested(self, outputs: Outputs) -> Grads:
-        """Those of outputs that were asked for: the others have no elements."""
-        return Grads(*(g if asked else None for g, asked in zip(self, outputs)))
+        """The gradients of the requested outputs; those of other outputs become None."""
+        return Grads(
+            self.logps if outputs.logps else None,
+            self.entropy if outputs.entropy else None,
+            self.lse if outputs.lse else None,
+        )
 
     def contiguous(self) -> Grads:
-        """With elements side by side."""
-        return Grads(*(None if g is None else g.contiguous() for g in self))
+        """The same, contiguous."""
+        return Grads(*[None if g is None else g.contiguous() for g in self])
 
 
 class RowStats(NamedTuple):
-    """The statistics of N rows, in the order in which a backend returns them; what is not asked for has no elements."""
+    """The statistics of N rows, in the order in which a backend returns them. Those not requested have no elements."""
 
     logps: Tensor  # [N]
     entropy: Tensor  # [N]
@@ -134,7 +138,7 @@ class PolicyRow:
 
 
 class Form(NamedTuple):
-    """What a token's policy loss is: kind's, plus kl_coef KL, minus entropy_coef H.
+    """The policy loss of a token: that of `kind`, plus kl_coef KL, minus entropy_coef H.
 
     With the advantage A and rho = pi / pi_old:
 
@@ -154,7 +158,7 @@ class Form(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """What the policy losses read of each token, [N] each, in the statistics' dtype; 0 where a token does not count."""
+    """The inputs of the policy losses per token, each [N], in the dtype of the statistics; 0 where masked."""
 
     advantages: Tensor
     weights: Tensor  # of the tokens' losses in the batch's
@@ -163,7 +167,7 @@ class TokenInputs(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Which divergence of policy and reference, and how the logits of each become those of the softmax."""
+    """The divergence of policy and reference, and the scaling of the logits of each."""
 
     scaling: Scaling
     ref_scaling: Scaling
@@ -349,4 +353,4 @@ class Backend(Protocol):
         gamma: float,
         lam: float,
     ) -> tuple[Tensor, Tensor]:
-        """Generalised advantages and returns [B, T]."""
+        """Generalized advantages and returns [B, T]."""

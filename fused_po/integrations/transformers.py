@@ -177,7 +177,7 @@ def fuse_lm_head(
         always: fuse every call with labels unless it has fused=False. Trainer needs this.
         logit_scale, softcap: those of the model's logits, if the model cannot run yet (meta device). Then nothing is
             measured or checked.
-        backend: "triton", "cuda" or "reference"; None selects one by device. schedule: see `Schedule`.
+        backend, schedule: see `linear_logps`.
 
     Returns:
         The same model. `unfuse_lm_head` restores it.

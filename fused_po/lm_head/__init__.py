@@ -1,1 +1,1 @@
-"""The LM head: log-probs, exact KL and losses from hidden states, a tile of logits at a time."""
+"""The LM head: log-probs, exact KL and losses from hidden states, computed in tiles of logits."""

@@ -1,6 +1,6 @@
-"""The backward over an LM head: the GEMMs that turn gradients in the logits, a tile at a time, into those of operands.
+"""The backward of an LM head: GEMMs from the gradients of tiles of logits to the gradients of the operands.
 
-Who forms the gradient of a tile is in logp_tiles.py and kl_tiles.py, what is kept and in which pieces in plan.py.
+logp_tiles.py and kl_tiles.py compute the gradient of a tile. plan.py decides what is kept and the sizes of tiles.
 """
 
 from __future__ import annotations
@@ -26,21 +26,27 @@ class Gradients(NamedTuple):
     low: Tensor  # [V, r]
 
     @staticmethod
-    def empty(operands: Operands, needs: Needs) -> Gradients:
-        """Uninitialised; where not needed, no elements, of that dtype and device."""
+    def empty(operands: Operands, needs: Needs, hidden: Tensor) -> Gradients:
+        """Uninitialised, with hidden's as given; where not needed, no elements, of that dtype and device."""
         weight = operands.weight
-        return Gradients(
-            *(
-                torch.empty_like(v, memory_format=torch.contiguous_format)
-                if v is not None and need
-                else (weight if v is None else v).new_empty(0)
-                for v, need in zip(operands, needs)
-            )
-        )
+        head = [
+            torch.empty_like(v, memory_format=torch.contiguous_format)
+            if need and v is not None
+            else (weight if v is None else v).new_empty(0)
+            for v, need in zip(operands[1:], needs[1:])
+        ]
+        return Gradients(hidden, *head)
+
+    @staticmethod
+    def fake(operands: Operands, needs: Needs) -> Gradients:
+        """Shapes and dtypes of an op's results."""
+        hidden = operands.hidden
+        like_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+        return Gradients.empty(operands, needs, hidden.new_empty(0) if like_hidden is None else like_hidden)
 
 
 class ThinSums:
-    """The gradients of a bias and of `low`: products with few columns, summed more exactly than a GEMM sums."""
+    """The gradients of a bias and of `low`: products with few columns, summed more exactly than by a GEMM."""
 
     def __init__(self, operands: Operands, needs: Needs, g: Tensor, scaled: Tensor, sums: torch.dtype) -> None:
         """g [N, 1]: factors of the rows. scaled [N, H + r]: hidden times g."""
@@ -64,7 +70,7 @@ class ThinSums:
 
 
 class Backward:
-    """One backward over rows of which the first have their bases kept."""
+    """One backward. The bases of the first rows are kept; the other rows are projected again."""
 
     def __init__(
         self,
@@ -83,7 +89,7 @@ class Backward:
         self.dtypes, self.shards, self.tiles, self.operands = plan.dtypes, shards, tiles, operands
         self.grads, self.needs, self.accumulate = grads, needs, accumulate
         hidden, weight = operands.hidden, operands.weight
-        n_rows, (self.n_cols, self.width) = len(hidden), weight.shape
+        n_rows, (self.n_cols, self.width) = hidden.shape[0], weight.shape
         kept, widest = tiles.kept, shards.widest(self.n_cols)
         self.plan = plan.backward(
             BackwardPass(
@@ -103,7 +109,7 @@ class Backward:
         self.prepare(plan)
 
     def prepare(self, plan: HeadPlan) -> None:
-        """What all tiles share: factors, scaled states, memory for sums."""
+        """Prepare what all tiles use: factors, scaled hidden states, buffers for sums."""
         hidden, needs, factors = self.operands.hidden, self.needs, self.tiles.factors
         some_head = needs.weight or needs.low
         self.factors = None if factors is None else factors[:, None]
@@ -133,11 +139,11 @@ class Backward:
             self.thin.write(self.grads, self.needs, self.accumulate)
 
     def block(self, columns: slice) -> list:
-        """All tiles of some columns: what they add to each gradient; the sums over ranks that have begun."""
+        """Add the tiles of some columns to each gradient. Returns the all-reduces that were started."""
         weight, own_sums = self.operands.weight, self.plan.own_sums
         gemm = self.operands.hidden.dtype
         part = weight if own_sums else operand(take(weight, columns), self.dtypes.compute, gemm)
-        total = self.grads.weight if own_sums else self.block_sum[: len(part)]
+        total = self.grads.weight if own_sums else self.block_sum[: part.shape[0]]
         waiting = []
         for rows in self.pieces:
             d = self.tiles.tile(rows, columns, part)
@@ -152,7 +158,7 @@ class Backward:
         return waiting
 
     def add_hidden(self, d: Tensor, rows: slice, columns: slice, part: Tensor) -> list:
-        """The columns' share of hidden's gradient; with the last one, ranks add theirs up under the next GEMM."""
+        """Add the part of these columns to the gradient of hidden. After the last one, start the all-reduce."""
         low = None if self.operands.low is None else self.operands.low[columns]
         compute = self.dtypes.compute if part is self.operands.weight else part.dtype
         out = take(self.grads.hidden, rows)

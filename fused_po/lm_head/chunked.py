@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.backend.interface import Grads, Outputs, RowStats, Scaling
-from fused_po.lm_head.backward import Gradients
 from fused_po.lm_head.head import Head, Operands, make_head
 from fused_po.lm_head.logps import Saved, backward, check_operands, forward, linear_logps
 from fused_po.lm_head.plan import BASIS, NOTHING, Needs, spans
@@ -113,18 +112,16 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Optional[Tensor], task: _Task, *links: Optional[Tensor]
     ) -> Tensor:
-        head, operands = task.head, Operands(hidden, weight, bias)
-        wide = head.dtypes.sums
-        needs = Needs(*(need and head.keep != NOTHING for need in ctx.needs_input_grad[:3]))
+        head, wide = task.head, task.head.dtypes.sums
+        needs = Needs(*[need and head.keep != NOTHING for need in ctx.needs_input_grad[:3]])
         grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
-        weight_sum, bias_sum = (
+        sums = [
             torch.zeros(v.shape if need else 0, dtype=wide, device=hidden.device)
             for v, need in zip((weight, bias), needs[1:3])
-        )
-        sums = Gradients(hidden.new_empty(0), weight_sum, bias_sum, hidden.new_empty(0))
+        ]
         loss = hidden.new_zeros((), dtype=wide)
         for rows in task.chunks:
-            chunk, labels = operands._replace(hidden=hidden[rows]), task.labels[rows]
+            chunk, labels = Operands(hidden[rows], weight, bias), task.labels[rows]
             scored = scored_rows(labels, head.ignore_index)
             stats, kept = forward(head, chunk, labels, scored, rows.numel() if scored is None else scored.numel())
             share, grads = share_and_gradient(task, stats, rows)
@@ -135,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if needs.hidden:
                     grad_hidden[rows] = found.hidden
             del stats, kept
-        ctx.save_for_backward(*links, grad_hidden, *(s if need else None for s, need in zip(sums[1:3], needs[1:3])))
+        ctx.save_for_backward(*links, grad_hidden, *[s if need else None for s, need in zip(sums, needs[1:3])])
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.block = head.plan(hidden.device).head_block(hidden.shape[0], *weight.shape)
         return loss
@@ -202,8 +199,7 @@ def chunked_loss(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range; the error names it. Or
-        loss_fn
-            does not return a scalar, or depends on another tensor that requires grad.
+            loss_fn does not return a scalar, or depends on another tensor that requires grad.
     """
     if transforms_active():
         raise NotImplementedError(

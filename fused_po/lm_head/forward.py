@@ -1,6 +1,6 @@
-"""The forward over an LM head: a tile of rows after another is projected, scored, and what plan.py says is kept.
+"""The forward of an LM head: it projects and scores one tile of rows after another, and keeps what plan.py decides.
 
-The grid of tiles follows from shapes, dtypes and tile_bytes alone.
+The tiles depend only on shapes, dtypes and tile_bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Forward:
         n_all: int,
         split: bool,
     ) -> None:
-        """operands: of the scored rows. rows: their numbers among all n_all, None if all are scored.
+        """operands: of the scored rows. rows: their indices among all n_all rows, None if all are scored.
 
-        split: other ranks have a part in each tile; one is begun while they answer for the one before.
+        split: the vocabulary is sharded. Each tile is then started while the records of the previous one are gathered.
         """
         self.plan, self.tiles, self.operands, self.rows, self.kept = plan, tiles, operands, rows, kept
         self.n_all, self.split = n_all, split
@@ -51,7 +51,7 @@ class Forward:
         return self.collected or self.tiles.unscored(self.n_all)
 
     def kept_part(self, rows: slice) -> Optional[Tensor]:
-        """Where the bases of these rows belong, of those that are kept; None if they are formed in the tile."""
+        """The part of the kept bases for these rows; None if their bases are computed in the tile."""
         if self.plan.keep == PRODUCT:
             return None
         return self.kept[:, rows, : self.operands.weight.shape[0]] if self.plan.keep == BASIS else self.kept

@@ -1,4 +1,4 @@
-"""Matrix products of the head: the result may be wider than the factors; a head to be cast is cast block by block."""
+"""Matrix products of the head. The result may have a wider dtype than the operands; a head is cast in blocks."""
 
 from __future__ import annotations
 

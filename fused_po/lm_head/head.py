@@ -1,4 +1,4 @@
-"""One projection onto the vocabulary and how to compute it: the settings of the ops over an LM head."""
+"""`Head` and `Operands`: one projection onto the vocabulary, and the settings of the ops on an LM head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fused_po.backend import choose as backends
 from fused_po.backend.interface import Outputs, Scaling
 from fused_po.lm_head.gemm import operand, project, take
 from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Dtypes, HeadPlan, bytes_of_a_tile, padded, what_to_keep
-from fused_po.parallel.row_passes import WholeRows, row_passes
 from fused_po.parallel.vocab import WHOLE, Shards
 from fused_po.schedule import Schedule, logits_budget
 
@@ -35,17 +34,12 @@ class Head(NamedTuple):
         """The sizes of its tiles."""
         return HeadPlan(self.keep, self.tile_bytes, self.budget, self.dtypes, self.dtypes.gemm(device))
 
-    @property
-    def row_passes(self) -> WholeRows:
-        """The backend's row passes."""
-        return row_passes(backends.get(self.backend), self.shards)
-
 
 class Operands(NamedTuple):
-    """What a head projects: raw = hidden @ weight.T + bias.
+    """The operands of a head: raw = hidden @ weight.T + bias.
 
-    A low-rank addition to the head (LoRA: weight + low A) is `low` [V, r]; hidden is then [N, H + r], its last columns
-    being hidden A^T. [weight | low] never lie side by side.
+    A low-rank addition to the head (LoRA: weight + low A) is `low` [V, r]; hidden is then [N, H + r], and its last
+    columns are hidden A^T. weight and low are never concatenated.
     """
 
     hidden: Tensor  # [N, H], or [N, H + r]
@@ -55,7 +49,7 @@ class Operands(NamedTuple):
 
     def ready(self, rows: Optional[Tensor], compute: torch.dtype, gemm: torch.dtype) -> Operands:
         """Some rows of hidden, and low, in the GEMMs' dtype; the weight is cast block by block when it is used."""
-        hidden = operand(take_rows(self.hidden, rows), compute, gemm)
+        hidden = operand(self.hidden if rows is None else self.hidden[rows], compute, gemm)
         low = None if self.low is None else operand(self.low, compute, gemm)
         return Operands(hidden, self.weight, self.bias, low)
 
@@ -66,11 +60,6 @@ class Operands(NamedTuple):
         bias = None if self.bias is None else take(self.bias, columns)
         low = None if self.low is None else take(self.low, columns)
         project(take(self.hidden, rows), weight, bias, compute_dtype, out, block, low)
-
-
-def take_rows(value: Tensor, rows: Optional[Tensor]) -> Tensor:
-    """value[rows]; all of it for rows None."""
-    return value if rows is None else value[rows]
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -101,7 +90,7 @@ def make_head(
     schedule: Schedule,
     shards: Shards = WHOLE,
 ) -> Head:
-    """How to compute the projection, and what to keep of it for a backward: decided by what requires grad."""
+    """How to compute the projection, and what to keep for the backward, which depends on what requires grad."""
     device, dtypes = operands.hidden.device, dtypes_of(operands.hidden, operands.weight, schedule)
     trained = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in operands]
     keep = what_to_keep(trained[0], any(trained[1:]), outputs.entropy and schedule.entropy_grad)
@@ -114,7 +103,7 @@ def make_head(
 
 
 def empty_kept(plan: HeadPlan, hidden: Tensor, weight: Tensor, n_scored, widest: int) -> Tensor:
-    """Memory for what is kept of n_scored tokens: [bases, N, H] of products, or [bases, rows, padded V] of bases."""
+    """A buffer for what is kept of n_scored tokens: products [bases, N, H], or bases [bases, rows, padded V]."""
     if plan.keep == PRODUCT:
         return hidden.new_empty(plan.bases, *hidden.shape, dtype=plan.dtypes.sums)
     rows = plan.kept_rows(n_scored, widest)
@@ -122,7 +111,7 @@ def empty_kept(plan: HeadPlan, hidden: Tensor, weight: Tensor, n_scored, widest:
 
 
 def zero_unused(plan: HeadPlan, kept: Tensor, n_scored: int, n_cols: int, all_scored: bool) -> None:
-    """Zero what no tile will write: an op's result must not hold what was in memory before."""
+    """Zero what no tile will write: the result of an op must not contain uninitialized memory."""
     if plan.keep == BASIS:
         for dim, used in ((-1, n_cols), (-2, n_scored)):
             if kept.shape[dim] > used:
@@ -132,9 +121,9 @@ def zero_unused(plan: HeadPlan, kept: Tensor, n_scored: int, n_cols: int, all_sc
 
 
 def without_autocast(run: Callable) -> Callable:
-    """Run without autocast; if memory ends, say what to lower, and free everything that was allocated.
+    """Call run without autocast. If memory runs out, free everything and say which setting to lower.
 
-    run takes the head and its operands first.
+    The first arguments of run are the head and its operands.
     """
 
     @functools.wraps(run)

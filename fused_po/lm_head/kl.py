@@ -1,4 +1,4 @@
-"""`linear_kl`: the exact KL from hidden states and heads of policy and reference, a tile of both logits at a time."""
+"""`linear_kl`: the exact KL from hidden states and LM heads of policy and reference, computed in tiles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from fused_po.lm_head.head import (
     dtypes_of,
     empty_kept,
     make_head,
-    take_rows,
     without_autocast,
     zero_unused,
 )
 from fused_po.lm_head.kl_tiles import OF_ENTROPY, KLBackward, KLForward, KLHead
 from fused_po.lm_head.logps import check_operands
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.kl import (
@@ -54,7 +53,7 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N], below 0 where a token does not count
     rows: Optional[Tensor]  # [n] numbers of the tokens that count, None for all
@@ -79,9 +78,10 @@ def forward(
     plan, weight, n_all = settings.plan(labels.device), policy.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, policy.hidden, weight, n_kept, widest)
-    zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_all if rows is None else rows.numel(), weight.shape[0], rows is None)
     policy, reference = settings.ready(policy, reference, rows)
-    tiles = KLForward(settings, plan, policy, reference, take_rows(labels, rows))
+    tiles = KLForward(settings, plan, policy, reference, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, policy, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest))[0], kept
 
@@ -105,7 +105,7 @@ def backward(
     from_kept = head.scaling.inner is None or not active[OF_ENTROPY]
     if head.keep == PRODUCT and not active[OF_ENTROPY]:
         product = head.shards.sum_of_rows(sum(g[:, None] * u for g, u in zip(grads, kept)), rows)
-        return Gradients.empty(policy, Needs(False, False, False))._replace(hidden=product.to(hidden.dtype))
+        return Gradients.empty(policy, Needs(False, False, False), product.to(hidden.dtype))
     labels, tokens, grads = (v if rows is None else v[..., rows] for v in (labels, tokens, grads))
     live = grads.any(0)
     n_kept = min(live.numel(), kept.shape[1]) if head.keep == BASIS and from_kept else 0
@@ -116,13 +116,12 @@ def backward(
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
     bases = kept[:, :n_kept, : policy.weight.shape[0]]
     ready, ref_ready = settings.ready(policy, reference, chosen.rows)
-    out = Gradients.empty(policy, needs._replace(hidden=False))
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
+    out = Gradients.empty(policy, needs, wide)
     arguments = settings, plan, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
-    where = out._replace(hidden=wide)
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, KLBackward(*arguments), ready, where, needs, False).run()
-    return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
+    Backward(plan, head.shards, KLBackward(*arguments), ready, out, needs, False).run()
+    return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
 @custom_op("fused_po::linear_kl_fwd")
@@ -186,7 +185,7 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden, weight, bias, *others):
-    return Gradients.empty(Operands(hidden, weight, bias), others[-1])
+    return Gradients.fake(Operands(hidden, weight, bias), others[-1])
 
 
 def _setup_context(ctx, inputs, results):

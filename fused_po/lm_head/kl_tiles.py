@@ -1,4 +1,4 @@
-"""Tiles of two heads side by side, whose rows are compared by their exact KL: D = d KL / d raw, D' = d logp / d raw."""
+"""Tiles of logits of two heads, compared by the exact KL. Their bases are D = d KL / d raw and D' = d logp / d raw."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po.backend import choose as backends
 from fused_po.backend.interface import Divergence, Grads, KLRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
 from fused_po.lm_head.plan import Dtypes, HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
+from fused_po.parallel.row_passes import row_passes
 
 OF_KL, OF_LOGP, OF_ENTROPY = range(3)  # rows of the incoming gradients
 
@@ -38,7 +40,7 @@ class KLHead(NamedTuple):
 
 
 def saved_of(tokens: Tensor) -> Tensor:
-    """What a backend's `gradient` reads of the policy's rows, from the tokens of its `kl`."""
+    """The `saved` argument of a backend's `gradient` for the policy's rows, from the tokens of its `kl`."""
     return torch.stack([tokens[i] for i in (KLRow.SHIFT, KLRow.NORM, KLRow.LOGP)])
 
 
@@ -50,7 +52,7 @@ def unit_gradients(like: Tensor, which: int) -> Tensor:
 
 
 class Memory(NamedTuple):
-    """Memory for a tile of each head; the bases overwrite the logits where dtypes allow."""
+    """Buffers for a tile of each head. The bases overwrite the logits if the dtypes are the same."""
 
     own: Buffers
     reference: Buffers
@@ -64,13 +66,13 @@ class Logits(NamedTuple):
 
 
 class _KLTiles:
-    """What forward and backward have in common: both projections, and both bases."""
+    """The common part of forward and backward: both projections and both bases."""
 
     def __init__(self, settings: KLHead, plan: HeadPlan, policy: Operands, reference: Operands, labels: Tensor) -> None:
         """Operands and labels of the rows that count."""
         self.settings, self.policy, self.reference, self.labels = settings, policy, reference, labels
         self.head, self.divergence = settings.head, settings.divergence
-        self.plan, self.run = plan, settings.head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(settings.head.backend), settings.head.shards)
 
     def buffers(self, n_rows: int, n_cols: int) -> Memory:
         """Memory for a tile."""
@@ -107,7 +109,7 @@ class KLForward(_KLTiles):
         return (tokens,)
 
     def begin(self, rows: slice, memory: Memory, kept: Optional[Tensor]) -> Callable[[], Scored]:
-        """Project both, and begin to compare them; the bases are formed by row passes of their own."""
+        """Project both and start to compare them. Separate row passes compute the bases."""
         weight, labels = self.policy.weight, take(self.labels, rows)
         logits = self.project(rows, slice(0, weight.shape[0]), weight, self.head.dtypes.compute, memory)
         compared = self.run.begin_kl(*logits, labels, self.divergence)
@@ -129,7 +131,7 @@ class KLForward(_KLTiles):
     def bases(
         self, logits: Logits, labels: Tensor, tokens: Tensor, memory: Memory, kept: Optional[Tensor]
     ) -> list[Tensor]:
-        """D and, with labels, D' [n, V], written into kept [bases, n, V], or over the tiles: the reference's first."""
+        """D and, with labels, D' [n, V]: written into kept [bases, n, V], or over the tiles, the reference's first."""
         shape = logits.own.shape[1:]
         out = [memory.reference.basis(*shape) if kept is None else kept[0]]
         alone = self.divergence._replace(with_labels=False)
@@ -169,7 +171,7 @@ class KLBackward(_KLTiles):
         self.memory = self.buffers(n_rows, n_cols)
 
     def tile(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """From the kept bases, or from both projections done again."""
+        """The gradient from the kept bases, or from new projections."""
         if rows.stop > self.kept.n_rows:
             return self.recompute(rows, columns, weight)
         if self.factors is not None:
@@ -188,7 +190,7 @@ class KLBackward(_KLTiles):
         return out.addcmul_(d, g_kl[:, None])
 
     def recompute(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """The gradient, or the one basis asked for, from both projections anew."""
+        """The gradient, or the one basis that is needed, from new projections."""
         compute = self.head.dtypes.compute if weight is self.policy.weight else weight.dtype
         logits = self.project(rows, columns, weight, compute, self.memory)
         labels, tokens = self.labels[rows], self.tokens[:, rows].contiguous()

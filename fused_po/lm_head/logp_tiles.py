@@ -1,4 +1,4 @@
-"""Tiles of one head whose rows are scored at their labels: D = d logp / d raw."""
+"""Tiles of logits of one head, scored at the labels. The basis is D = d logp / d raw."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_po.backend import choose as backends
 from fused_po.backend.interface import Grads, Outputs, RowStats, SavedRow
 from fused_po.lm_head.gemm import take
 from fused_po.lm_head.head import Head, Operands
 from fused_po.lm_head.plan import HeadPlan
 from fused_po.lm_head.tiles import Buffers, Kept, Scored
 from fused_po.ops.outputs import empty_stats
+from fused_po.parallel.row_passes import row_passes
 
 
 class Incoming(NamedTuple):
@@ -28,14 +30,12 @@ class Incoming(NamedTuple):
         """Some of the rows."""
         if rows is None:
             return self
-        labels, saved, entropy, *grads = (
-            None if v is None else v[..., rows].contiguous()
-            for v in (self.labels, self.saved, self.entropy, *self.grads)
-        )
+        values = self.labels, self.saved, self.entropy, *self.grads
+        labels, saved, entropy, *grads = [None if v is None else v[..., rows].contiguous() for v in values]
         return Incoming(labels, saved, entropy, Grads(*grads))
 
     def live(self, ignore_index: int) -> Tensor:
-        """[N] whether a row is scored and a gradient comes in to it."""
+        """[N], whether a row is scored and has a nonzero incoming gradient."""
         scored = self.labels != ignore_index
         nonzero, *others = (g != 0 for g in self.grads if g is not None)
         for other in others:
@@ -56,7 +56,7 @@ class LogpForward:
     def __init__(self, head: Head, plan: HeadPlan, operands: Operands, labels: Tensor) -> None:
         """operands and labels of the scored rows."""
         self.head, self.operands, self.labels = head, operands, labels
-        self.plan, self.run = plan, head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.n_cols = operands.weight.shape[0]
         self.block = self.plan.head_block(labels.numel(), *operands.weight.shape)
 
@@ -65,16 +65,15 @@ class LogpForward:
         return Buffers(self.operands.hidden, self.head.dtypes.logits, n_rows, self.n_cols)
 
     def unscored(self, n_rows: int) -> RowStats:
-        """Zeros, and a norm of +inf, which marks an ignored row; uninitialised where tiles will write every row."""
+        """Zeros, and a norm of +inf, which marks an ignored row."""
         stats = empty_stats(self.operands.hidden.new_empty(0, dtype=self.head.dtypes.logits), n_rows, self.head.outputs)
-        if self.labels.numel() < n_rows:
-            for value in stats:
-                value.zero_()
-            stats.saved[SavedRow.NORM] = torch.inf
+        for value in stats:
+            value.zero_()
+        stats.saved[SavedRow.NORM] = torch.inf
         return stats
 
     def begin(self, rows: slice, memory: Buffers, kept: Optional[Tensor]) -> Callable[[], Scored]:
-        """Project, and begin to score; whole tiles of bases come from the same row pass."""
+        """Project and start to score. For a whole tile the same row pass computes the bases."""
         shape = n_rows, n_cols = rows.stop - rows.start, self.n_cols
         n_formed = n_rows if kept is None else kept.shape[1]
         d = memory.basis(*shape) if kept is None else kept[0] if n_formed else None
@@ -107,16 +106,16 @@ class LogpBackward:
 
     def __init__(self, head: Head, plan: HeadPlan, operands: Operands, incoming: Incoming, kept: Kept) -> None:
         self.head, self.operands, self.rows, self.kept = head, operands, incoming, kept
-        self.plan, self.run = plan, head.row_passes
+        self.plan, self.run = plan, row_passes(backends.get(head.backend), head.shards)
         self.factors = incoming.grads.logps if incoming.grads.only_logps else None
-        self.block = self.plan.head_block(len(operands.hidden), *operands.weight.shape)
+        self.block = self.plan.head_block(operands.hidden.shape[0], *operands.weight.shape)
 
     def allocate(self, n_rows: int, n_cols: int) -> None:
         """Memory for a tile."""
         self.buffers = Buffers(self.operands.hidden, self.head.dtypes.logits, n_rows, n_cols)
 
     def tile(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """From the kept basis, or from the projection done again."""
+        """The gradient from the kept basis, or from a new projection."""
         if rows.stop > self.kept.n_rows:
             return self.recompute(rows, columns, weight)
         d = self.kept.tile(0, rows, columns, self.buffers.basis)
@@ -128,7 +127,7 @@ class LogpBackward:
         return out
 
     def recompute(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
-        """By projecting again."""
+        """The gradient from a new projection."""
         head, shape, part = self.head, (rows.stop - rows.start, columns.stop - columns.start), self.rows.at(rows)
         logits, out = self.buffers.logits(*shape), self.buffers.basis(*shape)
         whole = self.operands.weight

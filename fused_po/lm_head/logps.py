@@ -1,10 +1,11 @@
-"""`linear_logps`: log-probs of labels from hidden states and the LM head, a tile of logits at a time.
+"""`linear_logps`: log-probs of labels from hidden states and the LM head, computed in tiles.
 
-The ops around forward.py and backward.py: what the forward keeps for the backward is decided by what requires grad.
+It defines the ops that use forward.py and backward.py. What the forward keeps depends on which inputs require grad.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
@@ -15,9 +16,9 @@ from fused_po.backend.interface import Grads, RowStats, Scaling
 from fused_po.lm_head.backward import Backward, Gradients
 from fused_po.lm_head.forward import Forward
 from fused_po.lm_head.gemm import operand
-from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, take_rows, without_autocast, zero_unused
+from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, without_autocast, zero_unused
 from fused_po.lm_head.logp_tiles import Incoming, LogpBackward, LogpForward
-from fused_po.lm_head.plan import BASIS, PRODUCT, Needs
+from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
 from fused_po.ops.autograd import public
 from fused_po.ops.outputs import (
@@ -53,10 +54,10 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward gets of its forward, besides the operands."""
+    """What the forward saves for the backward, in addition to the operands."""
 
     labels: Tensor  # [N]
-    rows: Optional[Tensor]  # [n] numbers of the scored tokens, None for all
+    rows: Optional[Tensor]  # [n] indices of the scored tokens, None for all
     stats: Tensor  # [SavedRow.COUNT, N]
     entropy: Optional[Tensor]  # [N]
     kept: Tensor
@@ -66,17 +67,18 @@ class Saved(NamedTuple):
 def forward(
     head: Head, operands: Operands, labels: Tensor, rows: Optional[Tensor], n_kept: int
 ) -> tuple[RowStats, Tensor]:
-    """(statistics of all labels [N], what is kept of them); rows [n]: numbers of those that are scored, None for all.
+    """(statistics of all labels [N], what is kept). rows [n]: indices of the scored tokens, None for all.
 
-    n_kept: at least n, tokens to have memory for in what is kept.
+    n_kept: the number of tokens to allocate in what is kept, at least n.
     """
     plan, weight, n_all = head.plan(labels.device), operands.weight, labels.numel()
     widest = head.shards.widest(weight.shape[0])
     kept = empty_kept(plan, operands.hidden, weight, n_kept, widest)
     n_scored = n_all if rows is None else rows.numel()
-    zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
+    if plan.keep != NOTHING:
+        zero_unused(plan, kept, n_scored, weight.shape[0], rows is None)
     operands = operands.ready(rows, plan.dtypes.compute, plan.gemm)
-    tiles = LogpForward(head, plan, operands, take_rows(labels, rows))
+    tiles = LogpForward(head, plan, operands, labels if rows is None else labels[rows])
     run = Forward(plan, tiles, operands, rows, kept, n_all, bool(head.shards.group))
     return run.run(plan.tile_rows(widest)), kept
 
@@ -89,16 +91,16 @@ def backward(
     grads: Grads,
     needs: Needs,
     skip_zero_rows: bool,
-    sums: Optional[Gradients] = None,
+    sums: Optional[Sequence[Tensor]] = None,
 ) -> Gradients:
-    """Gradients of the operands; sums: add those of weight and bias to these instead, there is no low then."""
+    """Gradients of the operands; sums: add those of weight and bias to these instead; nothing reads low's then."""
     hidden, rows, plan = operands.hidden, saved.rows, head.plan(saved.labels.device)
     entropy = None if grads.entropy is None else saved.entropy
     incoming = Incoming(saved.labels, saved.stats, entropy, grads)
     from_kept = head.scaling.inner is None or grads.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == PRODUCT and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, operands, incoming, saved.kept[0]), rows)
-        return Gradients.empty(operands, Needs(False, False, False))._replace(hidden=grad.to(hidden.dtype))
+        return Gradients.empty(operands, Needs(False, False, False), grad.to(hidden.dtype))
     incoming = incoming.at(rows)
     live = incoming.live(head.ignore_index)
     n_rows, n_room = live.numel(), saved.kept.shape[1] if head.keep == BASIS and from_kept else 0
@@ -110,16 +112,16 @@ def backward(
         chosen = LiveRows(rows, None, bases.shape[1])
         incoming = incoming.masked(live, head.ignore_index)
     ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
-    out = Gradients.empty(operands, needs._replace(hidden=False)) if sums is None else sums
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
-    where, add, kept = out._replace(hidden=wide), sums is not None, chosen.kept(bases)
+    out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=sums[0])
     # No name for the tiles: their memory is free before hidden's gradient is scattered.
-    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, where, needs, add).run()
-    return out._replace(hidden=scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype))
+    kept, add = chosen.kept(bases), sums is not None
+    Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, out, needs, add).run()
+    return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
 def product_gradient(head: Head, operands: Operands, rows: Incoming, product: Tensor) -> Tensor:
-    """This rank's part of hidden's gradient from product = basis @ weight: no GEMM. d lse = label's slope - d logp."""
+    """This rank's part of the gradient of hidden, without a GEMM, from product = basis @ weight."""
     weight, grads = operands.weight, rows.grads
     valid = rows.labels != head.ignore_index
     g_logps, g_lse = (None if g is None else torch.where(valid, g, 0) for g in (grads.logps, grads.lse))
@@ -187,7 +189,7 @@ def _backward(
 
 @_backward.register_fake
 def _(hidden, weight, bias, low, *others):
-    return Gradients.empty(Operands(hidden, weight, bias, low), others[-1])
+    return Gradients.fake(Operands(hidden, weight, bias, low), others[-1])
 
 
 def _setup_context(ctx, inputs, results):

@@ -1,8 +1,9 @@
-"""What a head keeps from forward to backward, and in which pieces both run.
+"""What a head keeps from forward to backward, and the sizes of the tiles of both.
 
-Plain numbers from shapes, dtypes and limits in bytes: the ops run by them, and `fused_po.planner` computes a cost from
-them. A GEMM over all scored tokens counts as 1. For one token, D = d logp / d raw, a row of V numbers with no loss in
-it. For any loss with the derivative g on that log-prob, d hidden = g D W, d weight = D^T (g hidden), d bias = D^T g.
+The numbers follow from shapes, dtypes and limits in bytes. The ops use them, and `fused_po.planner` computes costs from
+them. A GEMM over all scored tokens counts as 1. For one token, the basis is D = d logp / d raw, a row of V numbers that
+does not depend on the loss. For any loss with the derivative g with respect to that log-prob, d hidden = g D W,
+d weight = D^T (g hidden), d bias = D^T g.
 
     keep        forward                        backward
     "nothing"   1: scores                      nothing, or as over the budget
@@ -33,7 +34,7 @@ BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink fur
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool
@@ -42,14 +43,14 @@ class Needs(NamedTuple):
 
 
 def what_to_keep(hidden: bool, head: bool, entropy: bool) -> str:
-    """What the forward keeps, by what needs a gradient; entropy: whether one flows through the entropy too."""
+    """What the forward keeps for these gradients. entropy: whether the entropy has a gradient too."""
     if not hidden and not head:
         return NOTHING
     return BASIS if head or entropy else PRODUCT
 
 
 def bytes_of_a_tile(tile_bytes: int, split: bool) -> int:
-    """Of one tile; with a vocabulary split over ranks, two tiles are in flight and share tile_bytes."""
+    """The bytes of one tile. With a sharded vocabulary two tiles exist at once and share tile_bytes."""
     return max(1, tile_bytes // (2 if split else 1))
 
 
@@ -81,7 +82,7 @@ class Dtypes(NamedTuple):
 
 
 class HeadPlan(NamedTuple):
-    """Sizes of the tiles of a head, or of two side by side, on one device."""
+    """Sizes of the tiles of one head, or of two heads for the exact KL, on one device."""
 
     keep: str
     tile_bytes: int  # of one tile
@@ -99,7 +100,7 @@ class HeadPlan(NamedTuple):
 
     @staticmethod
     def _rows_of(logits: torch.dtype, gemm: torch.dtype, tile_bytes: int, n_cols: int) -> int:
-        """Rows of one head's tile: its logits and, in memory of its own where the dtype differs, its basis."""
+        """Rows of one head's tile, with its logits, and its basis if that needs a separate buffer."""
         row = padded(n_cols, logits) * logits.itemsize
         if gemm != logits:
             row += padded(n_cols, gemm) * gemm.itemsize
@@ -113,7 +114,7 @@ class HeadPlan(NamedTuple):
         return min(self._rows_of(*side, half, n_cols) for side in sides)
 
     def rows_within_budget(self, n_cols: int) -> int:
-        """How many tokens' bases the budget holds."""
+        """The number of tokens whose bases fit in the budget."""
         return self.budget // self.bases // (padded(n_cols, self.gemm) * self.gemm.itemsize)
 
     def kept_rows(self, n_scored, n_cols: int):
@@ -124,9 +125,9 @@ class HeadPlan(NamedTuple):
         return min(n_scored, within) if type(n_scored) is int else torch.sym_min(n_scored, within)
 
     def tiles_at_once(self, split: bool) -> int:
-        """Forward tiles in memory; split: over ranks, whose answers come while the next tile is projected.
+        """The number of forward tiles in memory. split: the vocabulary is sharded, so two tiles overlap in time.
 
-        Without bases and a reference a tile's logits are not read again once its own scoring is done.
+        Without bases and without a reference, the logits of a tile are not read again after its own scoring.
         """
         return 2 if split and (self.keep != NOTHING or self.ref_logits is not None) else 1
 
@@ -164,11 +165,11 @@ class BackwardPass(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-    """In which pieces a backward runs.
+    """The tiles of a backward.
 
-    A recomputed tile is scored anew, since only the lse of the very logits at hand makes p sum to 1; except where the
-    gradient of a low-precision head needs fp32 sums, a block of the vocabulary at a time: that block cannot know its
-    rows' lse, and the rounding of D hides the difference.
+    A recomputed tile gets a new lse, because p sums to 1 only with the lse of the same logits. The exception is the
+    gradient of a low-precision head that needs fp32 sums: it is computed in blocks of the vocabulary, which use the lse
+    of the forward; the rounding of D is larger than the difference.
     """
 
     own_sums: bool  # the head's gradient is its own sum: it is as wide as the sums, or one GEMM makes it

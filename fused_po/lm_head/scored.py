@@ -1,4 +1,4 @@
-"""Which tokens are computed: ignored ones, a bound on the others (`num_scored`), and those without a gradient."""
+"""Select the tokens to compute: without ignored ones, within `num_scored`, and in the backward with a gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.lm_head.tiles import Kept
-from fused_po.ops.autograd import transforms_active
 from fused_po.schedule import Schedule
 
 R = TypeVar("R", bound=tuple)
@@ -28,7 +27,7 @@ class ScoredTokens(NamedTuple):
         if schedule.num_scored is not None:
             rows, excess = bounded_rows(labels, ignore_index, schedule.num_scored)
             return ScoredTokens(rows, False, excess)
-        if schedule.compact and checks.has_values(labels) and not transforms_active():
+        if schedule.compact and checks.has_values(labels) and not torch._C._are_functorch_transforms_active():
             return ScoredTokens(scored_rows(labels, ignore_index), False)
         return ScoredTokens(None, schedule.compact)
 
@@ -40,14 +39,14 @@ class ScoredTokens(NamedTuple):
 
 
 class Dropping(NamedTuple):
-    """Which tokens an op drops by itself."""
+    """Which tokens an op drops."""
 
     ignored: bool  # those whose label is ignored: see ScoredTokens.find
     zero_gradients: bool  # in the backward, those whose incoming gradient is 0: see Schedule.skip_zero_rows
 
 
 def scored_rows(labels: Tensor, ignore_index: int) -> Optional[Tensor]:
-    """Numbers [n] of the tokens that are not ignored, None if all are: the one host sync of a forward on a GPU."""
+    """Indices [n] of the tokens that are not ignored, or None if no token is. The only host sync of a GPU forward."""
     if checks.none_ignored(labels, ignore_index):
         return None
     rows = (labels != ignore_index).nonzero().squeeze(1)
@@ -55,7 +54,7 @@ def scored_rows(labels: Tensor, ignore_index: int) -> Optional[Tensor]:
 
 
 def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor, Tensor]:
-    """(numbers [bound] of the scored tokens, filled up with an ignored one; NaN if there are more of them, else 0)."""
+    """(indices [bound] of the scored tokens, padded with an ignored one; NaN if there are more of them, else 0)."""
     if bound > labels.numel():
         raise ValueError(f"num_scored: got {bound}, allowed are 0 to {labels.numel()}, the number of labels")
     scored = labels != ignore_index
@@ -71,7 +70,7 @@ def bounded_rows(labels: Tensor, ignore_index: int, bound: int) -> tuple[Tensor,
 
 
 class LiveRows(NamedTuple):
-    """The rows of a backward, once those without a gradient are dropped."""
+    """The rows of a backward without those that have no gradient."""
 
     rows: Optional[Tensor]  # numbers among all tokens, None for all
     index: Optional[Tensor]  # numbers among the rows of the forward, None for all

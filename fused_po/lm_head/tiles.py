@@ -1,7 +1,7 @@
-"""Tiles of logits: their memory, and who scores them and forms the basis D.
+"""Tiles of logits: their buffers, and the interfaces that score them and compute the basis D.
 
-Forward tiles are rows x the whole vocabulary. logp_tiles.py and kl_tiles.py have the two kinds; forward.py and
-backward.py do the GEMMs around them.
+Forward tiles have some rows and the whole vocabulary. logp_tiles.py and kl_tiles.py implement the two kinds; forward.py
+and backward.py do the GEMMs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fused_po.lm_head.gemm import padded_tile
 
 
 class Buffers:
-    """Memory for one tile of logits and one of its basis, allocated when first asked for; one buffer a dtype."""
+    """Buffers for one tile of logits and its basis, allocated on first use, one per dtype."""
 
     def __init__(self, like: Tensor, logits_dtype: torch.dtype, n_rows: int, n_cols: int) -> None:
         self.like, self.logits_dtype, self.shape = like, logits_dtype, (n_rows, n_cols)
@@ -33,7 +33,7 @@ class Buffers:
         return self._tile(self.logits_dtype, n_rows, n_cols)
 
     def basis(self, n_rows: int, n_cols: int) -> Tensor:
-        """A tile of the basis, in the GEMMs' dtype; over the logits if they have it too."""
+        """A tile of the basis in the dtype of the GEMMs. It overwrites the logits if they have the same dtype."""
         return self._tile(self.like.dtype, n_rows, n_cols)
 
 
@@ -45,15 +45,15 @@ class Scored(NamedTuple):
 
 
 class ForwardTiles(Protocol):
-    """Scores tiles of rows, and forms their bases."""
+    """Scores tiles of rows and computes their bases."""
 
     def allocate(self, n_rows: int) -> object:
         """Memory for a tile."""
 
     def begin(self, rows: slice, memory: object, kept: Optional[Tensor]) -> Callable[[], Scored]:
-        """Project some rows and begin to score them; the function returned ends it.
+        """Project some rows and start to score them. The returned function finishes it.
 
-        kept: [bases, n, V], where the bases of the first n rows belong; None: all bases are formed in the tile.
+        kept: [bases, n, V], the buffer for the bases of the first n rows. None: all bases are computed in the tile.
         """
 
     def unscored(self, n_rows: int) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ class ForwardTiles(Protocol):
 
 
 class Kept(NamedTuple):
-    """Bases kept by the forward, and which of them the rows of a backward have."""
+    """The bases kept by the forward, and which of them belong to the rows of a backward."""
 
     bases: Tensor  # [bases, n, V]
     index: Optional[Tensor]  # numbers of the backward's rows among the forward's; None: they are the same
@@ -73,7 +73,7 @@ class Kept(NamedTuple):
         return self.index is None or self.n_rows == self.bases.shape[1]
 
     def tile(self, which: int, rows: slice, columns: slice, memory: Callable[[int, int], Tensor]) -> Tensor:
-        """A basis [rows, columns]; in `memory` where its rows do not lie side by side."""
+        """A basis [rows, columns], copied into `memory` if its rows are not consecutive."""
         basis = self.bases[which]
         if not self.in_order:
             n_cols = columns.stop - columns.start
@@ -85,7 +85,7 @@ class Kept(NamedTuple):
 
 
 class BackwardTiles(Protocol):
-    """Forms the gradient in the logits of a tile, from kept bases or from a projection done again."""
+    """Computes the gradient of a tile of logits, from kept bases or from a new projection."""
 
     kept: Kept
     factors: Optional[Tensor]  # [N]: a row's gradient is this many times the tile's, if one number does for a row

@@ -214,9 +214,8 @@ def soft_gate(ratio: Tensor, advantages: Tensor, temperature_pos: float = 1.0, t
     """-(4 / tau) s(tau (rho - 1)) A."""
     pos, neg = checks.positive("temperature_pos", temperature_pos), checks.positive("temperature_neg", temperature_neg)
     tau = torch.where(advantages > 0, pos, torch.full_like(advantages, neg))  # where() of two numbers would give fp32
-    gate = torch.nn.functional.logsigmoid(
-        tau * (ratio - 1)
-    ).exp()  # sigmoid's own gradient s (1 - s) cancels near s = 1
+    # Not sigmoid, whose gradient s (1 - s) loses its digits near s = 1.
+    gate = torch.nn.functional.logsigmoid(tau * (ratio - 1)).exp()
     return -gate * 4 / tau * advantages
 
 

@@ -99,6 +99,5 @@ def pair_result(
         loss = loss + alpha * nll
     nll = loss.new_zeros(()) if nll is None else nll
     results = *pairs.halves(), *pairs.logits_means(), nll, *(r.detach() for r in rewards), *more
-    return loss, tuple(
-        value.clone() for value in results
-    )  # copies: all_reduce modifies them, and the backward reads them
+    # Copies: trainers all-reduce the results in place, and the backward reads the originals.
+    return loss, tuple(value.clone() for value in results)

@@ -1,1 +1,1 @@
-"""One file an op: its schema, fake, autograd formula, and the public function over it."""
+"""One file per op: its schema, its fake, its backward, and the public function that calls it."""

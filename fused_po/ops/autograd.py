@@ -1,6 +1,6 @@
-"""What the public functions check for autograd: forward mode, torch.func inside a graph, inference tensors.
+"""Checks of the public functions for autograd: forward mode, torch.func inside a graph, inference tensors.
 
-Every op has one derivative, in reverse mode: see register.py.
+Every op has first derivatives, in reverse mode: see register.py.
 """
 
 from __future__ import annotations

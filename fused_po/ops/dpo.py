@@ -1,7 +1,7 @@
 """`dpo_from_logits`: DPO with a per-token KL penalty from logits, fused down to the loss.
 
-Two launches forward (scores of policy and reference; everything from there to the loss), one backward. From log-probs
-of tokens, which `linear_dpo` takes: the second launch alone.
+The forward has two launches: the scores of policy and reference, and everything else up to the loss. The backward has
+one. `linear_dpo` starts from log-probs of tokens and uses only the second launch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DPOOutput(NamedTuple):
 
 
 class DPOResults(NamedTuple):
-    """What the ops return: results for callers, then what the backward reads, in memory of their own."""
+    """The results of the ops: those for callers, then separate tensors for the backward."""
 
     loss: Tensor
     losses: Tensor
@@ -315,7 +315,7 @@ def dpo_output(results: DPOResults, labels: Tensor, kl: Optional[str]) -> DPOOut
 def with_exact_kl(
     stats: KLStats, labels: Tensor, loss: DPOLoss, ignore_index: int, backend: Optional[str]
 ) -> DPOOutput:
-    """The loss from log-probs, plus the KL that came with them; autograd joins the two at the log-probs' own op."""
+    """The loss from log-probs, plus the KL from the same op; autograd adds both gradients in that op's backward."""
     name = backends.resolve(backend, stats.logps.device, stats.logps.dtype)
     settings = DPOSettings(loss._replace(kl=None, kl_coef=0.0), ignore_index, name)
     out = dpo_output(from_logps(stats.logps, labels, stats.ref_logps, settings), labels, None)

@@ -36,7 +36,7 @@ class KLStats(NamedTuple):
 
 
 class KLResults(NamedTuple):
-    """What an op returns: tokens for the backward alone, copies for callers; without elements where not asked."""
+    """The results of an op: tokens for the backward, copies for callers. Those not requested have no elements."""
 
     kl: Tensor
     logps: Tensor

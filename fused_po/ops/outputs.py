@@ -1,4 +1,4 @@
-"""What an op returns of each token: which statistics are asked for, their fakes, and the tuple a caller gets."""
+"""Per-token outputs of the ops: the requested statistics, their fakes, and TokenStats for callers."""
 
 from __future__ import annotations
 

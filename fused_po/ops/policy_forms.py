@@ -1,4 +1,4 @@
-"""Which loss a `loss_type` of `policy_loss_from_logits` is: its settings, checked, as a Form."""
+"""The settings of each `loss_type` of `policy_loss_from_logits`, checked and converted to a Form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAPO_TEMPERATURES = {"temperature_pos": 1.0, "temperature_neg": 1.05}  # those o
 
 
 def refuse_unknown(settings: dict, allowed: tuple[str, ...], loss_type: str) -> None:
-    """Refuse settings that the loss_type does not take."""
+    """Raise for settings that the loss_type does not use."""
     for name, value in settings.items():
         if name not in allowed:
             raise ValueError(
@@ -100,7 +100,7 @@ def per_token(name: str, value: object, mask: Tensor, dtype: torch.dtype) -> Opt
 
 
 def counted_labels(labels: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """(labels [B, T], IGNORE where a token does not count; whether it counts), both contiguous."""
+    """(labels [B, T] with IGNORE where masked, the mask), both contiguous."""
     counted = labels != IGNORE
     if mask is not None:
         counted = counted & checks.mask_like("mask", mask, labels, "labels")

@@ -1,13 +1,13 @@
-"""From a function to a PyTorch op: its schema, its fake, its derivative, and a short way past the dispatcher.
+"""Register functions as PyTorch ops: schema, fake, derivative, and calls that skip the dispatcher.
 
-An op's function takes tensors first, then settings: numbers, names, and NamedTuples of them. PyTorch's schemas are
-flat, so each NamedTuple becomes its fields there; everything in this package sees the NamedTuple.
+The function of an op takes tensors first, then settings: numbers, names, and NamedTuples of them. PyTorch's schemas are
+flat, so a NamedTuple is flattened to its fields in the schema; the code of this package uses the NamedTuple.
 
-An op is a `torch.library.custom_op`, which compilers, modes and subclasses see. Its dispatch costs 50 to 250
-microseconds of Python a call. Where nothing but autograd could see the op, its function runs directly.
+An op is a `torch.library.custom_op`, which compilers, modes and tensor subclasses can see. Its dispatch costs 50 to 250
+microseconds of Python per call. Where nothing but autograd would see the op, its function is called directly.
 
-Every op has one derivative, in reverse mode: a second one is an error, and torch.func's reverse-mode transforms work.
-What a backward reads is saved in tensors that no caller gets, so that any result may be edited in place.
+Every op has first derivatives, in reverse mode. Second derivatives are an error; torch.func's reverse-mode transforms
+work. Tensors that a backward reads are never returned to callers, so that callers may modify any result in place.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def field_of(name: str, annotation: object) -> Field:
 
 
 def flatten(values: tuple, fields: tuple[Field, ...]) -> list:
-    """Values as the schema has them: NamedTuples as their fields."""
+    """Flatten NamedTuples to their fields, as in the schema."""
     flat = []
     for value, field in zip(values, fields):
         if field.fields:

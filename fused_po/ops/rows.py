@@ -1,4 +1,4 @@
-"""Logits as rows for a backend, and gradients beside or over them."""
+"""Logits as rows for a backend, and gradients in a new tensor or in place."""
 
 from __future__ import annotations
 

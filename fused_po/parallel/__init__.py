@@ -1,4 +1,4 @@
-"""Heads and logits whose vocabulary is split over the ranks of a process group."""
+"""Heads and logits whose vocabulary is sharded over the ranks of a process group."""
 
 from fused_po.parallel.vocab import VocabParallel
 

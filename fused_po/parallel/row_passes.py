@@ -42,7 +42,7 @@ def column_ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class WholeRows:
-    """A backend's row passes over logits with all columns of the vocabulary."""
+    """The row passes of a backend over logits with the whole vocabulary."""
 
     def __init__(self, run: Backend) -> None:
         self.run = run
@@ -56,13 +56,13 @@ class WholeRows:
         outputs: Outputs,
         basis: Optional[Tensor],
     ) -> Callable[[], RowStats]:
-        """A backend's `score`: the function returned gives the statistics of whole rows, once."""
+        """Start a backend's `score`. The returned function returns the statistics of whole rows; call it once."""
         return lambda: RowStats(*self.run.score(logits, labels, *scaling, ignore_index, outputs.bits, basis))
 
     def begin_kl(
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, divergence: Divergence
     ) -> Callable[[], Tensor]:
-        """A backend's `kl`, likewise: tokens [KLRow.COUNT, N]."""
+        """Start a backend's `kl`. The returned function returns tokens [KLRow.COUNT, N]."""
         return lambda: self.run.kl(logits, ref_logits, labels, *divergence.arguments)
 
     def gradient(
@@ -108,7 +108,7 @@ class WholeRows:
 
 
 class SplitRows(WholeRows):
-    """The same over this rank's columns, with the results of whole rows. The gather runs while the next tile begins."""
+    """The same over this rank's columns, with results of whole rows. The gather overlaps with the next tile."""
 
     def __init__(self, run: Backend, shards: Shards) -> None:
         super().__init__(run)
@@ -149,7 +149,7 @@ class SplitRows(WholeRows):
         outputs: Outputs,
         basis: Optional[Tensor],
     ) -> Callable[[], RowStats]:
-        """This rank's part now, the rest when the function returned is called."""
+        """Start with this rank's part; the returned function does the rest."""
         owner = self.owners(labels, labels != ignore_index)
         record = self.record(logits, self.local(labels, owner), scaling, outputs)
         gathered = self.gather(record, fingerprint(labels))
@@ -181,7 +181,7 @@ class SplitRows(WholeRows):
     def begin_kl(
         self, logits: Tensor, ref_logits: Tensor, labels: Tensor, divergence: Divergence
     ) -> Callable[[], Tensor]:
-        """In the same two steps; the Jensen-Shannon divergence gathers once more."""
+        """The same in two steps. The Jensen-Shannon divergence needs a second gather."""
         owner, tag = self.owners(labels, labels >= 0), fingerprint(labels)
         scaling, ref_scaling, direction, with_labels = divergence.arguments
         is_js = divergence.direction == "js"
@@ -271,6 +271,12 @@ def checked(everyone: Tensor) -> Tensor:
     return everyone[:, :, :-1].where(agree, torch.nan)
 
 
+@functools.cache
+def whole_rows(run: Backend) -> WholeRows:
+    """Those of all columns, made once."""
+    return WholeRows(run)
+
+
 def row_passes(run: Backend, shards: Shards) -> WholeRows:
     """The row passes of a backend, for all columns or for a rank's."""
-    return SplitRows(run, shards) if shards.group else WholeRows(run)
+    return SplitRows(run, shards) if shards.group else whole_rows(run)

@@ -1,6 +1,6 @@
-"""Where a vocabulary lies: whole, or split over the ranks of a process group (tensor parallelism).
+"""How a vocabulary is sharded over the ranks of a process group (tensor parallelism).
 
-row_passes.py has the row passes over a split vocabulary.
+row_passes.py has the row passes for a sharded vocabulary.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ProcessGroupLike = Union[None, "dist.ProcessGroup", VocabParallel]
 
 
 class Shards(NamedTuple):
-    """Where a vocabulary lies, in the plain values that an op takes. Without a group all of it is on this rank."""
+    """How a vocabulary is sharded, as plain values that an op can take. Without a group it is not sharded."""
 
     group: str = ""  # the process group's name
     sizes: Sequence[int] = ()  # columns of each rank
@@ -136,9 +136,9 @@ def local_head(
     for value in (hidden, bias):
         if hasattr(value, "device_mesh"):
             raise TypeError(f"{name}: got a plain tensor with a DTensor; pass all as DTensors, or none (to_local())")
-    cut = vocab_parallel(process_group)
-    if cut is None:
+    if process_group is None:
         return hidden, weight, bias, WHOLE
+    cut = vocab_parallel(process_group)
     if checks.floating(name, weight).ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [V, H], this rank's rows of the head")
     if cut.sequence_dim is not None and cut.group.size() > 1:
@@ -150,7 +150,7 @@ def local_head(
 
 
 def local_dtensors(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], name: str) -> tuple:
-    """`local_head` for a DTensor head, which knows how it is split: ColwiseParallel makes such heads."""
+    """`local_head` for a DTensor head, such as that of parallelize_module with ColwiseParallel."""
     from torch.distributed.tensor import Partial, Replicate
 
     mesh, places = weight.device_mesh, weight.placements

@@ -113,7 +113,7 @@ def backward_steps(sizes: Sizes) -> list[Step]:
 
 
 def forward_moments(sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Bytes allocated in the forward, and in the reference's of its own, which runs while what is kept is there."""
+    """Bytes allocated in the forward, and in a forward of the reference, which runs while the basis is kept."""
     w, n, work_rows = sizes.work, sizes.work.scored, min(sizes.tile_rows, sizes.work.scored)
     wide, keep = sizes.logit, w.keep
     lasting = {"tokens": w.tokens * TOKEN_BYTES}

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 # Where models of several parts keep the language model's configuration, or the decoder's.
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "decoder", "decoder_config")
-# What the head's two sizes are called; the first that is there counts.
+# Names of the head's two sizes in configurations; the first one found is used.
 VOCABS = ("padded_vocab_size", "vocab_size", "tgt_vocab_size")
 WIDTHS = (
     "output_embedding_size",
@@ -57,7 +57,7 @@ class HeadShape(NamedTuple):
 def read_head(model: str) -> HeadShape:
     """The head of `model`: a path to a config.json, to a folder with one, or the id of a model on the Hub.
 
-    Paths need torch alone; an id goes through transformers, which looks into its cache before it asks the Hub.
+    Paths need only torch. An id needs transformers, which reads its cache before it asks the Hub.
 
     Raises:
         ValueError: nothing there, nothing that can be read, or no LM head. Names the flag and the way out.

@@ -30,7 +30,7 @@ def products(work: Work, rows: int, columns: int, times: tuple[int, int, int], a
 
 
 def whole(work: Work) -> Work:
-    """The same work with the whole head on each rank; what tensor-parallel ranks cannot share is shared by nobody."""
+    """The same work with the whole head on each rank; tensor-parallel ranks then share nothing of it."""
     return work._replace(tp=1)
 
 
@@ -105,7 +105,7 @@ def trl(work: Work) -> Optional[Cost]:
 
 
 def liger(work: Work) -> Optional[Cost]:
-    """Liger 0.8.5's DPO: pair by pair, gradients in the forward, every token; the head's added up in its own dtype."""
+    """Liger 0.8.5's DPO: one pair at a time, gradients in the forward, all tokens; it sums the head's in its dtype."""
     if work.loss != "dpo":
         return None
     n, v, h, size = work.tokens, work.vocab, work.hidden, work.dtype.itemsize

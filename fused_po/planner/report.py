@@ -38,7 +38,7 @@ def times_of(cost: Cost, work: Work, device: Device) -> Times:
 
 
 def schedules(work: Work) -> dict[str, Work]:
-    """The same work under every schedule."""
+    """The same work with each schedule."""
     row = Sizes(work).basis_row
     everything = work._replace(needs=(True, True), budget=row * work.scored)
     found = {

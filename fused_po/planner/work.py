@@ -44,12 +44,12 @@ class Work(NamedTuple):
 
     @property
     def live_reference(self) -> bool:
-        """Whether the reference's head runs in a pass of its own."""
+        """Whether the head of the reference runs in a separate pass."""
         return LOSSES[self.loss][0]
 
     @property
     def reference(self) -> Work:
-        """The reference's pass of its own."""
+        """The separate pass of the reference."""
         return self._replace(hidden=self.ref_hidden, needs=(False, False), entropy=False, loss="logps")
 
     @property
@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What somebody's schedule takes of one rank: its steps, what it holds throughout, and while at its peak."""
+    """The cost of an implementation on one rank: its steps, and the memory that it holds throughout and at its peak."""
 
     name: str
     steps: list[Step]

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, vectorised."""
+"""Generalized advantage estimation, vectorized."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, 2) one_read_kernel(const Problem p, c
     for (int r = 1; r < p.blocks; ++r) s = combine(s, *cluster.map_shared_rank(&block_state, r));
     slopes = finish_row(p, row.index, row.valid, s, label_x, policy, rank == 0);
   }
-  cluster.sync();  // nobody leaves while its state may be read, or writes while a label's logit may
+  cluster.sync();  // no block exits or writes while another may read its state or a label's logit
 
   const Slopes g = slopes;
   const bool live = is_live(g);

@@ -1,4 +1,4 @@
-"""The launch shapes of all kernels that walk along rows of logits: one table, read by every launcher.
+"""The launch shapes of all kernels over rows of logits, in one table for all launchers.
 
 Nothing is tuned at run time: a user's first step compiles one shape of each kernel. `benchmarks/launch_shapes.py` times
 the candidates on a GPU and prints the entries of this table that should change.

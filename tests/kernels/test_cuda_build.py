@@ -105,7 +105,8 @@ def test_a_missing_toolkit_is_an_error_by_name_and_the_default_uses_triton(tools
     assert library.architectures() == ("9.0a",)
     assert backends.resolve(None, gpu, torch.bfloat16) == "triton"
     with pytest.raises(
-        ValueError, match=r"backend: 'cuda' cannot serve this machine: no nvcc on PATH.*backend=None takes one that can"
+        ValueError,
+        match=r"backend: 'cuda' cannot run on this machine: no nvcc on PATH.*backend=None selects one that can",
     ):
         backends.resolve("cuda", gpu, torch.bfloat16)
     said = fused_po.backends(gpu)

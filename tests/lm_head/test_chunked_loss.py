@@ -163,7 +163,7 @@ def test_bad_calls(seed):
         (lambda: run(lambda stats, rows: stats.logps.sum() * other), ValueError, "loss_fn: its loss depends on"),
         (lambda: run(groups=groups[:2]), ValueError, "groups: got shape"),
         (lambda: run(groups=groups.float()), TypeError, "groups: got dtype"),
-        (lambda: run(schedule=Schedule(num_scored=3)), ValueError, "schedule: num_scored"),
+        (lambda: run(schedule=Schedule(num_scored=3)), ValueError, "schedule: got num_scored"),
         (lambda: run(outputs=("entropi",)), ValueError, "outputs: got 'entropi'"),
     ]
     for call, error, message in bad:

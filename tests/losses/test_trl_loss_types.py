@@ -68,11 +68,11 @@ def test_names_of_configurations():
 
 @pytest.mark.parametrize("ours", (dpo, kto, cpo, tpo, sft, grpo))
 def test_the_error_of_an_unknown_name_suggests_the_nearest(ours):
-    told = 0
+    warned = 0
     for right in ("sigmoid", "kto", "dft", "dapo"):
         with pytest.raises(ValueError, match=r"loss_type: got '.*', allowed are") as error:
             ours(right + right[-1])
         if f"'{right}'" in str(error.value).split(";")[0]:
             assert f"did you mean '{right}'" in str(error.value)
-            told += 1
-    assert told == 1
+            warned += 1
+    assert warned == 1

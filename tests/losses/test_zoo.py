@@ -68,7 +68,7 @@ def test_every_loss_has_a_row_that_names_its_peers():
     functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
     missing = functions - rows - set(NOT_LOSSES)
     assert not missing, f"no row for {sorted(missing)}"
-    assert set(NOT_LOSSES) <= functions, "NOT_LOSSES names what is not there"
+    assert set(NOT_LOSSES) <= functions, "NOT_LOSSES names functions that do not exist"
     assert rows <= functions
     silent = [row.id for row in TABLE if not row.peers]
     assert not silent, f"no peers given: {silent}"

@@ -197,7 +197,7 @@ def test_torch_func_of_a_module():
 @pytest.mark.parametrize("transform", (torch.func.grad, torch.func.vmap, torch.func.jacrev))
 def test_chunked_loss_refuses_torch_func(transform):
     t = tensors()
-    with pytest.raises(NotImplementedError, match="chunked_loss: does not run inside torch"):
+    with pytest.raises(NotImplementedError, match="chunked_loss: not supported inside torch"):
         transform(lambda hidden: ROWS["chunked_loss"].call(t | {"hidden": hidden})[0])(t["hidden"])
 
 
@@ -212,6 +212,6 @@ def test_torch_func_inside_compile_is_refused(transform):
     def both(x):
         return torch.func.grad(loss)(x) if transform == "grad" else torch.func.jvp(loss, (x,), (x,))[1]
 
-    said = "torch.func.grad, vjp and jacrev do not run" if transform == "grad" else "has a forward-mode tangent"
+    said = "torch.func.grad, vjp and jacrev are not supported" if transform == "grad" else "has a forward-mode tangent"
     with pytest.raises(RuntimeError, match=said):
         torch.compile(both, fullgraph=True, backend="aot_eager")(t["logits"])

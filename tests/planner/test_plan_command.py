@@ -57,7 +57,7 @@ def test_the_suggested_budget_keeps_everything(capsys):
     after = found(capsys, *QWEN, *BATCH, "--budget", said.split()[1])[1]
     assert after["kept tokens"] == after["work"]["scored"] and after["advice"] == []
     ms = 1e3 * (plan["beside"][0]["seconds"] - after["beside"][0]["seconds"])
-    assert f"{ms:.3g} ms a step less" in said
+    assert f"{ms:.3g} ms per step" in said
 
 
 def test_a_plan_that_does_not_fit_suggests_one_that_does(capsys):
@@ -82,7 +82,7 @@ def test_tiles_too_small_for_a_large_vocabulary(capsys):
     assert plan["tile rows"] == 174 and steps["scores"]["seconds"] > 1.5 * steps["head's gradient"]["seconds"]
     after = found(capsys, *words, "--tile", said.split("--tile ")[1].split()[0])[1]
     ms = 1e3 * (plan["beside"][0]["seconds"] - after["beside"][0]["seconds"])
-    assert f"{ms:.3g} ms a step less" in said and ms > 10
+    assert f"{ms:.3g} ms per step" in said and ms > 10
     assert not [line for line in after["advice"] if "--tile" in line]
 
 
@@ -113,10 +113,10 @@ def test_uneven_vocabularies_count_the_largest_shard(capsys):
 def test_text(capsys):
     status, out, err = run(capsys, *QWEN, *BATCH, "--tp", "2", "--dp", "4")
     assert status == 0 and err == ""
-    for line in ("runs: linear_logps", "memory of a rank", "  kept: basis", "fused_po's schedules", "eager PyTorch"):
+    for line in ("runs: linear_logps", "memory on one rank", "  kept: basis", "schedules of fused_po", "eager PyTorch"):
         assert line in out, line
     assert "989.4 TFLOP/s bf16" in out and "NVIDIA H100 data sheet" in out and "\nfits" in out
-    assert "under head's gradient" in out and "under the model's" in out
+    assert "during head's gradient" in out and "during the model's backward" in out
 
 
 def test_measured_here(capsys, monkeypatch):
@@ -209,13 +209,13 @@ def test_bad_flags(words, message, capsys):
         ((), "--model: missing; expected --model, or --vocab and --hidden"),
         (("--vocab", "100"), "--hidden: missing"),
         (("--hidden", "100"), "--vocab: missing"),
-        (("--model", "x", *HEAD), "--model: given with --vocab or --hidden"),
+        (("--model", "x", *HEAD), "--model: not allowed with --vocab or --hidden"),
         (("--model", "./nowhere"), "--model: got './nowhere', but there is no file"),
         ((*HEAD, "--budget", "1TiB"), "--budget: got 1TiB, allowed are 0 to 74.5GiB, all of H100 SXM"),
         ((*HEAD, "--tile", "0"), "--tile: got 0, allowed are bytes above 0"),
         ((*HEAD, "--tp", "40000"), "--tp: got 40000, allowed are 1 to 32000, the rows of the head"),
-        ((*HEAD, "--sequences", "3"), "--sequences: not with --loss dpo, which is of pairs"),
-        ((*HEAD, "--entropy"), "--entropy: got it with --loss dpo, but only --loss logps reads it"),
+        ((*HEAD, "--sequences", "3"), "--sequences: not allowed with --loss dpo, a pair loss"),
+        ((*HEAD, "--entropy"), "--entropy: used only with --loss logps, got --loss dpo"),
     ],
 )
 def test_bad_combinations(words, message, capsys):

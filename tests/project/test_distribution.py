@@ -130,7 +130,7 @@ command.main(["info"])
     done = without("triton", run=code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "backend: 'triton' is not there: No module named 'triton'; run `pip install triton`"
+    assert lines[0] == "backend: 'triton' is not available: No module named 'triton'; run `pip install triton`"
     assert "triton (absent)" in done.stdout
     assert "  triton, for the kernels on a GPU: run `pip install triton`" in lines
 

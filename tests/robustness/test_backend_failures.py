@@ -181,7 +181,7 @@ def test_a_backend_that_cannot_be_imported(not_imported, why):
         for _ in range(3):
             assert backends.resolve(None, torch.device("cuda"), torch.float32) == "reference"
     assert len(caught) == 1 and str(caught[0].message).startswith(f"{SAID} cuda") and why in str(caught[0].message)
-    with pytest.raises(ValueError, match="backend: 'triton' is not there: ") as error:
+    with pytest.raises(ValueError, match="backend: 'triton' is not available: ") as error:
         fused_po.logps_from_logits(x, torch.zeros(1, dtype=torch.int64), backend="triton")
     assert why in str(error.value)
 
@@ -235,4 +235,6 @@ def test_triton_s_cache_is_damaged_or_not_writable(tmp_path):
     if made_anew != first:  # Triton 3.6 does not recreate a damaged list of files; the error says what to do
         assert made_anew.startswith(f"{start} (JSONDecodeError")
     for said in (cut, nowhere):
-        assert "delete it, or let TRITON_CACHE_DIR name another folder; backend='reference' runs without" in said
+        assert (
+            "delete the cache, or set TRITON_CACHE_DIR to another folder; backend='reference' does not need it" in said
+        )

@@ -4,7 +4,7 @@
 
 Each is installed into a folder of its own, .peers/<name>, without its pinned dependencies (torch, transformers, vllm,
 ...), which come from this interpreter. Its tests then run with that folder on the path. Liger's own tests of its losses
-run too, from its source distribution, with our classes in the place of Liger's.
+run too, from its source distribution, with our classes instead of Liger's.
 """
 
 from __future__ import annotations
