@@ -49,7 +49,7 @@ def test_the_table(run, capsys):
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match=r"holds no finished run; python examples/dpo.py --output"):
+    with pytest.raises(SystemExit, match=r"holds no finished run; make one with python examples/dpo.py --output"):
         kl_variance.main([str(tmp_path)])
     with pytest.raises(SystemExit, match=r"--rollouts: got 1, expected at least 2"):
         kl_variance.main([str(tmp_path), "--rollouts", "1"])
