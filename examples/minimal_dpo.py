@@ -53,8 +53,8 @@ def batch_of(pairs):
 
 
 def dpo(inputs, labels, ref_logps):
-    """The DPO loss, from the hidden states [2B, T, H] that the policy gives its LM head."""
-    hidden = head_input(policy, **inputs).hidden
+    """The DPO loss. lm_head(policy) has what the head does to hidden states: weight, bias, logit_scale, softcap."""
+    hidden = head_input(policy, **inputs).hidden  # [2B, T, H]; what goes into the head
     return fused_po.linear_dpo(hidden, labels=labels, ref_logps=ref_logps, beta=0.1, **lm_head(policy)._asdict())
 
 

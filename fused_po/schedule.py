@@ -44,7 +44,7 @@ def chosen_budget(device: torch.device) -> int:
     return within_memory(BUDGET_VARIABLE, int(text), device)
 
 
-# torch.compile treats their results as constants of the graph. ops/backend.py says why not by the decorator.
+# torch.compile treats their results as constants of the graph. backend/choose.py says why not by the decorator.
 device_memory._dynamo_marked_constant = True
 chosen_budget._dynamo_marked_constant = True
 

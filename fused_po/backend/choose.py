@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fused_po import kernels, reference
+from fused_po.backend import interface
 
 NAMES = (*kernels.NAMES, "reference")
 ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None never selects Triton: its interpreter is slow
@@ -22,8 +23,8 @@ TRITON_CACHE_ERRORS = {"triton": (OSError, ValueError)}
 _interpreting = threading.Lock()  # Triton's interpreter replaces functions of the language while a kernel runs
 
 
-# Arguments whose strides the kernels read; only their last dimension must be contiguous. `scale` checks its gradient
-# itself. All other tensors must be contiguous.
+# Arguments, by name, whose strides the kernels read; only their last dimension must be contiguous. `scale` checks its
+# gradient itself. All other tensors are made contiguous, so what a function writes must have one of these names.
 STRIDED = ("logits", "ref_logits", "basis", "out", "parts")
 AS_THEY_ARE = ("grad",)
 
@@ -111,7 +112,14 @@ def _try(name: str, device: torch.device) -> str | None:
         if (name, device) not in _tried:
             try:
                 score = get(name).statistics
-                score(torch.zeros(1, 1, 8, device=device), torch.zeros(1, device=device).long(), 1.0, None, -100, 1)
+                score(
+                    torch.zeros(1, 1, 8, device=device),
+                    torch.zeros(1, device=device).long(),
+                    1.0,
+                    None,
+                    -100,
+                    interface.LOGPS,
+                )
             except torch.OutOfMemoryError:
                 return None  # not a problem of the backend; the op reports it
             except Exception as error:  # a compiler, a driver or a file system may raise anything

@@ -1,8 +1,8 @@
 """The interface of a backend: its functions, the order of their results, and the rows of its buffers.
 
-A backend is a module with the functions of `Backend`: `fused_po.reference`, or a folder `kernels/<name>/`. Shapes:
-logits are [O, I, V] with contiguous columns and any strides of O and I; N = O * I rows; labels are [N]. Statistics are
-fp32 (float64 for float64 logits).
+A backend is a module with functions of `Backend`: `fused_po.reference`, which is plain PyTorch and has all of them, or
+a folder `kernels/<name>/`. Shapes: logits are [O, I, V] with contiguous columns and any strides of O and I; N = O * I
+rows; labels are [N]. Statistics are fp32 (float64 for float64 logits).
 
 z = outer * tanh(inner * logits), or outer * logits where inner is None, are the logits that go into the softmax.
 
@@ -16,6 +16,8 @@ from typing import NamedTuple, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
+
+DIFFERENTIABLE = ("logps", "entropy", "lse")
 
 
 class Outputs(NamedTuple):
@@ -31,7 +33,12 @@ class Outputs(NamedTuple):
     @property
     def auxiliary(self) -> tuple[bool, bool, bool]:
         """Those without a gradient: the rows of RowStats.aux."""
-        return self[3:]
+        return self[len(DIFFERENTIABLE) :]
+
+    @property
+    def differentiable(self) -> tuple[bool, bool, bool]:
+        """Those with a gradient: the first fields of RowStats."""
+        return self[: len(DIFFERENTIABLE)]
 
     @property
     def bits(self) -> int:
@@ -92,8 +99,18 @@ class RowStats(NamedTuple):
     logps: Tensor  # [N]
     entropy: Tensor  # [N]
     lse: Tensor  # [N]
-    aux: Tensor  # [3, N]: mean of z, whether the label is the argmax, log of the sum of squared probabilities
+    aux: Tensor  # [AuxRow.COUNT, N], if one of them is asked for
     saved: Tensor  # [SavedRow.COUNT, N], what a backward needs
+
+
+class AuxRow:
+    """Rows of `aux`: mean of z, whether the label is the argmax, log of the sum of squared probabilities.
+
+    The order is that of the fields of Outputs. A new output goes to the end of both.
+    """
+
+    MEAN_LOGITS, IS_TOP1, LOG_SUM_SQ_PROBS = range(3)
+    COUNT = 3
 
 
 class SavedRow:
@@ -191,7 +208,11 @@ def stats_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 class Backend(Protocol):
-    """A backend's functions. Each runs on the device of its first tensor; `out` and `basis` are written."""
+    """A backend's functions. Each runs on the device of its first tensor.
+
+    A function writes only into arguments named `out`, `basis` or `grad`: see STRIDED in choose.py. A backend may lack
+    functions; it names them in OTHERS, and asking for one raises an error that says which backend has it.
+    """
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> Optional[str]:
         """Why tensors of this device and dtype cannot be served, or None if they can."""

@@ -121,7 +121,9 @@ def _score(
 ) -> TokenStats:
     schedule = None
     if rows is not None:
-        schedule = Schedule(tile_bytes=4 * rows * weight.shape[0])  # fp32 logits of so many rows
+        schedule = Schedule(
+            tile_bytes=4 * rows * weight.shape[0]
+        )  # at most so many rows of fp32 logits, with padding and basis fewer
     labels, how = labels.long().view(hidden.shape[:-1]), dict(outputs=("logps", "entropy"), schedule=schedule)
     return linear_logps(hidden, weight, labels, temperature=float(temperature), process_group=group, **how)
 

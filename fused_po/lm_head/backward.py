@@ -91,7 +91,7 @@ class Backward:
         hidden, weight = operands.hidden, operands.weight
         n_rows, (self.n_cols, self.width) = hidden.shape[0], weight.shape
         kept, widest = tiles.kept, shards.widest(self.n_cols)
-        self.plan = plan.backward(
+        self.sizes = plan.backward(
             BackwardPass(
                 n_rows=n_rows,
                 n_kept=kept.n_rows,
@@ -100,12 +100,12 @@ class Backward:
                 weight_dtype=weight.dtype,
                 grad_dtype=grads.weight.dtype,
                 need_weight=needs.weight,
-                multiples=tiles.factors is not None,
+                one_factor_per_row=tiles.factors is not None,
                 kept_in_order=kept.in_order,
             )
         )
-        self.pieces = self.plan.pieces(kept.n_rows, n_rows)
-        tiles.allocate(self.plan.rows, min(self.plan.columns, self.n_cols))
+        self.pieces = self.sizes.pieces(kept.n_rows, n_rows)
+        tiles.allocate(self.sizes.rows, min(self.sizes.columns, self.n_cols))
         self.prepare(plan)
 
     def prepare(self, plan: HeadPlan) -> None:
@@ -118,10 +118,10 @@ class Backward:
         if needs.bias or needs.low:
             g = hidden.new_ones(len(hidden), 1, dtype=plan.dtypes.sums) if factors is None else self.factors
             self.thin = ThinSums(self.operands, needs, g, scaled, plan.dtypes.sums)
-        self.states = take_columns(scaled, self.width)
+        self.scaled_hidden = take_columns(scaled, self.width)
         self.block_sum: Optional[Tensor] = None
-        if not self.plan.own_sums:
-            rows = min(self.plan.columns, self.n_cols)
+        if not self.sizes.written_directly:
+            rows = min(self.sizes.columns, self.n_cols)
             self.block_sum = hidden.new_empty(rows, self.width, dtype=plan.dtypes.sums)
 
     def run(self) -> None:
@@ -129,7 +129,7 @@ class Backward:
         if not self.pieces and self.needs.weight and not self.accumulate:
             self.grads.weight.zero_()
         waiting = []
-        for columns in spans(0, self.n_cols, self.plan.columns) or [slice(0, 0)]:
+        for columns in spans(0, self.n_cols, self.sizes.columns) or [slice(0, 0)]:
             waiting += self.block(columns)
         for work in waiting:
             work.wait()
@@ -140,20 +140,20 @@ class Backward:
 
     def block(self, columns: slice) -> list:
         """Add the tiles of some columns to each gradient. Returns the all-reduces that were started."""
-        weight, own_sums = self.operands.weight, self.plan.own_sums
+        weight, written_directly = self.operands.weight, self.sizes.written_directly
         gemm = self.operands.hidden.dtype
-        part = weight if own_sums else operand(take(weight, columns), self.dtypes.compute, gemm)
-        total = self.grads.weight if own_sums else self.block_sum[: part.shape[0]]
+        part = weight if written_directly else operand(take(weight, columns), self.dtypes.compute, gemm)
+        total = self.grads.weight if written_directly else self.block_sum[: part.shape[0]]
         waiting = []
         for rows in self.pieces:
             d = self.tiles.tile(rows, columns, part)
             if self.needs.hidden:
                 waiting += self.add_hidden(d, rows, columns, part)
             if self.needs.weight:
-                mm(d.t(), take(self.states, rows), total, add=rows.start > 0 or self.accumulate)
+                mm(d.t(), take(self.scaled_hidden, rows), total, add=rows.start > 0 or self.accumulate)
             if self.thin is not None:
                 self.thin.add(d, rows, columns)
-        if self.needs.weight and not own_sums and self.pieces:
+        if self.needs.weight and not written_directly and self.pieces:
             self.grads.weight[columns] = total
         return waiting
 
@@ -162,7 +162,7 @@ class Backward:
         low = None if self.operands.low is None else self.operands.low[columns]
         compute = self.dtypes.compute if part is self.operands.weight else part.dtype
         out = take(self.grads.hidden, rows)
-        back_project(d, part, compute, out, self.plan.block, low, add=columns.start > 0)
+        back_project(d, part, compute, out, self.sizes.block, low, add=columns.start > 0)
         if self.shards.adds_up and columns.stop == self.n_cols:
             return [self.shards.add_up(out)]
         return []

@@ -21,7 +21,7 @@ from fused_po.lm_head.plan import BASIS, NOTHING, Needs, spans
 from fused_po.lm_head.scored import scored_rows
 from fused_po.ops.autograd import no_tangent, public, transforms_active
 from fused_po.ops.outputs import TokenStats, outputs_of, token_stats
-from fused_po.ops.register import once
+from fused_po.ops.register import no_second_derivative
 from fused_po.parallel.vocab import ProcessGroupLike, local_head
 from fused_po.schedule import Schedule
 
@@ -142,7 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
         *links, grad_hidden, weight_sum, bias_sum = ctx.saved_tensors
         with torch.no_grad():
             grads = _ChunkedLoss.scaled(ctx, grad_hidden, (weight_sum, bias_sum), g)
-        return *once(grads, (*links, g)), None, *(None for _ in links)
+        return *no_second_derivative(grads, (*links, g)), None, *(None for _ in links)
 
     @staticmethod
     def scaled(ctx, grad_hidden: Optional[Tensor], sums: tuple[Optional[Tensor], ...], g: Tensor) -> tuple:

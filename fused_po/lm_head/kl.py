@@ -119,7 +119,7 @@ def backward(
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
     out = Gradients.empty(policy, needs, wide)
     arguments = settings, plan, ready, ref_ready, labels, tokens, grads, active, chosen.kept(bases)
-    # No name for the tiles: their memory is free before hidden's gradient is scattered.
+    # The tiles are not bound to a variable, so that their memory is free when hidden's gradient is scattered.
     Backward(plan, head.shards, KLBackward(*arguments), ready, out, needs, False).run()
     return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 

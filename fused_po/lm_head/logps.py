@@ -58,7 +58,7 @@ class Saved(NamedTuple):
 
     labels: Tensor  # [N]
     rows: Optional[Tensor]  # [n] indices of the scored tokens, None for all
-    stats: Tensor  # [SavedRow.COUNT, N]
+    saved_rows: Tensor  # [SavedRow.COUNT, N]
     entropy: Optional[Tensor]  # [N]
     kept: Tensor
 
@@ -96,7 +96,7 @@ def backward(
     """Gradients of the operands; sums: add those of weight and bias to these instead; nothing reads low's then."""
     hidden, rows, plan = operands.hidden, saved.rows, head.plan(saved.labels.device)
     entropy = None if grads.entropy is None else saved.entropy
-    incoming = Incoming(saved.labels, saved.stats, entropy, grads)
+    incoming = Incoming(saved.labels, saved.saved_rows, entropy, grads)
     from_kept = head.scaling.inner is None or grads.only_logps  # the softcap's slope does not come back from the basis
     if head.keep == PRODUCT and from_kept:
         grad = head.shards.sum_of_rows(product_gradient(head, operands, incoming, saved.kept[0]), rows)
@@ -114,21 +114,21 @@ def backward(
     ready = operands.ready(chosen.rows, plan.dtypes.compute, plan.gemm)
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
     out = Gradients.empty(operands, needs, wide) if sums is None else Gradients(wide, *sums, low=sums[0])
-    # No name for the tiles: their memory is free before hidden's gradient is scattered.
+    # The tiles are not bound to a variable, so that their memory is free when hidden's gradient is scattered.
     kept, add = chosen.kept(bases), sums is not None
     Backward(plan, head.shards, LogpBackward(head, plan, ready, incoming, kept), ready, out, needs, add).run()
     return Gradients(scatter_rows(wide, chosen.rows, hidden) if needs.hidden else wide.to(hidden.dtype), *out[1:])
 
 
-def product_gradient(head: Head, operands: Operands, rows: Incoming, product: Tensor) -> Tensor:
+def product_gradient(head: Head, operands: Operands, incoming: Incoming, product: Tensor) -> Tensor:
     """This rank's part of the gradient of hidden, without a GEMM, from product = basis @ weight."""
-    weight, grads = operands.weight, rows.grads
-    valid = rows.labels != head.ignore_index
+    weight, grads = operands.weight, incoming.grads
+    valid = incoming.labels != head.ignore_index
     g_logps, g_lse = (None if g is None else torch.where(valid, g, 0) for g in (grads.logps, grads.lse))
     g = g_logps if g_lse is None else -g_lse if g_logps is None else g_logps - g_lse
     grad = product * g[:, None]
     if g_lse is not None:
-        labels = rows.labels - head.shards.start()
+        labels = incoming.labels - head.shards.start()
         here = valid & (labels >= 0) & (labels < len(weight))
         labels, g = torch.where(here, labels, 0), torch.where(here, head.scaling.outer * g_lse, 0)
         if len(weight):

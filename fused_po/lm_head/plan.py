@@ -27,9 +27,7 @@ from typing import NamedTuple, Optional
 import torch
 
 NOTHING, PRODUCT, BASIS = "nothing", "product", "basis"
-ROW_BYTES = (
-    64  # rows of logits start at multiples of it, for vector loads in kernels and aligned leading dimensions in GEMMs
-)
+ROW_BYTES = 64  # rows of logits start at multiples of it: aligned vector loads and leading dimensions of GEMMs
 BLOCK_ROWS = 2048  # tokens beyond which a block of the head does not shrink further
 
 
@@ -39,7 +37,7 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-    low: bool = False
+    low: bool = False  # the second factor of a LoRA on the head
 
 
 def what_to_keep(hidden: bool, head: bool, entropy: bool) -> str:
@@ -136,18 +134,20 @@ class HeadPlan(NamedTuple):
         return n_formed == n_rows and self.gemm == self.dtypes.logits and self.ref_logits is None
 
     def head_block(self, n_rows: int, n_cols: int, width: int) -> int:
-        """Rows of the head that are cast, or whose gradient is summed, at once: fp32, they stay within tile_bytes."""
+        """Rows of the head that are cast, or whose gradient is summed, at once; as fp32 they fit into tile_bytes."""
         block = max(1, min(n_cols, self.tile_bytes // (4 * max(1, width, min(n_rows, BLOCK_ROWS)))))
         return block if block < ROW_BYTES else block // ROW_BYTES * ROW_BYTES
 
     def backward(self, p: BackwardPass) -> BackwardPlan:
         """The pieces of a backward."""
-        in_one = p.multiples and p.kept_in_order and p.n_kept == p.n_rows and p.weight_dtype == self.gemm
-        own_sums = not p.need_weight or p.grad_dtype == self.dtypes.sums or in_one
+        in_one = p.one_factor_per_row and p.kept_in_order and p.n_kept == p.n_rows and p.weight_dtype == self.gemm
+        written_directly = not p.need_weight or p.grad_dtype == self.dtypes.sums or in_one
         block = self.head_block(p.n_rows, p.n_cols, p.width)
-        columns = p.n_cols if own_sums else block
+        columns = p.n_cols if written_directly else block
         rows = max(1, min(self.tile_rows(columns), p.n_rows))
-        return BackwardPlan(own_sums, block, columns, rows, p.n_kept if p.multiples and p.kept_in_order else rows)
+        return BackwardPlan(
+            written_directly, block, columns, rows, p.n_kept if p.one_factor_per_row and p.kept_in_order else rows
+        )
 
 
 class BackwardPass(NamedTuple):
@@ -160,7 +160,7 @@ class BackwardPass(NamedTuple):
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype  # of the head's gradient as it is written
     need_weight: bool
-    multiples: bool  # each row's gradient is a multiple of one basis
+    one_factor_per_row: bool  # each row's gradient is a number times one basis
     kept_in_order: bool = True  # no kept row was dropped
 
 
@@ -172,7 +172,7 @@ class BackwardPlan(NamedTuple):
     of the forward; the rounding of D is larger than the difference.
     """
 
-    own_sums: bool  # the head's gradient is its own sum: it is as wide as the sums, or one GEMM makes it
+    written_directly: bool  # the head's gradient needs no fp32 buffer: it is that wide, or a single GEMM computes it
     block: int  # rows of the head that are cast at once
     columns: int  # of a tile
     rows: int  # of a tile

@@ -1,4 +1,4 @@
-"""Tiles of logits: their buffers, and the interfaces that score them and compute the basis D.
+"""Tiles of logits: their buffers, and the interfaces that score them and compute the basis D. Sizes: see plan.py.
 
 Forward tiles have some rows and the whole vocabulary. logp_tiles.py and kl_tiles.py implement the two kinds; forward.py
 and backward.py do the GEMMs.

@@ -78,7 +78,7 @@ def transform_in_graph() -> Optional[str]:
     return "grad" if kinds.Grad in active else None
 
 
-transform_in_graph._dynamo_marked_constant = True  # asked once, while tracing: see `resolve` in ops/backend.py
+transform_in_graph._dynamo_marked_constant = True  # asked once, while tracing: see `resolve` in backend/choose.py
 
 
 def check_graph(function: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.backend.interface import Outputs, RowStats, SavedRow, stats_dtype
+from fused_po.backend.interface import AuxRow, Outputs, RowStats, SavedRow, stats_dtype
 
 
 class TokenStats(NamedTuple):
@@ -65,7 +65,7 @@ def outputs_of(names: tuple[str, ...]) -> Outputs:
 
 def token_stats(stats: RowStats, outputs: Outputs, shape: torch.Size) -> TokenStats:
     """An op's statistics in the shape of the labels."""
-    fields = [value.view(shape) if asked else None for value, asked in zip(stats[:3], outputs)]
+    fields = [value.view(shape) if asked else None for value, asked in zip(stats, outputs.differentiable)]
     if not any(outputs.auxiliary):
         return TokenStats(*fields)
     mean_logits, is_top1, log_sum_sq_probs = (
@@ -80,9 +80,13 @@ def empty_stats(values: Tensor, n_rows, outputs: Outputs) -> RowStats:
     def new(*shape):
         return values.new_empty(shape, dtype=stats_dtype(values.dtype))
 
-    logps, entropy, lse = (new(n_rows if asked else 0) for asked in outputs[:3])
+    logps, entropy, lse = (new(n_rows if asked else 0) for asked in outputs.differentiable)
     return RowStats(
-        logps, entropy, lse, new(3, n_rows) if any(outputs.auxiliary) else new(0), new(SavedRow.COUNT, n_rows)
+        logps,
+        entropy,
+        lse,
+        new(AuxRow.COUNT, n_rows) if any(outputs.auxiliary) else new(0),
+        new(SavedRow.COUNT, n_rows),
     )
 
 

@@ -60,19 +60,19 @@ def flatten(values: tuple, fields: tuple[Field, ...]) -> list:
     return flat
 
 
-def pack(flat: Iterator, fields: tuple[Field, ...]) -> list:
+def unflatten(flat: Iterator, fields: tuple[Field, ...]) -> list:
     """The inverse of `flatten`; lists come back as tuples."""
     values = []
     for field in fields:
         if field.fields:
-            values.append(field.annotation(*pack(flat, field.fields)))
+            values.append(field.annotation(*unflatten(flat, field.fields)))
         else:
             value = next(flat)
             values.append(tuple(value) if type(value) is list else value)
     return values
 
 
-def unseen(arguments: tuple, tensors: Sequence[int]) -> bool:
+def only_autograd_sees(arguments: tuple, tensors: Sequence[int]) -> bool:
     """Whether nothing but autograd can see an op of these arguments: no compiler, mode, transform, tracer, profiler.
 
     tensors: which arguments may be tensors. Only plain ones: subclasses, fake and meta tensors have rules of their own
@@ -145,7 +145,7 @@ class Op:
 
     def packed(self, values: tuple) -> tuple:
         """Arguments from those of the schema."""
-        return values if self.settings_are_flat else tuple(pack(iter(values), self.fields))
+        return values if self.settings_are_flat else tuple(unflatten(iter(values), self.fields))
 
     def flattened(self, arguments: tuple) -> tuple:
         """Arguments as the schema has them."""
@@ -162,7 +162,7 @@ class Op:
 
     def __call__(self, *arguments):
         """Run without a derivative."""
-        if not unseen(arguments, self.tensors):
+        if not only_autograd_sees(arguments, self.tensors):
             return self.results(self.definition(*self.flattened(arguments)))
         results = self.without_graph(*arguments)
         for i in self.mutated:
@@ -188,7 +188,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
     return register
 
 
-class _Once(torch.autograd.Function):
+class _NoSecondDerivative(torch.autograd.Function):
     """Returns a gradient unchanged; differentiating it is an error."""
 
     generate_vmap_rule = True
@@ -206,12 +206,14 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(SECOND)
 
 
-def once(grads: tuple[Optional[Tensor], ...], inputs: tuple[Optional[Tensor], ...]) -> tuple[Optional[Tensor], ...]:
+def no_second_derivative(
+    grads: tuple[Optional[Tensor], ...], inputs: tuple[Optional[Tensor], ...]
+) -> tuple[Optional[Tensor], ...]:
     """The gradients of an op. With create_graph=True they depend on the inputs, but differentiating them raises."""
     inputs = tuple(v for v in inputs if isinstance(v, Tensor) and v.requires_grad)
     if not torch.is_grad_enabled() or not inputs:
         return grads
-    return tuple(_Once.apply(g, *inputs) if isinstance(g, Tensor) else g for g in grads)
+    return tuple(_NoSecondDerivative.apply(g, *inputs) if isinstance(g, Tensor) else g for g in grads)
 
 
 def run_each(run: Callable, info, in_dims: tuple, *arguments) -> tuple:
@@ -235,7 +237,7 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         inputs = (*ctx.saved_tensors, *grads) if torch.is_grad_enabled() else ()
         with torch.no_grad():
             found = backward(ctx, *grads)
-        return once((*found, *(None,) * (n_arguments - len(found))), inputs)
+        return no_second_derivative((*found, *(None,) * (n_arguments - len(found))), inputs)
 
     def setup(ctx, inputs, output) -> None:
         setup_context(ctx, op.packed(inputs), op.results(output))
@@ -247,12 +249,12 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         return op._plain(call(*op.packed(values)))
 
     def call(*arguments):
-        if unseen(arguments, op.tensors):
+        if only_autograd_sees(arguments, op.tensors):
             if torch.is_grad_enabled():
-                return op.results(alone.apply(*arguments))
+                return op.results(fast_path.apply(*arguments))
             return op.without_graph(*arguments)
         values = op.flattened(arguments)
-        return op.results(functional.apply(*values) if transforms_active() else op.definition(*values))
+        return op.results(torch_func_path.apply(*values) if transforms_active() else op.definition(*values))
 
     def with_graph(ctx, *arguments):
         results = op.without_graph(*arguments)
@@ -260,14 +262,14 @@ def differentiable(op: Op, backward: Callable, setup_context: Callable) -> Calla
         return op._plain(results)
 
     # torch.func's transforms do not take the formula of a custom op, but that of an autograd.Function.
-    functional = _function(
+    torch_func_path = _function(
         f"Functional_{op.name.replace('::', '_')}",
         forward=flat_call,
         setup_context=setup,
         backward=flat_backward,
         vmap=functools.partial(run_each, flat_call),
     )
-    alone = _function(
+    fast_path = _function(
         op.name.replace("::", "_"), forward=with_graph, backward=functools.partial(first_only, len(op.fields))
     )
     return call

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_po import checks
 from fused_po.backend.interface import (
+    AuxRow,
     Backend,
     Divergence,
     Grads,
@@ -173,9 +174,9 @@ class SplitRows(WholeRows):
         fields = [stats.saved]
         if outputs.entropy:
             fields.append(stats.entropy[None])
-        if outputs.mean_logits:
-            fields.append(stats.aux[0, None] * n_cols)  # the sum: ranks differ in the number of columns
-        fields += [stats.aux[i, None] for i in (1, 2) if outputs.auxiliary[i]]
+        for row, asked in enumerate(outputs.auxiliary):
+            if asked:  # the sum of logits, not their mean: ranks differ in the number of columns
+                fields.append(stats.aux[row, None] * (n_cols if row == AuxRow.MEAN_LOGITS else 1))
         return torch.cat(fields)
 
     def begin_kl(

@@ -41,7 +41,7 @@ class Sizes:
         self.block = plan.head_block(w.scored, w.columns, w.hidden)
         self.kept = w.kept_rows
         # Where a row's gradient is no multiple of one basis, a tile is made of the kept ones too.
-        self.multiples = not w.entropy and w.kl_bases < 2
+        self.one_factor_per_row = not w.entropy and w.kl_bases < 2
         self.backward = plan.backward(
             BackwardPass(
                 n_rows=w.scored,
@@ -51,7 +51,7 @@ class Sizes:
                 weight_dtype=w.dtype,
                 grad_dtype=w.dtype,
                 need_weight=w.needs[1],
-                multiples=self.multiples,
+                one_factor_per_row=self.one_factor_per_row,
             )
         )
         self.blocks = tiles_of(w.columns, self.backward.columns)
@@ -93,20 +93,22 @@ def backward_steps(sizes: Sizes) -> list[Step]:
     columns, own, f, l = w.columns, w.dtype.itemsize, sizes.factor, sizes.logit
     anew = n - kept
     again, sides = tiles_of(anew, sizes.backward.rows), 1 + sizes.kl
-    pieces = again + (1 if sizes.multiples else tiles_of(kept, sizes.backward.rows)) * (kept > 0)
+    pieces = again + (1 if sizes.one_factor_per_row else tiles_of(kept, sizes.backward.rows)) * (kept > 0)
     steps = []
     if anew:
         steps.append(gemm("scores again", (anew, w.hidden, columns), again, (f, own, l)))
         if sizes.kl:
             steps.append(gemm("reference's scores again", (anew, w.ref_hidden, columns), again, (f, own, l)))
         steps.append(Step("basis again", "pass", 0, columns * anew * (sides * l + f), count=again * sizes.blocks))
-    if kept and not sizes.multiples:
+    if kept and not sizes.one_factor_per_row:
         steps.append(Step("gradient from bases", "pass", 0, columns * kept * f * (1 + max(1, w.kl_bases))))
     if w.needs[0]:
         step = gemm("hidden's gradient", (n, columns, w.hidden), pieces, (f, own, l))
         steps.append(step._replace(moved=step.moved + 2 * (sizes.blocks - 1) * n * w.hidden * l))
     if w.needs[1]:
-        steps.append(gemm("head's gradient", (columns, n, w.hidden), 1, (f, f, own if sizes.backward.own_sums else l)))
+        steps.append(
+            gemm("head's gradient", (columns, n, w.hidden), 1, (f, f, own if sizes.backward.written_directly else l))
+        )
         if w.bias:
             steps.append(gemm("bias's gradient", (columns, n, 1), 1, (f, f, l)))
     return steps
@@ -155,15 +157,15 @@ def backward_moments(sizes: Sizes, lasting: dict[str, int]) -> dict[str, dict[st
         "result: head's gradient": w.needs[1] * w.columns * (w.hidden + w.bias) * own,
         "hidden's gradient, fp32": w.needs[0] * n * w.hidden * wide,
     }
-    scaled = w.needs[1] * sizes.multiples * n * w.hidden
+    scaled = w.needs[1] * sizes.one_factor_per_row * n * w.hidden
     tiles = {}
-    if sizes.kept < n or not sizes.multiples:  # tiles are projected again, or formed from the kept bases
+    if sizes.kept < n or not sizes.one_factor_per_row:  # tiles are projected again, or formed from the kept bases
         tiles = sizes.tiles(sizes.backward.rows, sizes.backward.columns, 1, logits=sizes.kept < n)
     if sizes.kl:
         tiles["reference's hidden"] = (sizes.subset or sizes.cast) * n * sizes.factor * w.ref_hidden
     middle = start | tiles | {"hidden x incoming gradient": scaled * sizes.factor}
     middle["head, cast block"] = sizes.cast * sizes.block * w.hidden * sizes.factor
-    if not sizes.backward.own_sums:
+    if not sizes.backward.written_directly:
         middle["head's gradient, fp32 block"] = sizes.block * w.hidden * wide
         if sizes.kl and sizes.kept < n:  # it lies beside the policy's
             middle["reference's head, cast block"] = sizes.cast * sizes.block * w.ref_hidden * sizes.factor

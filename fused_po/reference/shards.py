@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_po.backend.interface import KLRow, Outputs, RowStats
+from fused_po.backend.interface import AuxRow, KLRow, Outputs, RowStats, SavedRow
 
 
 def shares(shift: Tensor, norm: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def merge_scores(parts: Tensor, owner: Tensor, n_cols: int, outputs: int) -> Row
     entropy, sum of logits, is-top-1, log of the sum of squared probabilities. n_cols: of the whole vocabulary.
     """
     shift, norm, log_share, of_label = shares(parts[:, 0], parts[:, 1], owner)
-    scored, more, asked = owner >= 0, iter(parts.unbind(1)[3:]), Outputs.of(outputs)
+    scored, more, asked = owner >= 0, iter(parts.unbind(1)[SavedRow.COUNT :]), Outputs.of(outputs)
 
     def kept(value: Tensor) -> Tensor:
         return torch.where(scored, value, 0)
@@ -63,17 +63,17 @@ def merge_scores(parts: Tensor, owner: Tensor, n_cols: int, outputs: int) -> Row
     logps = logp.clone() if asked.logps else parts.new_empty(0)
     entropy = kept(weighted(log_share, next(more) - log_share)) if asked.entropy else parts.new_empty(0)
     lse = kept(shift + norm) if asked.lse else parts.new_empty(0)
-    aux = parts.new_zeros(3, len(owner)) if any(asked.auxiliary) else parts.new_empty(0)
+    aux = parts.new_zeros(AuxRow.COUNT, len(owner)) if any(asked.auxiliary) else parts.new_empty(0)
     if asked.mean_logits:
-        aux[0] = kept(next(more).sum(0) / n_cols)
+        aux[AuxRow.MEAN_LOGITS] = kept(next(more).sum(0) / n_cols)
     if asked.is_top1:
         ranks = torch.arange(len(parts), device=owner.device)[:, None]
         tops = parts[:, 0].gather(0, owner.clamp(min=0)[None].long())
         beaten = (parts[:, 0] > tops) | ((parts[:, 0] == tops) & (ranks < owner))
-        aux[1] = kept(next(more).gather(0, owner.clamp(min=0)[None].long()).squeeze(0) * ~beaten.any(0))
+        aux[AuxRow.IS_TOP1] = kept(next(more).gather(0, owner.clamp(min=0)[None].long()).squeeze(0) * ~beaten.any(0))
     if asked.log_sum_sq_probs:
         terms = torch.where(log_share == -math.inf, log_share, next(more) + 2 * log_share)
-        aux[2] = kept(terms.logsumexp(0))
+        aux[AuxRow.LOG_SUM_SQ_PROBS] = kept(terms.logsumexp(0))
     return RowStats(logps, entropy, lse, aux, torch.stack([shift, torch.where(scored, norm, math.inf), logp]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_po.backend.interface import Outputs, RowStats, SavedRow, stats_dtype
+from fused_po.backend.interface import AuxRow, Outputs, RowStats, SavedRow, stats_dtype
 from fused_po.reference.rows import FLOOR, buffer_in, collected, put_rows, row_blocks, row_views, rows_of, scaled
 
 
@@ -60,7 +60,7 @@ def score(
     saved, fields = torch.stack((shift, norm, logp)), iter(more)
     entropy = next(fields) if asked.entropy else torch.empty(0, **new)
     lse = next(fields) if asked.lse else torch.empty(0, **new)
-    aux = torch.zeros(3, n_rows, **new) if any(asked.auxiliary) else torch.empty(0, **new)
+    aux = torch.zeros(AuxRow.COUNT, n_rows, **new) if any(asked.auxiliary) else torch.empty(0, **new)
     for i, wanted in enumerate(asked.auxiliary):
         if wanted:
             aux[i] = next(fields)

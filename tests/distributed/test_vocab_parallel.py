@@ -181,16 +181,16 @@ def test_compiled(groups):
 
 REFUSED = [
     "ValueError: weight: got a DTensor with placements (Shard(dim=1),), allowed are Shard(0)",
-    "TypeError: weight: got a plain tensor beside a DTensor; pass all as DTensors, or none",
-    "ValueError: process_group: got one with weight as a DTensor",
-    "ValueError: weight: has 96 entries of the vocabulary, expected",
+    "TypeError: weight: got a plain tensor with a DTensor; pass all as DTensors, or none",
+    "ValueError: process_group: got a group with weight as a DTensor",
+    "ValueError: weight: got 96 entries of the vocabulary, expected",
     "ValueError: sizes: got (1,), expected the rows of each of the group's 2 ranks",
     "TypeError: group: got str, expected a torch.distributed.ProcessGroup",
     "TypeError: process_group: got str, expected a torch.distributed.ProcessGroup or a VocabParallel",
     "ValueError: labels: got 9900 at flat position 0, allowed are 0 to 191",
-    "ValueError: process_group: got sequence_dim or partial_grad, which are for hidden states",
+    "ValueError: process_group: sequence_dim and partial_grad are only for hidden states",
     "ValueError: sequence_dim: got 5, allowed are -1 to 0",
-    "ValueError: ref_weight: its ranks hold the whole vocabulary, expected (48, 48), as the policy's head",
+    "ValueError: ref_weight: its ranks have the whole vocabulary, expected (48, 48) rows, as weight",
 ]
 
 
@@ -202,7 +202,7 @@ def test_bad_input(groups):
 
 def test_ranks_with_different_labels_raise(groups):
     for _, error in groups(2).answers(cases.other_labels):
-        assert error.what.startswith("ValueError: process_group: its ranks were given different labels")
+        assert error.what.startswith("ValueError: process_group: its ranks got different labels")
 
 
 @pytest.mark.parametrize("case", ("other_shapes", "one_dies"))

@@ -5,14 +5,14 @@ import copy
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = next(path / "examples" for path in Path(__file__).parents if (path / "fused_po").is_dir()) / "minimal_dpo.py"
+SCRIPT = ROOT / "examples" / "minimal_dpo.py"
 LINE = r"step +(\d+)  loss ([\d.]+)  margin +(\S+)  accuracy (\S+)  held-out margin +(\S+)  accuracy (\S+)"
 
 

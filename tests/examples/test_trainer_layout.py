@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-EXAMPLES = next(path / "examples" for path in Path(__file__).parents if (path / "fused_po").is_dir())
+EXAMPLES = ROOT / "examples"
 TRAINER = EXAMPLES / "trainer"
 PAGE = (TRAINER / "README.md").read_text(encoding="utf-8")
 MODULES = {path.stem for path in TRAINER.glob("*.py")} - {"__init__"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fused_po import kernels, reference
-from fused_po.backend import interface
+from fused_po.backend import choose, interface
 from fused_po.backend.interface import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,14 @@ def test_signatures(name):
         assert arguments(getattr(module, function)) == arguments(FUNCTIONS[function]), function
 
 
+def test_what_is_written_has_a_name_that_is_not_copied():
+    """Tensors of other names are made contiguous before the call: a result written into one would be lost."""
+    for name, function in FUNCTIONS.items():
+        if inspect.signature(function).return_annotation == "None":
+            written = {"out", "basis", "grad"} & set(inspect.signature(function).parameters)
+            assert written and written <= {*choose.STRIDED, *choose.AS_THEY_ARE}, name
+
+
 def named_rows(path: Path) -> dict[str, int]:
     """Constants NAME = number of a file, in the forms `A, B = range(2)` and tl.constexpr's."""
     text = path.read_text(encoding="utf-8")
@@ -82,6 +90,10 @@ def test_bits_of_outputs():
     """Triton's and CUDA's bits are those of `Outputs`."""
     triton = named_rows(ROOT / "kernels/triton/statistics.py")
     cuda = named_rows(ROOT / "kernels/cuda/__init__.py")
+    assert interface.Outputs._fields[: len(interface.DIFFERENTIABLE)] == interface.DIFFERENTIABLE
+    assert [row.lower() for row in vars(interface.AuxRow) if row.isupper() and row != "COUNT"] == [
+        *interface.Outputs._fields[len(interface.DIFFERENTIABLE) :]
+    ]
     for i, field in enumerate(interface.Outputs._fields):
         assert triton[field.upper()] == 1 << i
         if f"{field.upper()}_OUT" in cuda:

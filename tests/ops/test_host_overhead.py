@@ -191,20 +191,20 @@ def test_every_tensor_of_an_op_is_known():
 def test_when_the_dispatcher_is_skipped():
     """The dispatcher is skipped only for plain tensors, and only where no mode, transform or tracer is active."""
     x = torch.ones(2)
-    assert register.unseen((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
+    assert register.only_autograd_sees((x, None, 1.0, "reference", torch.nn.Parameter(x)), (0, 1, 4))
     with torch.no_grad():
-        assert register.unseen((x,), (0,))
+        assert register.only_autograd_sees((x,), (0,))
     for other in (x.to("meta"), x.as_subclass(Sub)):
-        assert not register.unseen((x, other), (0, 1))
+        assert not register.only_autograd_sees((x, other), (0, 1))
     with torch.autograd.forward_ad.dual_level():
-        assert not register.unseen((x,), (0,))
+        assert not register.only_autograd_sees((x,), (0,))
     for mode in (Watching(), Functions(), torch._subclasses.FakeTensorMode(), torch.device("cpu")):
         with mode:
-            assert not register.unseen((x,), (0,))
+            assert not register.only_autograd_sees((x,), (0,))
     seen = []
-    torch.func.grad(lambda v: (seen.append(register.unseen((v,), (0,))), v.sum())[1])(x)
-    torch.func.vmap(lambda v: (seen.append(register.unseen((v,), (0,))), v)[1])(x)
-    torch.jit.trace(lambda v: (seen.append(register.unseen((v,), (0,))), v + 1)[1], (x,), check_trace=False)
+    torch.func.grad(lambda v: (seen.append(register.only_autograd_sees((v,), (0,))), v.sum())[1])(x)
+    torch.func.vmap(lambda v: (seen.append(register.only_autograd_sees((v,), (0,))), v)[1])(x)
+    torch.jit.trace(lambda v: (seen.append(register.only_autograd_sees((v,), (0,))), v + 1)[1], (x,), check_trace=False)
     assert seen == [False] * 3
 
 

@@ -101,7 +101,7 @@ RULES = {
     "fused_po.losses": COMMON | {"fused_po.losses"},
     "fused_po.modules": COMMON | {f"fused_po.{name}" for name in ("lm_head", "losses", "modules", "ops", "reduce")},
     "fused_po.backend": {"torch"},
-    "fused_po.backend.choose": {"torch", "fused_po.kernels", "fused_po.reference"},
+    "fused_po.backend.choose": {"torch", "fused_po.backend.interface", "fused_po.kernels", "fused_po.reference"},
     "fused_po.reference": {"torch", "fused_po.backend.interface", "fused_po.reference"},
     "fused_po.parallel": COMMON | {"fused_po.backend.interface", "fused_po.parallel"},
     "fused_po.ops": COMMON

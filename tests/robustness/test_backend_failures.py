@@ -69,8 +69,8 @@ def test_a_backend_that_does_not_compile_is_replaced_with_one_warning(no_compile
         results = {name: call(x) for name, call in CALLS.items()}
     assert len(caught) == 1
     said = str(caught[0].message)
-    assert said.startswith(f"{SAID} {x.device}, the next best takes its place (RuntimeError: Failed to find C compiler")
-    assert "backend='triton' raises the whole error; `python -m fused_po info`" in said
+    assert said.startswith(f"{SAID} {x.device}, another one is used (RuntimeError: Failed to find C compiler")
+    assert "backend='triton' raises the full error; `python -m fused_po info`" in said
     for name, call in CALLS.items():
         assert torch.equal(results[name], call(x, backend="reference")), name
     assert fused_po.backends(x.device, torch.float32)["triton"].startswith(

@@ -187,7 +187,7 @@ def test_gradients_on_meta():
         logps = fused_po.linear_logps(hidden, weight, labels, schedule=schedule).logps
         grads = torch.autograd.grad(logps.sum(), (hidden, weight))
         assert [(g.device.type, g.shape) for g in grads] == [("meta", hidden.shape), ("meta", weight.shape)]
-    with pytest.raises(ValueError, match="backend: 'triton' cannot serve a meta tensor"):
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run on a meta tensor"):
         fused_po.linear_logps(hidden, weight, labels, backend="triton")
     assert losses.dpo(*torch.empty(4, 3, device="meta")).shape == (3,)
 

@@ -13,8 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_po
-from fused_po import Schedule, VocabParallel, parallel
+from fused_po import Schedule, VocabParallel
 from fused_po.integrations.verl import linear_cross_entropy
+from fused_po.parallel import row_passes
 
 V, H = 96, 8
 LINE = 4 * 32  # bytes of a padded fp32 row of up to 32 columns
@@ -91,15 +92,15 @@ def overlap() -> tuple[list[str], list[str]]:
     hidden, weight, labels, g = problem()
     part = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     hidden.requires_grad_()
-    checked = parallel.checked
+    checked = row_passes.checked
     schedule = Schedule(tile_bytes=2 * 7 * 4 * len(part), logits_budget=1 << 20)
     try:
         with Order() as forward:
-            parallel.checked = lambda everyone: forward.events.append("received") or checked(everyone)
+            row_passes.checked = lambda everyone: forward.events.append("received") or checked(everyone)
             how = {"process_group": dist.group.WORLD, "schedule": schedule}
             stats = fused_po.linear_logps(hidden, part, labels.clamp(min=0), **how)
     finally:
-        parallel.checked = checked
+        row_passes.checked = checked
     with Order() as backward:
         (stats.logps * g).sum().backward()
     return forward.events, backward.events
