@@ -127,7 +127,7 @@ def test_unsupported_calls_are_errors():
     x, labels = torch.zeros(1, 2, 9), torch.zeros(2, dtype=torch.long)
     assert "a cpu tensor (the CUDA kernels run on NVIDIA GPUs)" in fused_po.backends("cpu", torch.float32)["cuda"]
     assert cuda.unsupported(torch.device("cuda"), torch.float64).startswith("dtype torch.float64")
-    with pytest.raises(ValueError, match="backend: 'cuda' cannot serve a cpu tensor"):
+    with pytest.raises(ValueError, match="backend: 'cuda' cannot run on a cpu tensor"):
         fused_po.logps_from_logits(x[0], labels, backend="cuda")
     with pytest.raises(ValueError, match="softcap: backend 'cuda' takes none"):
         cuda.statistics(x, labels, 1.0, 0.5, -100, 1)

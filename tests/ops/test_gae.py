@@ -280,7 +280,7 @@ BAD = [
     (lambda: fused_po.gae(R, BROKEN, R + 1), ValueError, "values: got nan at flat position 1"),
     (lambda: fused_po.gae(R, R, None, torch.tensor([0, torch.inf])), ValueError, "last_values: got inf"),
     (lambda: fused_po.gae(R, R, backend="tritton"), ValueError, "backend: got 'tritton', allowed are 'triton'"),
-    (lambda: fused_po.gae(R.double(), R, backend="triton"), ValueError, "backend: 'triton' cannot serve dtype"),
+    (lambda: fused_po.gae(R.double(), R, backend="triton"), ValueError, "backend: 'triton' cannot run on dtype"),
 ]
 
 
