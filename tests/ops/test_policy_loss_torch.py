@@ -148,7 +148,11 @@ BAD = [
         ValueError,
         "dual_clip: got 3.0, not a setting of loss_type='grpo'",
     ),
-    (lambda: call(a=None, loss_type="sft", epsilon=0.1), ValueError, "epsilon: got 0.1, not a setting of .*'sft', which has none"),
+    (
+        lambda: call(a=None, loss_type="sft", epsilon=0.1),
+        ValueError,
+        "epsilon: got 0.1, not a setting of .*'sft', which has none",
+    ),
     (lambda: call(epsilon=0.0), ValueError, "epsilon: got 0.0"),
     (lambda: call(dual_clip=3.0, delta=3.0), ValueError, "delta: got 3.0 with dual_clip"),
     (lambda: call(loss_type="sapo", sapo_temperature_neg=0.0), ValueError, "sapo_temperature_neg: got 0.0"),
