@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: their code runs as written, their commands parse, their links lead somewhere."""
+"""README.md and docs/: code runs as written, commands parse, links work, and figures match the committed results."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def run(block: Block, names: dict) -> None:
-    """Run a block in these names; an error says where the block stands."""
+    """Run a block with these names; an error gives the block's place."""
     exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), names)
 
 
-# What the trainers of the pages are given.
+# Inputs for the trainers of the pages.
 
 
 def word_tokenizer():
@@ -54,7 +54,7 @@ def pairs():
 
 @pytest.fixture
 def trainer_parts(tmp_path, monkeypatch):
-    """TRL as the pages use it: a tiny model and data set under every name, in a folder that may be written to."""
+    """TRL as the pages use it, with a tiny model and data set under every name, in a writable folder."""
     trl = pytest.importorskip("trl")
     import datasets
 
@@ -100,7 +100,7 @@ def test_trl_logs_what_the_readme_shows(trainer_parts, caplog):
 
 @pytest.fixture(params=NAMES)
 def problem(request) -> dict:
-    """What the README's loops take as given, in float64; some of the models scale or cap their logits."""
+    """The variables that the README's loops expect, in float64; some models scale or cap their logits."""
     input_ids, labels = batch(3, rows=4)
     return {
         "policy": causal_lm(request.param, 0).double(),
@@ -111,7 +111,7 @@ def problem(request) -> dict:
 
 
 def plain(names: dict, model: str) -> torch.Tensor:
-    """[2B, T - 1] log-probs of the labels, by the model's own logits; 0 where they do not count."""
+    """Log-probs [2B, T - 1] of the labels from the model's own logits; 0 at ignored tokens."""
     logits = names[model](names["input_ids"], attention_mask=names["mask"]).logits[:, :-1]
     labels = names["labels"][:, 1:]
     logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
@@ -119,7 +119,7 @@ def plain(names: dict, model: str) -> torch.Tensor:
 
 
 def check(names: dict, wanted: torch.Tensor, code: str) -> None:
-    """The loss that the code leaves in `loss`, and its gradients, are those of `wanted`."""
+    """The variable `loss` of the code and its gradients equal those of `wanted`."""
     parameters = [*names["policy"].parameters()]
     gradients = torch.autograd.grad(wanted, parameters)
     exec(code, names)
@@ -136,7 +136,7 @@ def test_the_loop_with_a_fused_model(problem):
 
 
 def with_scaling(code: str, name: str) -> str:
-    """The code for this model: its softcap and scale where the code has those of Llama."""
+    """The code with this model's softcap and scale in place of Llama's."""
     scale, softcap = MODELS[name][1]
     for shown, own in (("logit_scale=1.0,", f"logit_scale={scale},"), ("softcap=None,", f"softcap={softcap},")):
         assert shown in code
@@ -180,7 +180,7 @@ OURS = [words for words in OURS if words != ["plan"]]  # the command's name in a
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
 def test_python_m_fused_po(words, tmp_path, monkeypatch, capsys):
-    """Each is parsed; info and the plans that need no network run. tests of selfcheck run it."""
+    """Every command is parsed; info and the plans that need no network run. test_selfcheck.py runs selfcheck."""
     parse(words)
     model = words[words.index("--model") + 1] if "--model" in words else ""
     if words[0] == "selfcheck" or (model and not model.endswith(".json")):
@@ -212,7 +212,7 @@ for words in lines:
 
 
 def shown_scripts() -> dict[str, list[list[str]]]:
-    """The scripts that the pages start, each with the arguments of every line that gives it some."""
+    """The scripts in the pages' commands, each with the arguments of every command that has some."""
     found: dict[str, list[list[str]]] = {}
     for page in PAGES:
         for words in commands(page):
@@ -262,7 +262,7 @@ def test_functions_that_are_named_exist(page):
         assert hasattr(fused_po.losses, name), name
 
 
-# Claims.
+# Statements of the pages.
 
 
 def test_the_index_names_every_page():
@@ -272,12 +272,12 @@ def test_the_index_names_every_page():
 
 
 def fixed_parts(message: str) -> list[str]:
-    """What of a message on the page must be in the code word for word: the pieces between the … marks."""
+    """The parts of a message on the page, between the … marks, that must be in the code verbatim."""
     parts = [part.strip(" ,;:()'.") for part in message.split("…")]
     return [re.sub(r"^\w+: ", "", part) for part in parts if len(part) > 3]
 
 
-def test_the_messages_of_the_troubleshooting_page_are_the_codes():
+def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
     page = ROOT / "docs" / "troubleshooting.md"
     shown = re.findall(r"^\| `([^`]+)`(?: \(warning\))? \|", read(page), re.M)
     trees = [ast.parse(read(path)) for path in (ROOT / "fused_po").rglob("*.py")]
@@ -303,12 +303,12 @@ OURS_FP32 = "fused_po (fp32 tiles, the default)"
 
 
 def cells(page: str, name: str, table: int = 0) -> list[str]:
-    """The cells of a row by its first cell, of the table of that number among those that have such a row."""
+    """The cells of the row with this first cell, in the n-th table that has such a row."""
     rows = re.findall(rf"^\| {re.escape(name)} \|(.+)\|$", read(ROOT / page), re.M)
     return [cell.strip() for cell in rows[table].replace("*", "").split("|")]
 
 
-def test_precision_is_the_committed_one():
+def test_precision_matches_the_committed_results():
     found = next(info["precision"] for info in INFOS if "precision" in info)
     names = {"fused_po": "fused_po, fp32 tiles", "eager": "eager", "TRL 1.16": "TRL", "Liger 0.8.5": "Liger"}
     for name, key in names.items():
@@ -320,7 +320,7 @@ def test_precision_is_the_committed_one():
             assert [float(cell) for cell in cells(page, own, table)] == expected, (page, name)
 
 
-def test_times_and_peaks_are_the_committed_ones():
+def test_times_and_peaks_match_the_committed_results():
     wide = {info["case"]["head"]: info["providers"] for info in INFOS if info.get("case", {}).get("tokens") == 2048}
     for name in ("fused_po", "torch.compile", "eager", "F.linear_cross_entropy", "TRL"):
         expected = []

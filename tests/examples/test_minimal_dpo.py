@@ -1,4 +1,4 @@
-"""examples/minimal_dpo.py: what it prints shows learning, and its losses are those of plain PyTorch."""
+"""examples/minimal_dpo.py: its output shows learning, and its losses equal those of plain PyTorch."""
 
 import ast
 import copy
@@ -28,7 +28,7 @@ def printed(capsys) -> list[str]:
 
 
 def plain_loss(model, inputs: dict, labels: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """DPO on all logits."""
+    """The DPO loss from full logits."""
     logps = model(**inputs).logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
     chosen, rejected = ((logps - ref_logps) * (labels >= 0)).sum(-1).chunk(2)
     return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
@@ -46,7 +46,7 @@ def test_it_is_short_and_complete():
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers", "fused_po"}
 
 
-def test_it_learns_and_its_losses_are_plain_pytorchs(monkeypatch, capsys):
+def test_it_learns_and_its_losses_equal_plain_pytorch(monkeypatch, capsys):
     names, lines = ran(monkeypatch, capsys)
     steps, losses, margins, accuracies, held_out_margins, held_out_accuracies = zip(*lines)
     assert steps == (0, 5, 10, 15, 20, 25, 30)

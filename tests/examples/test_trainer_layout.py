@@ -1,4 +1,4 @@
-"""examples/trainer/README.md is true: it names every module, its users, and layers that the imports follow."""
+"""examples/trainer/README.md names every module, its users, and layers that the imports follow."""
 
 import ast
 import re
@@ -59,7 +59,7 @@ def test_no_module_imports_a_script():
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_users_are_named(module):
-    """All of them, or in words: "all scripts" are those that train on this loop."""
+    """All users are named; "all scripts" means the scripts that use this training loop."""
     users = {path.stem for path in (*EXAMPLES.glob("*.py"), *TRAINER.glob("*.py")) if module in imported(path)}
     said = set(TABLE[module])
     if said == {"most scripts and modules"}:

@@ -1,4 +1,4 @@
-"""Every backend has the functions of `fused_po.backend.interface.Backend`, their arguments, and the rows it names."""
+"""Every backend has the functions and arguments of `fused_po.backend.interface.Backend`, and the same row numbers."""
 
 import ast
 import inspect
@@ -13,7 +13,7 @@ from fused_po.backend.interface import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = {name: f for name, f in vars(Backend).items() if inspect.isfunction(f) and not name.startswith("_")}
-BUFFERS = {  # file of a backend -> whose rows it names
+BUFFERS = {  # file of a backend -> the row layouts that it repeats
     "kernels/triton/dpo.py": (interface.DPORow, interface.PairRow),
     "kernels/triton/kl.py": (interface.KLRow,),
     "kernels/triton/policy.py": (interface.PolicyRow,),
@@ -47,8 +47,8 @@ def test_signatures(name):
         assert arguments(getattr(module, function)) == arguments(FUNCTIONS[function]), function
 
 
-def test_what_is_written_has_a_name_that_is_not_copied():
-    """Tensors of other names are made contiguous before the call: a result written into one would be lost."""
+def test_tensors_that_are_written_are_not_copied():
+    """Tensors with other names are made contiguous before the call, so a result written into a copy would be lost."""
     for name, function in FUNCTIONS.items():
         if inspect.signature(function).return_annotation == "None":
             written = {"out", "basis", "grad"} & set(inspect.signature(function).parameters)
@@ -74,7 +74,7 @@ def named_rows(path: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("file", BUFFERS)
 def test_rows_of_buffers(file):
-    """Device code imports nothing of the package, so it repeats the numbers of the rows."""
+    """Device code imports nothing from the package, so it repeats the row numbers."""
     here, compared = named_rows(ROOT / file), 0
     for layout in BUFFERS[file]:
         for row, number in vars(layout).items():
@@ -110,7 +110,7 @@ def test_contributing_lists_the_functions():
 
 
 def test_no_mask_literals():
-    """Outputs are asked for by name: no file of the package tests their bits by number."""
+    """Outputs are read by name: no file of the package tests their bits by number."""
     for path in (ROOT / "fused_po").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):

@@ -117,7 +117,7 @@ def test_a_missing_toolkit_is_an_error_by_name_and_the_default_uses_triton(tools
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot be built: no nvcc"):
         library.library()
     monkeypatch.setattr(library, "cannot_build", lambda wanted: None)
-    assert fused_po.backends(gpu)["cuda"] == "yes, and by name alone: it has not been measured on a GPU"
+    assert fused_po.backends(gpu)["cuda"] == "yes, only by name: it has not been measured on a GPU"
     assert backends.resolve("cuda", gpu, torch.bfloat16) == "cuda"
     monkeypatch.setattr(kernels, "unsupported", lambda name, *_: "no triton" if name == "triton" else None)
     assert backends.resolve(None, gpu, torch.bfloat16) == "reference"

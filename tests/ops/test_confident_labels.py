@@ -12,6 +12,7 @@ from numerics import BACKENDS, DEVICE, IGNORE, Scaling, assert_below
 
 import fused_po
 from fused_po.backend import choose as backends
+from fused_po.backend import interface
 from fused_po.backend.interface import Outputs, stats_dtype
 from fused_po.parallel.row_passes import KL_RECORD, SplitRows
 
@@ -255,7 +256,9 @@ class Ranks:
         for rank, (begin, size) in enumerate(zip(self.starts, self.sizes)):
             here = torch.where(owner == rank, labels - begin, 0)
             parts.append(
-                SplitRows.record(self, logits[None, :, begin : begin + size], here, Scaling(), Outputs.of(outputs))
+                SplitRows.record(
+                    self, logits[None, :, begin : begin + size], here, interface.Scaling(), Outputs.of(outputs)
+                )
             )
         return self.run.merge_scores(torch.stack(parts), owner, logits.shape[1], outputs)
 

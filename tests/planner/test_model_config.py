@@ -43,7 +43,7 @@ THINKER = {"text_config": {"vocab_size": 152064, "hidden_size": 3584}, "audio_co
         (LLAMA | {"model_type": "phi"}, dict(bias=True)),
         (LLAMA | {"lm_head_bias": True}, dict(bias=True)),
         (LLAMA | {"torch_dtype": "float8_e4m3fn"}, dict(dtype=None)),
-        (LLAMA | {"architectures": ["LlamaModel"]}, dict(note="LlamaModel may have no LM head; planned as if it had")),
+        (LLAMA | {"architectures": ["LlamaModel"]}, dict(note="LlamaModel may have no LM head; this plan assumes one")),
         (LLAMA | {"architectures": ["ChatModel"], "auto_map": {}}, dict(note="")),
     ],
 )
@@ -57,7 +57,7 @@ def test_by_hand(config, expected, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "config.json is no JSON: Expecting property name"),
+        ("{", r"config.json is not JSON \(Expecting property name"),
         ("[1]", "holds a list, expected a model's config.json, an object"),
         ('{"model_type": "vit", "hidden_size": 768}', r"\(model_type 'vit'\) has no LM head: no part of .* vocab_size"),
         ('{"vocab_size": "many", "hidden_size": 768}', "has no LM head"),
@@ -100,14 +100,12 @@ def test_a_hub_id_asks_the_cache_first(monkeypatch):
     for name, expected in (("org/cached", [True]), ("org/remote", [True, False])):
         asked.clear()
         assert read_head(name)[:3] == (name, 1000, 64) and asked == expected
-    with pytest.raises(
-        ValueError, match=r"^--model: got 'org/nothing', .*\(org/nothing is not there\)\. Give the path"
-    ):
+    with pytest.raises(ValueError, match=r"^--model: got 'org/nothing', .*\(org/nothing is not there\); pass the path"):
         read_head("org/nothing")
     monkeypatch.setattr(model, "unreachable", lambda: "there is no network")
     assert read_head("org/cached")[1] == 1000
     asked.clear()
-    with pytest.raises(ValueError, match=r"\(it is not in the cache, and there is no network\)\. Give the path"):
+    with pytest.raises(ValueError, match=r"\(it is not in the cache, and there is no network\); pass the path"):
         read_head("org/remote")
     assert asked == [True]
 

@@ -5,7 +5,6 @@ buffers, and the kernels allocate only statistics.
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +60,13 @@ def nothing(*arguments, **how):
     """Stands for a GEMM that writes into an existing buffer."""
 
 
+class Stub:
+    """A backend that allocates its results and computes nothing."""
+
+    score, kl = staticmethod(score), staticmethod(compare)
+    gradient = from_basis = kl_gradient = staticmethod(nothing)
+
+
 def run(work: Work, one_head: bool) -> int:
     """The peak of a forward and a backward on fake tensors."""
     new = dict(device="meta")
@@ -102,8 +108,7 @@ def test_peak_on_a_gpu(how, monkeypatch):
     for name in ("mm", "back_project"):
         for module in (gemm, forward, backward):
             monkeypatch.setattr(module, name, nothing, raising=False)
-    fake = SimpleNamespace(score=score, gradient=nothing, from_basis=nothing, kl=compare, kl_gradient=nothing)
-    monkeypatch.setattr("fused_po.backend.choose.get", lambda name: fake)
+    monkeypatch.setattr("fused_po.backend.choose.get", lambda name: Stub)
     counted = run(work, how["loss"] == "logps")
     planned = ours(work)
     assert abs(planned.peak - counted) <= N * 64

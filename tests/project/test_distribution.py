@@ -1,4 +1,4 @@
-"""What package indexes and pip see of the package, and what runs where Triton or a module of Unix is missing."""
+"""Package metadata and requirements, and the package without Triton or without Unix-only modules."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ def setup_py(monkeypatch) -> tuple[dict, dict]:
 
 
 def without(*modules: str, run: str, **environment: str) -> subprocess.CompletedProcess:
-    """A process where these modules cannot be imported, nor found as packages, runs this code."""
+    """Run code in a process where these modules can be neither imported nor found as packages."""
     block = f"""
 import importlib.metadata, sys
 
@@ -50,7 +50,7 @@ importlib.metadata.version = lacking
     return subprocess.run([sys.executable, "-c", block + run], env=env, cwd=ROOT, capture_output=True, text=True)
 
 
-# The description on a package index, where relative links lead nowhere.
+# The description on a package index, where relative links are broken.
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_links_of_the_description(markdown, without_address, with_address, setup
 
 
 @pytest.mark.parametrize("address", ("", URL))
-def test_readme_has_no_link_that_leads_nowhere(address, setup_py):
+def test_the_readme_has_no_broken_links(address, setup_py):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```", "", setup_py[0]["for_package_index"](readme, address, "1.0"), flags=re.S | re.M)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
@@ -88,7 +88,7 @@ def test_readme_has_no_link_that_leads_nowhere(address, setup_py):
 
 
 def test_addresses_of_the_project(setup_py):
-    """None is invented: without a repository's address there are no links."""
+    """Without a repository's address there are no links."""
     names, given = setup_py
     assert all(url.startswith(names["REPOSITORY"]) for url in given["project_urls"].values())
     assert bool(given["project_urls"]) == bool(names["REPOSITORY"])
@@ -97,7 +97,7 @@ def test_addresses_of_the_project(setup_py):
     )
 
 
-# Triton: PyTorch brings the right one, or none.
+# Triton: PyTorch installs the right version, or none.
 
 
 def test_requirements(setup_py):
@@ -114,7 +114,7 @@ def test_requirements(setup_py):
 
 
 def test_without_triton():
-    """The reference runs; the name is an error that says how to get Triton; `info` lists it as missing."""
+    """The reference works; backend="triton" raises and says how to install Triton; `info` lists it as missing."""
     code = """
 import torch, fused_po
 from fused_po import __main__ as command
@@ -152,7 +152,7 @@ def test_how_to_get_triton(system, hip, said, monkeypatch):
 
 @pytest.mark.parametrize("name", ("triton", "triton-rocm", "pytorch-triton-rocm", None))
 def test_triton_under_its_other_names(name, monkeypatch):
-    """The builds of PyTorch for ROCm have names of their own: `info` must not call Triton missing."""
+    """PyTorch for ROCm has its own distribution names for Triton: `info` must not report Triton as missing."""
 
     def version(package):
         if package != name:
@@ -168,7 +168,7 @@ def test_triton_under_its_other_names(name, monkeypatch):
 
 
 def test_importing_needs_no_fcntl():
-    """In a fresh process, every module of the package and the command line; what other packages lack is theirs."""
+    """Import every module of the package and the command line in a new process; missing packages are ignored."""
     code = """
 import pkgutil
 import fused_po

@@ -1,4 +1,4 @@
-"""What type checkers know of the public names. `make lint` runs mypy over tests/project/typed; see the files there."""
+"""The types of the public names. `make lint` runs mypy over tests/project/typed; see the files there."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ TYPED = Path(__file__).parent / "typed"
 
 
 def test_sample_runs():
-    """The sample that mypy checks is a program that works."""
+    """The sample that mypy checks also runs."""
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, TYPED / "usage.py"], env=os.environ | environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -33,7 +33,7 @@ def test_sample_names_everything_public():
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads came with Python 3.11")
 @pytest.mark.parametrize("function", (fused_po.linear_logps, fused_po.logps_from_logits), ids=lambda f: f.__name__)
 def test_overloads_have_the_arguments_of_the_function(function):
-    """But for `outputs` and the result, which they are there for."""
+    """Only `outputs` and the result differ between overloads."""
 
     def described(signature: inspect.Signature) -> list[tuple]:
         parameters = signature.parameters.values()
@@ -48,7 +48,7 @@ def test_overloads_have_the_arguments_of_the_function(function):
 
 
 @pytest.mark.slow
-def test_mypy_finds_what_is_wrong(tmp_path):
+def test_mypy_finds_wrong_calls(tmp_path):
     """mypy passes usage.py, and reports each line of wrong.py that carries a `type: ignore`, and no other."""
     pytest.importorskip("mypy")
     wrong = (TYPED / "wrong.py").read_text(encoding="utf-8").splitlines()

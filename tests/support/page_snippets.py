@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md show: code, command lines, links; and the data that the code takes as given."""
+"""Read code, command lines and links from README.md and docs/*.md; the variables that the code expects."""
 
 from __future__ import annotations
 
@@ -66,19 +66,19 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def links(page: Path) -> list[tuple[str, str]]:
-    """(file, heading) that a page's links and pictures lead to within the repository; "" for the page, or its top."""
+    """(file, heading) of a page's links and pictures within the repository; "" means the page itself, or its top."""
     found = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page)))
     return [tuple(link.partition("#")[::2]) for link in found if not re.match(r"https?://", link)]
 
 
 def headings(page: Path) -> set[str]:
-    """A page's headings as links name them."""
+    """A page's headings in the form that links use."""
     titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(page)), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def given() -> dict:
-    """What the pages' code takes as given: models, a batch of two pairs, tensors of the shapes that the text names."""
+    """The variables that the pages' code expects: models, a batch of two pairs, tensors of the documented shapes."""
     input_ids, labels = batch(3, rows=4)
     policy, reference = causal_lm("Llama", 0), causal_lm("Llama", 1).requires_grad_(False)
     pairs, length = 2, input_ids.shape[1]

@@ -1,4 +1,4 @@
-"""The package's ops by name, called through PyTorch's dispatcher with the arguments that the package gives them."""
+"""The package's ops by name, called through PyTorch's dispatcher with the arguments that the package passes."""
 
 import torch
 
