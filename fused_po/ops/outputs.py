@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_po import checks
-from fused_po.backend.interface import AuxRow, Outputs, RowStats, SavedRow, stats_dtype
+from fused_po.backend.interface import DIFFERENTIABLE, AuxRow, Outputs, RowStats, SavedRow, stats_dtype
 
 
 class TokenStats(NamedTuple):
@@ -65,7 +65,7 @@ def outputs_of(names: tuple[str, ...]) -> Outputs:
 
 def token_stats(stats: RowStats, outputs: Outputs, shape: torch.Size) -> TokenStats:
     """An op's statistics in the shape of the labels."""
-    fields = [value.view(shape) if asked else None for value, asked in zip(stats, outputs.differentiable)]
+    fields = [value.view(shape) if asked else None for _, value, asked in zip(DIFFERENTIABLE, stats, outputs)]
     if not any(outputs.auxiliary):
         return TokenStats(*fields)
     mean_logits, is_top1, log_sum_sq_probs = (
