@@ -18,7 +18,7 @@ from fused_po.backend import interface
 NAMES = (*kernels.NAMES, "reference")
 ALWAYS_REFERENCE = ("cpu",)  # devices where backend=None never selects Triton: its interpreter is slow
 
-TRITON_CACHE_ERRORS = {"triton": (OSError, ValueError)}
+CACHE_ERRORS = {"triton": (OSError, ValueError)}  # a cache folder that cannot be written, or truncated files
 
 _interpreting = threading.Lock()  # Triton's interpreter replaces functions of the language while a kernel runs
 
@@ -48,7 +48,7 @@ def _launcher(name: str, function: Callable) -> Callable:
 
     Arguments are made contiguous only here, so callers may pass any strides.
     """
-    names = tuple(inspect.signature(function).parameters)
+    names, cache_errors = tuple(inspect.signature(function).parameters), CACHE_ERRORS.get(name, ())
 
     @functools.wraps(function)
     def launch(tensor: torch.Tensor, *arguments, **options):
@@ -58,9 +58,7 @@ def _launcher(name: str, function: Callable) -> Callable:
         try:
             with alone, torch.cuda.device_of(tensor):
                 return function(*given, **options)
-        except TRITON_CACHE_ERRORS.get(
-            name, ()
-        ) as error:  # a cache folder that cannot be written, or truncated cache files
+        except cache_errors as error:
             raise RuntimeError(
                 f"fused_po: backend {name!r} cannot compile or load a kernel ({type(error).__name__}: {error}). If its "
                 "cache is damaged or cannot be written, delete the cache, or set TRITON_CACHE_DIR to another folder; "

@@ -41,8 +41,7 @@ class Gradients(NamedTuple):
     def fake(operands: Operands, needs: Needs) -> Gradients:
         """Shapes and dtypes of an op's results."""
         hidden = operands.hidden
-        like_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-        return Gradients.empty(operands, needs, hidden.new_empty(0) if like_hidden is None else like_hidden)
+        return Gradients.empty(operands, needs, hidden.new_empty(hidden.shape if needs.hidden else 0))
 
 
 class ThinSums:
@@ -52,7 +51,6 @@ class ThinSums:
         """g [N, 1]: factors of the rows. scaled [N, H + r]: hidden times g."""
         n_cols, width = operands.weight.shape
         first = width if needs.low else scaled.shape[1]
-        self.has_bias = needs.bias
         self.thin = torch.cat([g.to(scaled.dtype)[:, : needs.bias], scaled[:, first:]], 1)
         wide = torch.float64 if scaled.device.type == "cpu" else sums
         self.total = scaled.new_zeros(n_cols, self.thin.shape[1], dtype=wide)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Results(NamedTuple):
-    """What the op returns: RowStats, whose saved has the entropy too if it is an output, and what plan.py says."""
+    """What the op returns: RowStats, with the entropy as one more row of `saved` if it is an output, and `kept`."""
 
     logps: Tensor
     entropy: Tensor
@@ -46,11 +46,6 @@ class Results(NamedTuple):
     aux: Tensor
     saved: Tensor
     kept: Tensor
-
-    @property
-    def stats(self) -> RowStats:
-        """All but what is kept."""
-        return RowStats(*self[:5])
 
 
 class Saved(NamedTuple):

@@ -76,10 +76,8 @@ class Kept(NamedTuple):
         """A basis [rows, columns], copied into `memory` if its rows are not consecutive."""
         basis = self.bases[which]
         if not self.in_order:
-            n_cols = columns.stop - columns.start
-            return torch.index_select(
-                basis[:, columns], 0, self.index[rows], out=memory(rows.stop - rows.start, n_cols)
-            )
+            out = memory(rows.stop - rows.start, columns.stop - columns.start)
+            return torch.index_select(basis[:, columns], 0, self.index[rows], out=out)
         whole = rows.start == 0 and rows.stop == len(basis) and columns.stop - columns.start == basis.shape[1]
         return basis if whole else basis[rows, columns]
 

@@ -45,6 +45,8 @@ def column_ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 class WholeRows:
     """The row passes of a backend over logits with the whole vocabulary."""
 
+    first_col = 0  # the vocabulary index of the first column on this rank
+
     def __init__(self, run: Backend) -> None:
         self.run = run
 
@@ -77,8 +79,8 @@ class WholeRows:
         out: Tensor,
         first_col: int = 0,
     ) -> None:
-        """A backend's `gradient`; first_col: the number of the logits' first column among the columns here."""
-        self.run.gradient(logits, labels, saved, entropy, *grads, *scaling, out, first_col)
+        """A backend's `gradient`; first_col: the logits' first column, counted from the first one on this rank."""
+        self.run.gradient(logits, labels, saved, entropy, *grads, *scaling, out, first_col + self.first_col)
 
     def from_basis(
         self,
@@ -91,8 +93,9 @@ class WholeRows:
         out: Tensor,
         first_col: int = 0,
     ) -> None:
-        """A backend's `from_basis`, likewise."""
-        self.run.from_basis(basis, labels, saved, saved[SavedRow.LOGP], entropy, *grads, outer, out, first_col)
+        """A backend's `from_basis`; first_col as in `gradient`."""
+        logps, first = saved[SavedRow.LOGP], first_col + self.first_col
+        self.run.from_basis(basis, labels, saved, logps, entropy, *grads, outer, out, first)
 
     def kl_gradient(
         self,
@@ -104,7 +107,8 @@ class WholeRows:
         divergence: Divergence,
         out: Tensor,
     ) -> None:
-        """A backend's `kl_gradient`, with labels counted from the logits' first column."""
+        """A backend's `kl_gradient`. Labels are counted from the first column, so another rank's are outside."""
+        labels = labels - self.first_col if self.first_col else labels
         self.run.kl_gradient(logits, ref_logits, labels, tokens, grads, *divergence.arguments, out)
 
 
@@ -174,8 +178,8 @@ class SplitRows(WholeRows):
         fields = [stats.saved]
         if outputs.entropy:
             fields.append(stats.entropy[None])
-        for row, asked in enumerate(outputs.auxiliary):
-            if asked:  # the sum of logits, not their mean: ranks differ in the number of columns
+        for row, wanted in enumerate(outputs.auxiliary):
+            if wanted:  # the sum of logits, not their mean: ranks differ in the number of columns
                 fields.append(stats.aux[row, None] * (n_cols if row == AuxRow.MEAN_LOGITS else 1))
         return torch.cat(fields)
 
@@ -203,47 +207,6 @@ class SplitRows(WholeRows):
             return merged
 
         return finish
-
-    def gradient(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        saved: Tensor,
-        entropy: Tensor,
-        grads: Grads,
-        scaling: Scaling,
-        out: Tensor,
-        first_col: int = 0,
-    ) -> None:
-        """Of this rank's columns."""
-        super().gradient(logits, labels, saved, entropy, grads, scaling, out, first_col + self.first_col)
-
-    def from_basis(
-        self,
-        basis: Tensor,
-        labels: Tensor,
-        saved: Tensor,
-        entropy: Tensor,
-        grads: Grads,
-        outer: float,
-        out: Tensor,
-        first_col: int = 0,
-    ) -> None:
-        """Of this rank's columns."""
-        super().from_basis(basis, labels, saved, entropy, grads, outer, out, first_col + self.first_col)
-
-    def kl_gradient(
-        self,
-        logits: Tensor,
-        ref_logits: Tensor,
-        labels: Tensor,
-        tokens: Tensor,
-        grads: Tensor,
-        divergence: Divergence,
-        out: Tensor,
-    ) -> None:
-        """Of this rank's columns; the label of another rank is none of them."""
-        super().kl_gradient(logits, ref_logits, labels - self.first_col, tokens, grads, divergence, out)
 
 
 def no_columns(logits: Tensor, labels: Tensor, n_fields: int, lowest: tuple[int, ...]) -> Tensor:
