@@ -92,10 +92,12 @@ def make_head(
 ) -> Head:
     """How to compute the projection, and what to keep for the backward, which depends on what requires grad."""
     device, dtypes = operands.hidden.device, dtypes_of(operands.hidden, operands.weight, schedule)
-    trained = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in operands]
-    keep = what_to_keep(trained[0], any(trained[1:]), outputs.entropy and schedule.entropy_grad)
-    if keep != NOTHING:
-        outputs = outputs._replace(logps=True)  # a gradient of entropy or lse from the basis needs the log-prob
+    keep = NOTHING
+    if torch.is_grad_enabled():
+        trained = [v is not None and v.requires_grad for v in operands]
+        keep = what_to_keep(trained[0], True in trained[1:], outputs.entropy and schedule.entropy_grad)
+    if keep != NOTHING and not outputs.logps:  # a gradient of entropy or lse from the basis needs the log-prob
+        outputs = outputs._replace(logps=True)
     budget = 0 if keep == NOTHING else logits_budget(schedule.logits_budget, device)
     tile_bytes = bytes_of_a_tile(schedule.tile_bytes_on(device), bool(shards.group))
     name = backends.resolve(backend, device, dtypes.logits)
@@ -108,6 +110,13 @@ def empty_kept(plan: HeadPlan, hidden: Tensor, weight: Tensor, n_scored, widest:
         return hidden.new_empty(plan.bases, *hidden.shape, dtype=plan.dtypes.sums)
     rows = plan.kept_rows(n_scored, widest)
     return hidden.new_empty(plan.bases, rows, padded(weight.shape[0], plan.gemm), dtype=plan.gemm)
+
+
+def used_bases(kept: Tensor, n_rows: int, n_cols: int) -> Tensor:
+    """kept [bases, rows, padded V] without unused rows and the padding; no op where there is nothing to leave out."""
+    if kept.shape[1] != n_rows:
+        kept = kept[:, :n_rows]
+    return kept if kept.shape[2] == n_cols else kept[:, :, :n_cols]
 
 
 def zero_unused(plan: HeadPlan, kept: Tensor, n_scored: int, n_cols: int, all_scored: bool) -> None:

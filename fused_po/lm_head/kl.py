@@ -17,6 +17,7 @@ from fused_po.lm_head.head import (
     dtypes_of,
     empty_kept,
     make_head,
+    used_bases,
     without_autocast,
     zero_unused,
 )
@@ -114,7 +115,7 @@ def backward(
         chosen = LiveRows.of(live, rows, n_kept)
         if chosen.index is not None:
             labels, tokens, grads = (v[..., chosen.index].contiguous() for v in (labels, tokens, grads))
-    bases = kept[:, :n_kept, : policy.weight.shape[0]]
+    bases = used_bases(kept, n_kept, policy.weight.shape[0])
     ready, ref_ready = settings.ready(policy, reference, chosen.rows)
     wide = hidden.new_empty(ready.hidden.shape if needs.hidden else 0, dtype=plan.dtypes.sums)
     out = Gradients.empty(policy, needs, wide)

@@ -16,7 +16,7 @@ from fused_po.backend.interface import Grads, RowStats, Scaling
 from fused_po.lm_head.backward import Backward, Gradients
 from fused_po.lm_head.forward import Forward
 from fused_po.lm_head.gemm import operand
-from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, without_autocast, zero_unused
+from fused_po.lm_head.head import Head, Operands, empty_kept, make_head, used_bases, without_autocast, zero_unused
 from fused_po.lm_head.logp_tiles import Incoming, LogpBackward, LogpForward
 from fused_po.lm_head.plan import BASIS, NOTHING, PRODUCT, Needs
 from fused_po.lm_head.scored import Dropping, LiveRows, ScoredTokens, scatter_rows, scored_rows
@@ -99,7 +99,7 @@ def backward(
     incoming = incoming.at(rows)
     live = incoming.live(head.ignore_index)
     n_rows, n_room = live.numel(), saved.kept.shape[1] if head.keep == BASIS and from_kept else 0
-    bases = saved.kept[:, : min(n_rows, n_room), : operands.weight.shape[0]]
+    bases = used_bases(saved.kept, min(n_rows, n_room), operands.weight.shape[0])
     if skip_zero_rows or hidden.device.type == "cpu":
         chosen = LiveRows.of(live, rows, bases.shape[1])
         incoming = incoming.at(chosen.index)
